@@ -1,0 +1,32 @@
+"""Spiking layers. Tensors are [T, B, C, H, W] throughout; see each module's first lines for its equations."""
+
+from .attention import QKChannelAttention, QKTokenAttention, SpikingSelfAttention
+from .conv import ConvNorm, SpikingConv
+from .drop import TimeDropout, TimeDropPath
+from .dynamics import integrate_and_fire, integrate_and_fire_reference
+from .mlp import SpikingMlp
+from .neurons import IF, LIF, ParametricLIF, SpikingNeuron, get_neuron_layer
+from .patch_embed import SpikingPatchEmbed, SpikingStem
+from .sequence import as_sequence, count_time_steps
+
+__all__ = [
+    "IF",
+    "LIF",
+    "ConvNorm",
+    "ParametricLIF",
+    "QKChannelAttention",
+    "QKTokenAttention",
+    "SpikingConv",
+    "SpikingMlp",
+    "SpikingNeuron",
+    "SpikingPatchEmbed",
+    "SpikingSelfAttention",
+    "SpikingStem",
+    "TimeDropPath",
+    "TimeDropout",
+    "as_sequence",
+    "count_time_steps",
+    "get_neuron_layer",
+    "integrate_and_fire",
+    "integrate_and_fire_reference",
+]

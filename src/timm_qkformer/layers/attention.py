@@ -1,0 +1,128 @@
+"""Spiking attention: Q-K token and channel attention (QKFormer, arXiv 2403.16552, section 3.2 and Fig. 1) and
+spiking self-attention (Spikformer, arXiv 2209.15425, eq. 5 and 6).
+
+All three map [T, B, C, H, W] to spikes of the same shape and run the same way for any H and W.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+
+from .conv import SpikingConv
+from .drop import TimeDropout
+from .dynamics import membrane_dtype
+from .neurons import LIF, NeuronLayer
+
+__all__ = ["QKChannelAttention", "QKTokenAttention", "SpikingSelfAttention"]
+
+ATTN_THRESHOLD = 0.5
+
+
+@register_notrace_function
+def count_spikes(spikes: Tensor, dim: int) -> Tensor:
+    """Sum over `dim`, kept as a dimension of 1, in a precision that half-precision sums of many spikes would lose."""
+    return spikes.sum(dim, keepdim=True, dtype=membrane_dtype(spikes))
+
+
+class _SpikingAttention(nn.Module):
+    """What the three share: Q and K, the neurons that fire on the attention, and the output projection."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        proj_drop: float = 0.0,
+        neuron_layer: NeuronLayer = LIF,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads != 0:
+            raise ValueError(f"num_heads={num_heads} must divide the width of the stage, dim={dim}")
+        args: dict[str, Any] = {"neuron_layer": neuron_layer, "device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.q = SpikingConv(dim, dim, **args)
+        self.k = SpikingConv(dim, dim, **args)
+        self.attn_neuron = neuron_layer(v_threshold=ATTN_THRESHOLD, device=device, dtype=dtype)
+        self.proj = SpikingConv(dim, dim, bias=True, **args)
+        self.proj_drop = TimeDropout(proj_drop)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[T, B, C, H, W] to [T, B, heads, C / heads, H * W]."""
+        return x.flatten(3).unflatten(2, [self.num_heads, self.head_dim])
+
+
+class QKTokenAttention(_SpikingAttention):
+    """Q-K token attention (QKTA), linear in tokens and channels.
+
+    Per head, a token is kept where the neuron of its summed queries fires (eq. 7 and 8):
+
+        a = LIF(sum of Q over the head's channels) in {0, 1},  X' = a * K,  X'' = LIF(BN(proj X'))
+
+    Args:
+        dim: Channels of the stage.
+        num_heads: Heads, a divisor of `dim`.
+        proj_drop: Dropout after the projection, one mask for all time steps.
+        neuron_layer: Factory of the neurons.
+    """
+
+    sum_dim: torch.jit.Final[int] = 3  # of [T, B, heads, channels, tokens]
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, _, H, W = x.shape
+        q = self.split_heads(self.q(x))
+        k = self.split_heads(self.k(x))
+        attn = self.attn_neuron(count_spikes(q, self.sum_dim))
+        x = (attn.to(k.dtype) * k).flatten(2, 3).unflatten(3, [H, W])
+        return self.proj_drop(self.proj(x))
+
+
+class QKChannelAttention(QKTokenAttention):
+    """Q-K channel attention (QKCA): as QKTA, with the queries summed over the tokens (eq. 9 and 10), so that a
+    channel is kept or dropped for all tokens at once. Arguments as in `QKTokenAttention`.
+    """
+
+    sum_dim: torch.jit.Final[int] = 4
+
+
+class SpikingSelfAttention(_SpikingAttention):
+    """Spiking self-attention (SSA): Y = LIF(scale * Q (K^T V)), X'' = LIF(BN(proj Y)), no softmax.
+
+    Spikes are non-negative, so K^T V comes first and the cost is linear in tokens.
+
+    Args:
+        dim: Channels of the stage.
+        num_heads: Heads, a divisor of `dim`.
+        proj_drop: Dropout after the projection, one mask for all time steps.
+        neuron_layer: Factory of the neurons.
+        batch_coupled: Let the last neuron integrate over time and batch, as the release does, see `SpikingConv`.
+    """
+
+    scale: torch.jit.Final[float] = 0.125
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        proj_drop: float = 0.0,
+        neuron_layer: NeuronLayer = LIF,
+        batch_coupled: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(dim, num_heads, proj_drop, neuron_layer, device, dtype)
+        self.proj.batch_coupled = batch_coupled
+        self.v = SpikingConv(dim, dim, neuron_layer=neuron_layer, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, _, H, W = x.shape
+        q = self.split_heads(self.q(x))
+        k = self.split_heads(self.k(x))
+        v = self.split_heads(self.v(x))
+        # Heads are stored [channels, tokens], so (Q (K^T V))^T = (V K^T) Q.
+        y = (v @ k.transpose(-2, -1)) @ q * self.scale
+        x = self.attn_neuron(y).flatten(2, 3).unflatten(3, [H, W])
+        return self.proj_drop(self.proj(x))

@@ -1,0 +1,85 @@
+"""The units that the whole network is built from: convolution, batch norm, perhaps pooling; then neurons."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .neurons import LIF, NeuronLayer
+
+__all__ = ["ConvNorm", "SpikingConv"]
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch norm and (with `pool`) 3x3 max pooling of stride 2, on every time step alike.
+
+    [T, B, C, H, W] to input currents [T, B, C', H', W'], where H' = ceil(H / stride), halved once more (rounding
+    up) by the pooling, and W' likewise.
+
+    Args:
+        in_chs: Channels of the input.
+        out_chs: Channels of the output.
+        kernel_size: Side of the convolution's kernel, odd; the padding keeps the size.
+        stride: Stride of the convolution.
+        bias: Give the convolution a bias.
+        pool: Pool after the batch norm.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        bias: bool = False,
+        pool: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, kernel_size // 2, bias=bias, **dd)
+        self.bn = nn.BatchNorm2d(out_chs, **dd)
+        self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if pool else nn.Identity()
+
+    def currents(self, x: Tensor) -> Tensor:
+        T, B, _, _, _ = x.shape
+        return self.pool(self.bn(self.conv(x.flatten(0, 1)))).unflatten(0, [T, B])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.currents(x)
+
+
+class SpikingConv(ConvNorm):
+    """`ConvNorm`, then neurons: [T, B, C, H, W] to spikes [T, B, C', H', W'].
+
+    Args:
+        in_chs, out_chs, kernel_size, stride, bias, pool: See `ConvNorm`.
+        neuron_layer: Factory of the neurons.
+        batch_coupled: Reproduce a defect of the QKFormer release, whose last neuron in self-attention takes
+            [T * B, ...] for its sequence and so carries the membrane potential from sample to sample.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        bias: bool = False,
+        pool: bool = False,
+        neuron_layer: NeuronLayer = LIF,
+        batch_coupled: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(in_chs, out_chs, kernel_size, stride, bias, pool, **dd)
+        self.neuron = neuron_layer(**dd)
+        self.batch_coupled = batch_coupled
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.currents(x)
+        if self.batch_coupled:
+            T, B, _, _, _ = x.shape
+            return self.neuron(x.flatten(0, 1)).unflatten(0, [T, B])
+        return self.neuron(x)

@@ -1,0 +1,102 @@
+"""Strict translation of other code bases' checkpoints, shared by the models' `checkpoint_filter_fn`."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Optional
+
+from torch import Tensor, nn
+
+__all__ = ["check_against_model", "rename_tensors", "unwrap_checkpoint"]
+
+StateDict = dict[str, Tensor]
+
+_SHOWN = 8  # names listed in an error before "and N more"
+
+
+def unwrap_checkpoint(checkpoint: Mapping[str, Any]) -> StateDict:
+    """The tensors of a checkpoint: plain, or under "model" or "state_dict", without DDP's "module." prefix.
+
+    Raises:
+        ValueError: If what is left is not a dict of tensors.
+    """
+    state_dict: Any = checkpoint
+    for key in ("state_dict", "model"):
+        if isinstance(state_dict, Mapping) and isinstance(state_dict.get(key), Mapping):
+            state_dict = state_dict[key]
+    if not isinstance(state_dict, Mapping) or not state_dict:
+        raise ValueError("the checkpoint holds no tensors, neither at its top level nor under 'state_dict' or 'model'")
+    strangers = [str(name) for name, value in state_dict.items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise ValueError(f"the checkpoint is not a state dict, these entries are not tensors: {_listing(strangers)}")
+    return {str(name).removeprefix("module."): value for name, value in state_dict.items()}
+
+
+def rename_tensors(state_dict: StateDict, rename: Callable[[str], Optional[str]]) -> StateDict:
+    """Apply `rename` to every name.
+
+    Raises:
+        ValueError: Naming each tensor for which `rename` gives None, or that ends on another's name.
+    """
+    renamed: StateDict = {}
+    source: dict[str, str] = {}
+    unknown = []
+    for name, tensor in state_dict.items():
+        target = rename(name)
+        if target is None:
+            unknown.append(name)
+        elif target in renamed:
+            raise ValueError(f"the checkpoint holds {target} twice, as {source[target]} and as {name}")
+        else:
+            renamed[target] = tensor
+            source[target] = name
+    if unknown:
+        raise ValueError(f"the checkpoint holds tensors this model does not know: {_listing(unknown)}")
+    return renamed
+
+
+def check_against_model(
+    state_dict: StateDict,
+    model: nn.Module,
+    original_names: Mapping[str, str],
+    adaptable: Mapping[str, int],
+    optional: Collection[str] = (),
+) -> None:
+    """Compare names and shapes with the model's.
+
+    Args:
+        state_dict: Tensors under the model's names.
+        model: The model that is to load them.
+        original_names: The checkpoint's own spelling of each name, for the error.
+        adaptable: Tensors whose given dimension timm adapts after this filter (classes, input channels).
+        optional: Names that may be absent from the model (a removed classifier).
+
+    Raises:
+        ValueError: Naming every missing, extra and misshapen tensor.
+    """
+    expected = model.state_dict()
+    problems = []
+    missing = [name for name in expected if name not in state_dict and name not in optional]
+    if missing:
+        problems.append(f"missing: {_listing(missing)}")
+    extra = [original_names.get(name, name) for name in state_dict if name not in expected and name not in optional]
+    if extra:
+        problems.append(f"extra: {_listing(extra)}")
+    misshapen = []
+    for name, tensor in state_dict.items():
+        if name not in expected:
+            continue
+        found, wanted = list(tensor.shape), list(expected[name].shape)
+        free = adaptable.get(name)
+        if free is not None and len(found) == len(wanted):
+            found[free] = wanted[free]
+        if found != wanted:
+            spelling = original_names.get(name, name)
+            misshapen.append(f"{spelling} {list(tensor.shape)} instead of {list(expected[name].shape)}")
+    if misshapen:
+        problems.append(f"misshapen: {_listing(misshapen)}")
+    if problems:
+        raise ValueError(f"the checkpoint does not fit this {type(model).__name__}; " + "; ".join(problems))
+
+
+def _listing(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,50 @@
+"""The golden cases: what the authors' release answers in float64, when the shared folder is there."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("TIMM_QKFORMER_SHARED", ROOT.parent / "shared"))
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "imagenet_10_384_t1": ("qkformer_hst10_384", {"time_steps": 1}),
+    "imagenet_10_384_t4": ("qkformer_hst10_384", {}),
+    "imagenet_10_384_t4_batch3_64px": ("qkformer_hst10_384", {}),
+    "cifar10_4_384_t4_batch3": ("qkformer_hst4_384", {}),
+    "cifar10dvs_2_256_t10": ("qkformer_hst2_256", {"num_classes": 10}),
+}
+
+
+def recipe() -> ModuleType:
+    path = SHARED / "golden" / "recipe.py"
+    if not path.exists():
+        pytest.skip(f"golden cases are not here: {path} does not exist")
+    spec = importlib.util.spec_from_file_location("golden_recipe", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class GoldenCase:
+    """A case's checkpoint, input and expected answers, as float64 tensors."""
+
+    def __init__(self, name: str) -> None:
+        make = recipe()
+        case = json.loads((SHARED / "golden" / f"{name}.json").read_text())
+        checkpoint = make.checkpoint(case["spec"], case["seed"])
+        self.checkpoint = {k: torch.from_numpy(v.copy()) for k, v in checkpoint.items()}
+        make_input = make.image_input if case["kind"] == "image" else make.event_input
+        self.input = torch.from_numpy(make_input(tuple(case["input_shape"]), case["seed"]))
+        self.one_by_one = torch.tensor(case["logits_one_by_one"], dtype=torch.float64)
+        self.batched = torch.tensor(case["logits_batched"], dtype=torch.float64)
+        self.firing_rates: dict[str, float] = case["firing_rates_first_sample"]
+        self.params: int = case["params"]
+        self.time_steps: int = case["T"]
