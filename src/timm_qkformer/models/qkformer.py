@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_
-from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint, checkpoint_seq
 from timm.models._registry import generate_default_cfgs, register_model
@@ -34,6 +33,7 @@ from ..layers import (
     get_neuron_layer,
 )
 from ..layers.neurons import NeuronLayer
+from . import _build
 from ._checkpoint import StateDict, check_against_model, rename_tensors, unwrap_checkpoint
 
 __all__ = ["QKFormer"]
@@ -496,14 +496,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_qkformer(variant: str, pretrained: bool = False, **kwargs: Any) -> QKFormer:
-    return build_model_with_cfg(
-        QKFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2), "feature_cls": "getter"},
-        **kwargs,
-    )
+    return _build.create(QKFormer, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model
