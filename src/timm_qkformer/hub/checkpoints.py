@@ -89,7 +89,7 @@ def read_checkpoint(path: Path, ema: Optional[bool] = None) -> Checkpoint:
         else:
             raise CheckpointError("neither a safetensors file nor one that torch.save wrote")
         tensors, weights = _choose(content, ema)
-        _check_tensors(tensors)
+        _check_tensors(tensors, size)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
     has_extras = weights != _PLAIN
@@ -101,7 +101,7 @@ def read_checkpoint(path: Path, ema: Optional[bool] = None) -> Checkpoint:
 def _read_safetensors(path: Path, size: int, header: int) -> dict[str, Tensor]:
     if header > min(MAX_HEADER_BYTES, size - 8):
         raise CheckpointError(
-            f"its safetensors header claims {header:,} bytes, the file has {size:,} and {MAX_HEADER_BYTES:,} is the limit"
+            f"its safetensors header claims {header:,} bytes, the file has {size:,} (limit {MAX_HEADER_BYTES:,})"
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -202,8 +202,11 @@ def _check_count(names: Any) -> None:
         raise CheckpointError(f"it has {len(names):,} tensors, none of these models has more than {MAX_TENSORS:,}")
 
 
-def _check_tensors(tensors: dict[str, Tensor]) -> None:
+def _check_tensors(tensors: dict[str, Tensor], size: int) -> None:
     """Refuse what no trained model has. Names and shapes are compared with the models' elsewhere."""
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if claimed > size:
+        raise CheckpointError(f"its tensors claim {claimed:,} bytes, the file has {size:,}")
     for name, tensor in tensors.items():
         shown = name[:80]
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
@@ -211,7 +214,7 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise CheckpointError(f"{shown} claims the shape {list(tensor.shape)}, the file holds less")
         counter = name.endswith("num_batches_tracked")
-        if counter and tensor.dtype != torch.int64 or not counter and tensor.dtype not in _WIDENED:
+        if tensor.dtype not in ((torch.int64,) if counter else _WIDENED):
             wanted = "an int64 counter" if counter else "float32, float64, float16 or bfloat16"
             raise CheckpointError(f"{shown} is {str(tensor.dtype).removeprefix('torch.')}, expected {wanted}")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -235,7 +238,9 @@ def _epoch(content: Mapping[str, Any]) -> Optional[int]:
 
 def _listing(names: Iterable[str], shown: int = 3) -> str:
     names = list(names)
-    return ", ".join(name[:80] for name in names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    return ", ".join(name[:80] for name in names[:shown]) + (
+        f" and {len(names) - shown} more" if len(names) > shown else ""
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -30,9 +30,10 @@ from safetensors import SafetensorError
 from timm.models import _builder as timm_builder
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, get_cache_dir, hf_split
 from timm.models._pretrained import PretrainedCfg
-from torch.hub import HASH_REGEX, tqdm
+from torch.hub import HASH_REGEX
+from tqdm import tqdm
 
-__all__ = ["PendingCfg", "WeightsError", "fetch_url", "loading_weights", "sha256_of"]
+__all__ = ["PendingCfg", "WeightsError", "fetch_url", "loading_weights", "sha256_of", "status_reason"]
 
 _logger = logging.getLogger(__name__)
 
@@ -240,7 +241,7 @@ def _reason(error: BaseException, source: str) -> Optional[str]:
     for link in chain:
         status = link.code if isinstance(link, HTTPError) else _status(link)
         if status is not None:
-            return _status_reason(status)
+            return status_reason(status)
     for link in chain:
         if isinstance(link, OfflineModeIsEnabled) or (hub_constants.HF_HUB_OFFLINE and _is(link, "LocalEntryNotFound")):
             return (
@@ -250,8 +251,8 @@ def _reason(error: BaseException, source: str) -> Optional[str]:
     # The HTTP libraries under huggingface_hub and urllib share no base class, but they share these names.
     if any(_is(link, "Timeout") for link in chain):
         return (
-            "the server did not answer in time. Try again; HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT give the Hub "
-            "more seconds."
+            "the server did not answer in time. Try again; HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT give the "
+            "Hub more seconds."
         )
     if any(_is(link, "Connect", "URLError", "ProtocolError", "RemoteDisconnected") for link in chain):
         return f"no connection ({_last_words(chain)}). Check the network and the proxy settings."
@@ -262,7 +263,9 @@ def _reason(error: BaseException, source: str) -> Optional[str]:
             "url": "Delete the kept file and try again.",
             "hf-hub": "Delete it from the cache (`hf cache rm`) and try again.",
         }.get(source, "`timm-qkformer convert` says more about checkpoint files.")
-        return f"the file cannot be read as a checkpoint, it is damaged or something else ({_last_words(chain)}). {advice}"
+        return (
+            f"the file cannot be read as a checkpoint, it is damaged or something else ({_last_words(chain)}). {advice}"
+        )
     if any(_is(link, "LocalEntryNotFound", "EntryNotFound", "HfHubHTTPError") for link in chain):
         return f"{_last_words(chain)}."
     if any("Consistency check failed" in str(link) for link in chain):
@@ -270,7 +273,8 @@ def _reason(error: BaseException, source: str) -> Optional[str]:
     return None
 
 
-def _status_reason(status: int) -> str:
+def status_reason(status: int) -> str:
+    """What an HTTP status of 400 and above means for the user, in a sentence."""
     if status == 401:
         return (
             "the server wants to know who asks (401). The repository is private or, which the Hub answers in the same "
