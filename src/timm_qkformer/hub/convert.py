@@ -90,7 +90,7 @@ def convert(
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         save_for_hf(built, str(staging), safe_serialization=True)
-        config = json.loads((staging / "config.json").read_text())
+        config = _without_duplicates(staging / "config.json")
         measured = measure(staging) if measure is not None else None
         params = sum(p.numel() for p in built.parameters())
         write_card(staging, config, _source_facts(checkpoint, release), params, release, measured)
@@ -155,6 +155,15 @@ def _build(found: Recognised, cfg: dict[str, Any], batch_coupled: bool, dtype: t
     return built
 
 
+def _without_duplicates(path: Path) -> dict[str, Any]:
+    """Take the class count out of config.json's `model_args`: it stands above them too, where timm and transformers
+    read it, and transformers hands both to the model."""
+    config: dict[str, Any] = json.loads(path.read_text())
+    config["model_args"].pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    return config
+
+
 def _source_facts(checkpoint: Checkpoint, release: Optional[Release]) -> dict[str, str]:
     facts = {"File": f"`{checkpoint.path.name}`, {checkpoint.weights}"}
     if checkpoint.epoch is not None:
@@ -167,7 +176,7 @@ def _source_facts(checkpoint: Checkpoint, release: Optional[Release]) -> dict[st
 def _report(
     checkpoint: Checkpoint, found: Recognised, release: Optional[Release], config: dict[str, Any], dtype: str
 ) -> list[str]:
-    args = ", ".join(f"{key}={value}" for key, value in config["model_args"].items())
+    args = ", ".join(f"{k}={v}" for k, v in {"num_classes": config["num_classes"], **config["model_args"]}.items())
     lines = [
         f"{checkpoint.path.name}: {checkpoint.weights}, {len(checkpoint.tensors)} tensors",
         f"md5 {checkpoint.md5}: "

@@ -8,9 +8,10 @@ from typing import Any, Optional
 
 import timm
 from huggingface_hub import CommitOperationAdd, HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils.sha import git_hash
 
-from ..models._weights import sha256_of, status_reason
+from ..models._weights import explain, sha256_of
 from .recognise import architectures
 
 __all__ = ["FILES", "PublishError", "publish"]
@@ -67,9 +68,13 @@ def publish(
             commit_message="Upload weights, config and model card with timm-qkformer",
         )
         _read_back(api, repo, commit.oid, files)
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        raise PublishError(f"{repo} at {constants.ENDPOINT}: {status_reason(status)}") from error
+    except PublishError:
+        raise
+    except Exception as error:
+        reason = explain(error, "hf-hub")
+        if reason is None:
+            raise
+        raise PublishError(f"{repo} at {constants.ENDPOINT}: {reason}") from error
     return str(commit.commit_url)
 
 
@@ -100,7 +105,7 @@ def _compare_with_remote(api: HfApi, repo: str, files: list[_File], private: boo
     for file in files:
         entry = found.get(file.name)
         if entry is not None:
-            same = entry.lfs is not None and entry.lfs.sha256 == file.sha256
+            same = entry.lfs.sha256 == file.sha256 if entry.lfs else entry.blob_id == git_hash(file.path.read_bytes())
             file.remote = "already there" if same else f"replaces one of {entry.size:,} bytes"
     return True
 

@@ -33,7 +33,7 @@ from timm.models._pretrained import PretrainedCfg
 from torch.hub import HASH_REGEX
 from tqdm import tqdm
 
-__all__ = ["PendingCfg", "WeightsError", "fetch_url", "loading_weights", "sha256_of", "status_reason"]
+__all__ = ["PendingCfg", "WeightsError", "explain", "fetch_url", "loading_weights", "sha256_of"]
 
 _logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def loading_weights(variant: str, cfg: PretrainedCfg, cache_dir: Any = None) -> 
             for path in _new_files(hub_files, location, cache_dir):
                 _check_hub_hash(path)
     except Exception as error:
-        reason = _reason(error, source)
+        reason = explain(error, source)
         if reason is None:
             raise
         pending = (
@@ -232,8 +232,13 @@ def _other_ways(variant: str) -> str:
     )
 
 
-def _reason(error: BaseException, source: str) -> Optional[str]:
-    """Why loading failed, in a sentence for the user; None if it was not about getting or reading the file."""
+def explain(error: BaseException, source: str) -> Optional[str]:
+    """Why a transfer failed, in sentences for the user; None if the error is not about getting or reading a file.
+
+    Args:
+        error: Whatever was raised, by urllib, huggingface_hub or a reader of files.
+        source: timm's word for where the file should come from: "url", "hf-hub", "file" or "local-dir".
+    """
     chain = list(_chain(error))
     for link in chain:
         if isinstance(link, _DamagedError):
@@ -241,7 +246,7 @@ def _reason(error: BaseException, source: str) -> Optional[str]:
     for link in chain:
         status = link.code if isinstance(link, HTTPError) else _status(link)
         if status is not None:
-            return status_reason(status)
+            return _status_reason(status)
     for link in chain:
         if isinstance(link, OfflineModeIsEnabled) or (hub_constants.HF_HUB_OFFLINE and _is(link, "LocalEntryNotFound")):
             return (
@@ -273,7 +278,7 @@ def _reason(error: BaseException, source: str) -> Optional[str]:
     return None
 
 
-def status_reason(status: int) -> str:
+def _status_reason(status: int) -> str:
     """What an HTTP status of 400 and above means for the user, in a sentence."""
     if status == 401:
         return (

@@ -1,0 +1,32 @@
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from release_names import release_state_dict, training_checkpoint  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """A tiny model with T = 2 whose tensors all differ from a fresh model's."""
+    torch.manual_seed(1)
+    model = timm.create_model("test_qkformer", num_classes=10, time_steps=2)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name.endswith(("running_mean", "bias")):
+                value.normal_(0.1, 0.3)
+            elif name.endswith("running_var"):
+                value.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model, tmp_path_factory):
+    """The tiny model as the authors' training would have saved it."""
+    path = tmp_path_factory.mktemp("checkpoint") / "checkpoint-199.pth"
+    torch.save(training_checkpoint(release_state_dict(tiny_model), time_step=2, input_size=64), path)
+    return path
