@@ -98,7 +98,9 @@ class SpikingPatchEmbed(nn.Module):
         if len(pools) == 0:
             raise ValueError("pools=() is empty: give one True or False for every convolution of the embedding")
         if pool_shortcut and sum(pools) != 1:
-            raise ValueError(f"pool_shortcut=True halves the size once, pools={tuple(pools)} halve it {sum(pools)} times")
+            raise ValueError(
+                f"pool_shortcut=True halves the size once, pools={tuple(pools)} halve it {sum(pools)} times"
+            )
         dd = {"device": device, "dtype": dtype}
         last_layer = nn.Identity if membrane_shortcut else neuron_layer
         chs = [in_chs] + [hidden_chs or out_chs] * (len(pools) - 1) + [out_chs]

@@ -137,9 +137,7 @@ def _compare(
     """What `check_against_model` complains about, missing, extra and misshapen tensors each in one line."""
     expected = model.state_dict()
     problems = []
-    missing = [
-        original_names.get(name, name) for name in expected if name not in state_dict and name not in optional
-    ]
+    missing = [original_names.get(name, name) for name in expected if name not in state_dict and name not in optional]
     if missing:
         problems.append(f"missing: {_listing(missing)}")
     extra = [original_names.get(name, name) for name in state_dict if name not in expected and name not in optional]
