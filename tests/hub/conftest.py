@@ -7,7 +7,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from release_names import release_state_dict, training_checkpoint  # noqa: E402
+from release import release_state_dict
+from training_dict import training_checkpoint
 
 
 @pytest.fixture(scope="session")

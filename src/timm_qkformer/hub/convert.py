@@ -16,7 +16,7 @@ from torch import nn
 
 from .card import write_card
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
-from .recognise import Recognised, recognise
+from .recognise import Recognised, find_asset, recognise
 from .releases import Release, find_release
 
 __all__ = ["Conversion", "convert"]
@@ -60,7 +60,7 @@ def convert(
         folder: Where the result goes; must be new or empty unless `force`.
         model: Registered name, if the tensors alone should not decide.
         time_steps: Time steps T that images are shown for. None: what the checkpoint says, else the model's default.
-        tag: Pretrained tag to write down. None: the release's for a known file, else "custom".
+        tag: Pretrained tag to write down. None: the one of the file that it is by md5 or name, else "custom".
         input_size: Pixels per side that the weights were trained for. None: what is known of the file.
         batch_coupled: Let the folder's model be created with coupled neurons.
         ema: Take the moving average (True), the weights themselves (False), or the former where there is one (None).
@@ -82,7 +82,9 @@ def convert(
     checkpoint = read_checkpoint(source, ema)
     release = find_release(checkpoint.md5)
     found = recognise(checkpoint, model or (release.model if release else None), time_steps)
-    tag = tag or (release.tag if release else "custom")
+    asset = find_asset(source.name)
+    if tag is None:
+        tag = release.tag if release else asset[1] if asset and asset[0] == found.model else "custom"
     cfg = _pretrained_cfg(found, checkpoint, release, tag, input_size)
     built = _build(found, cfg, batch_coupled, _DTYPES[dtype])
 

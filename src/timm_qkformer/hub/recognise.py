@@ -1,5 +1,6 @@
 """Which model a checkpoint belongs to, from the names and shapes of its tensors."""
 
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -7,13 +8,14 @@ from functools import cache
 from typing import Any, Optional
 
 import timm
-from timm.models import get_pretrained_cfg, list_models, model_entrypoint
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, list_models, model_entrypoint
 from torch import Tensor, nn
 
 from ..models._checkpoint import check_against_model
 from .checkpoints import Checkpoint, CheckpointError
+from .releases import find_release
 
-__all__ = ["Recognised", "recognise"]
+__all__ = ["Recognised", "architectures", "find_asset", "recognise"]
 
 _FIRST_STAGE = re.compile(r"(patch_embed1|stem)\..*weight")
 _MLP = re.compile(r"(.*mlp\.)(?:fc|mlp)([12])[_.]conv\.weight")
@@ -37,7 +39,7 @@ def recognise(checkpoint: Checkpoint, model: Optional[str] = None, time_steps: O
 
     Args:
         checkpoint: What was read.
-        model: Registered name, to be asked about this one alone.
+        model: Registered name, to be asked about this one alone. It may then fit by the order of its tensors, too.
         time_steps: Time steps T to write down. None: from the training's arguments, the file's name or the model's
             default, in this order.
 
@@ -51,20 +53,30 @@ def recognise(checkpoint: Checkpoint, model: Optional[str] = None, time_steps: O
     shapes = {name: list(tensor.shape) for name, tensor in checkpoint.tensors.items()}
     args = _sizes(checkpoint, shapes)
     width = shapes["head.weight"][1]
-    candidates = [name for name in ([model] if model else known) if _width(name) == width]
+    likely = model or _named_model(checkpoint, known)
     fits: dict[str, Recognised] = {}
     reasons = []
-    for name in candidates:
+    for name in [model] if model else sorted(known, key=lambda name: name != likely):
+        if _width(name) != width:
+            continue
         try:
-            fits[name] = _fit(name, checkpoint.tensors, shapes, args)
+            found = _fit(name, checkpoint.tensors, shapes, args)
         except ValueError as error:
             reasons.append(f"{name}: {error}")
+            continue
+        by_position = _by_position(found, checkpoint.tensors)
+        if name == likely or not by_position:
+            fits[name] = found
+        else:
+            reasons.append(f"{name}: fits by the order of its tensors alone, not by their names; if it is that, say so")
+        if not by_position and found.state_dict.keys() != checkpoint.tensors.keys():
+            break  # a release's spelling is that of one model; our own is shared by variants
     if not fits:
         reasons = reasons or [
             f"its classifier takes {width} features, which is the width of none of {', '.join(known)}"
         ]
         raise CheckpointError(f"{checkpoint.path}: no model fits\n" + "\n".join(f"- {reason}" for reason in reasons))
-    found = fits.pop(_preferred(list(fits), checkpoint))
+    found = fits.pop(likely if likely in fits else next(iter(fits)))
     found.also_fits = list(fits)
     _find_time_steps(found, checkpoint, time_steps)
     return found
@@ -120,17 +132,39 @@ def _mlp_ratio(shapes: dict[str, list[int]]) -> Optional[float]:
     return ratios.pop() if len(ratios) == 1 else None
 
 
-def _preferred(names: list[str], checkpoint: Checkpoint) -> str:
-    """One of the models that fit.
+def _by_position(found: Recognised, tensors: dict[str, Tensor]) -> bool:
+    """Whether the model's filter went by the tensors' order: in another order, it would take others or refuse.
 
-    The membrane-shortcut variant has the same tensors as the original. Where both filters take a checkpoint, its
-    file name decides, as its release names it: ms_*.
+    The membrane-shortcut variant has the same shapes in the same order as the original, whose checkpoints would be
+    taken for its own otherwise.
     """
-    shortcut = [name for name in names if name.endswith("_ms")]
-    if len(names) > 1 and shortcut:
-        rest = [name for name in names if name not in shortcut]
-        names = shortcut if re.match(r"ms[_-]", checkpoint.path.name) else rest or shortcut
-    return names[0]
+    model = timm.create_model(found.model, device="meta", **found.model_args)
+    try:
+        again = _filter(found.model, dict(reversed(tensors.items())), model)
+    except ValueError:
+        return True
+    return any(again[name].data_ptr() != tensor.data_ptr() for name, tensor in found.state_dict.items())
+
+
+def _named_model(checkpoint: Checkpoint, known: list[str]) -> Optional[str]:
+    """The model that a checkpoint is of going by its training's arguments, its md5 or its public file's name."""
+    release = find_release(checkpoint.md5)
+    if release is not None:
+        return release.model
+    if checkpoint.args.get("model") in known:
+        return str(checkpoint.args["model"])
+    asset = find_asset(checkpoint.path.name)
+    return asset[0] if asset else None
+
+
+def find_asset(file_name: str) -> Optional[tuple[str, str]]:
+    """Model and tag whose weights are downloaded under this file name."""
+    for name in architectures():
+        cfgs: dict[str, Any] = get_arch_pretrained_cfgs(name)
+        for cfg in cfgs.values():
+            if cfg.url and os.path.basename(cfg.url) == file_name:
+                return name, cfg.tag
+    return None
 
 
 def _find_time_steps(found: Recognised, checkpoint: Checkpoint, time_steps: Optional[int]) -> None:

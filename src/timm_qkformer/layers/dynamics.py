@@ -108,8 +108,9 @@ class _IntegrateAndFire(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_spikes,) = grad_outputs
-        x = ctx.saved_tensors[0]
-        leak = ctx.saved_tensors[1] if len(ctx.saved_tensors) > 1 else ctx.leak
+        saved = ctx.saved_tensors  # once: activation checkpointing refuses a second look
+        x = saved[0]
+        leak = saved[1] if len(saved) > 1 else ctx.leak
         threshold, soft_reset, decay_input, detach_reset, surrogate, alpha = ctx.options
         steps = x.shape[0]
         dtype = membrane_dtype(x)

@@ -1,0 +1,200 @@
+"""The plugin: models appear whenever timm does, and nothing ever breaks. Each case is a fresh interpreter."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from importlib.metadata import entry_points
+
+import pytest
+import timm
+
+COUNT = "print(len(timm.list_models('*qkformer*')))"
+MODELS = str(len(timm.list_models("*qkformer*")))
+
+
+def run(code, *, check=True, **env):
+    """Run `code` in a fresh interpreter away from the checkout; return its output and its error output."""
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+        env={**os.environ, **env},
+    )
+    assert not check or result.returncode == 0, result.stderr
+    return result.stdout.strip(), result.stderr
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import timm",
+        "import torch, timm",
+        "from timm.models import create_model; import timm",
+        "import timm.layers, timm",
+        "import timm_qkformer, timm",
+        "import timm_qkformer.layers, timm",
+        "import timm, timm_qkformer, timm_qkformer.models",
+    ],
+)
+def test_every_import_order_registers_once_and_silently(imports):
+    out, err = run(f"import warnings; warnings.simplefilter('error', UserWarning)\n{imports}\n{COUNT}")
+    assert out == MODELS
+    assert "qkformer" not in err
+    assert "Warning" not in err
+
+
+def test_models_are_in_timms_registry_under_their_module():
+    out, _ = run("import timm; print(timm.list_models(module='qkformer'), timm.is_model('qkformer_hst10_768'))")
+    assert "qkformer_hst10_768" in out
+    assert out.endswith("True")
+
+
+def test_nothing_is_imported_without_timm():
+    out, _ = run(
+        """
+        import sys, torch
+        print(sorted(m for m in sys.modules if m.split(".")[0] in ("timm", "timm_qkformer", "spikingjelly")))
+        """
+    )
+    assert out == "[]"
+
+
+def test_spikingjelly_is_not_needed_to_run_a_model():
+    out, _ = run(
+        """
+        import sys, timm, torch
+        timm.create_model("test_qkformer")(torch.randn(1, 3, 32, 32)).sum().backward()
+        print("spikingjelly" in sys.modules)
+        """
+    )
+    assert out == "False"
+
+
+@pytest.mark.parametrize("variable", ["TIMM_QKFORMER_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
+def test_can_be_turned_off(variable):
+    out, _ = run(f"import timm\n{COUNT}\nimport timm_qkformer\n{COUNT}", **{variable: "0"})
+    assert out.split() == ["0", MODELS]
+
+
+def test_the_finder_is_gone_after_its_work():
+    out, _ = run(
+        """
+        import sys, timm
+        print([f for f in sys.meta_path if "timm_qkformer" in type(f).__module__], "exec_module" in vars(timm.models.__loader__))
+        """
+    )
+    assert out == "[] False"
+
+
+def test_autoload_imports_nothing_heavy_and_is_fast():
+    out, _ = run(
+        """
+        import sys, time
+        import importlib.metadata  # torch has it already
+        start = time.perf_counter()
+        import timm_qkformer_autoload
+        timm_qkformer_autoload.autoload()
+        print(time.perf_counter() - start, "torch" in sys.modules, "timm" in sys.modules)
+        """
+    )
+    seconds, torch, timm = out.split()
+    assert (torch, timm) == ("False", "False")
+    # Typically 0.3 ms; the bound leaves room for a loaded machine's disk.
+    assert float(seconds) < 0.5
+
+
+def test_an_error_becomes_one_warning_that_names_the_cause():
+    out, err = run(
+        """
+        import sys
+        class Broken:
+            def find_spec(self, name, path=None, target=None):
+                if name == "timm_qkformer":
+                    raise OSError("disk on fire")
+        sys.meta_path.insert(0, Broken())
+        import torch, timm
+        print(len(timm.list_models("*qkformer*")), timm.create_model("test_resnet") is not None)
+        """
+    )
+    assert out == "0 True"
+    assert err.count("RuntimeWarning") == 1
+    assert "timm-qkformer could not register its models" in err
+    assert "OSError: disk on fire" in err
+
+
+def test_autoload_itself_never_raises():
+    _, err = run(
+        """
+        import sys, timm_qkformer_autoload as plugin
+        class Frozen(list):
+            def insert(self, *args):
+                raise RuntimeError("no finders, please")
+        sys.meta_path = Frozen(sys.meta_path)
+        plugin.autoload()
+        """
+    )
+    assert "RuntimeError: no finders, please" in err
+
+
+def test_a_failing_timm_fails_as_without_us():
+    out, err = run(
+        """
+        import sys, torch
+        sys.modules["timm.layers"] = None
+        try:
+            import timm
+        except ImportError as error:
+            print("ImportError")
+        """
+    )
+    assert out == "ImportError"
+    assert "qkformer" not in err
+
+
+def test_spawned_dataloader_workers_know_the_models(tmp_path):
+    script = tmp_path / "workers.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import timm
+            from torch.utils.data import DataLoader, Dataset
+
+            class Names(Dataset):
+                def __len__(self):
+                    return 2
+
+                def __getitem__(self, i):
+                    import timm
+                    return len(timm.list_models("*qkformer*"))
+
+            if __name__ == "__main__":
+                loader = DataLoader(Names(), num_workers=1, multiprocessing_context="spawn")
+                print([int(n) for n in loader])
+            """
+        )
+    )
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == f"[{MODELS}, {MODELS}]"
+
+
+def test_torchrun_workers_know_the_models(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text("import timm\nprint('models', len(timm.list_models('*qkformer*')))\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.count(f"models {MODELS}") == 2
+
+
+def test_entry_points():
+    backends = {e.name: e.value for e in entry_points(group="torch.backends")}
+    assert backends["timm_qkformer"] == "timm_qkformer_autoload:autoload"
+    for entry in entry_points(group="timm.models"):
+        entry.load()
+    assert "qkformer" in {e.name for e in entry_points(group="timm.models")}
