@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Optional
@@ -18,7 +19,8 @@ from .releases import find_release
 __all__ = ["Recognised", "architectures", "find_asset", "recognise"]
 
 _FIRST_STAGE = re.compile(r"(patch_embed1|stem)\..*weight")
-_MLP = re.compile(r"(.*mlp\.)(?:fc|mlp)([12])[_.]conv\.weight")
+_MLP = re.compile(r".*mlp\.(?:fc|mlp)1[_.]conv\.weight")
+_SHOWN = 800  # characters of a reason; names of tensors may have any length
 _TIME_STEPS_IN_NAME = re.compile(r"[-_]T(\d{1,2})\b")
 
 
@@ -75,7 +77,8 @@ def recognise(checkpoint: Checkpoint, model: Optional[str] = None, time_steps: O
         reasons = reasons or [
             f"its classifier takes {width} features, which is the width of none of {', '.join(known)}"
         ]
-        raise CheckpointError(f"{checkpoint.path}: no model fits\n" + "\n".join(f"- {reason}" for reason in reasons))
+        listed = "\n".join(f"- {textwrap.shorten(reason, _SHOWN)}" for reason in reasons)
+        raise CheckpointError(f"{checkpoint.path}: no model fits\n{listed}")
     found = fits.pop(likely if likely in fits else next(iter(fits)))
     found.also_fits = list(fits)
     _find_time_steps(found, checkpoint, time_steps)
@@ -97,10 +100,10 @@ def _width(name: str) -> int:
 def _sizes(checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> dict[str, Any]:
     """Classes and input channels. The first convolution is the stem's one with the fewest input channels."""
     head = shapes.get("head.weight", [])
-    if len(head) != 2:
+    if len(head) != 2 or min(head) < 1:
         raise CheckpointError(f"{checkpoint.path}: no model fits: there is no classifier (head.weight) in it")
     channels = [shape[1] for name, shape in shapes.items() if _FIRST_STAGE.fullmatch(name) and len(shape) == 4]
-    if not channels:
+    if not channels or min(channels) < 1:
         raise CheckpointError(f"{checkpoint.path}: no model fits: there is no stem (patch_embed1.* or stem.*) in it")
     return {"num_classes": head[0], "in_chans": min(channels)}
 
@@ -128,8 +131,9 @@ def _filter(name: str, tensors: dict[str, Tensor], model: nn.Module) -> dict[str
 
 def _mlp_ratio(shapes: dict[str, list[int]]) -> Optional[float]:
     """Width of the MLPs relative to their stage's, where it is the same in all."""
-    ratios = {shape[0] / shape[1] for name, shape in shapes.items() if (m := _MLP.fullmatch(name)) and m[2] == "1"}
-    return ratios.pop() if len(ratios) == 1 else None
+    weights = [shape for name, shape in shapes.items() if _MLP.fullmatch(name)]
+    ratios = {shape[0] / shape[1] for shape in weights if len(shape) > 1 and min(shape) > 0}
+    return ratios.pop() if len(ratios) == 1 and 0.5 <= min(ratios) <= 16 else None
 
 
 def _by_position(found: Recognised, tensors: dict[str, Tensor]) -> bool:
