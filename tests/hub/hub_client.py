@@ -48,14 +48,14 @@ def logits_of(model: Any) -> list[list[float]]:
 
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        return model.eval()(torch.randn(2, 3, 64, 64, generator=generator)).tolist()
+        return model(torch.randn(2, 3, 64, 64, generator=generator)).tolist()
 
 
 def _load(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     import timm
 
     try:
-        return {"logits": logits_of(timm.create_model(name, pretrained=True, **kwargs))}
+        return {"logits": logits_of(timm.create_model(name, pretrained=True, **kwargs).eval())}
     except Exception as error:
         return {"error": str(error), "type": type(error).__name__, "cause": type(error.__cause__).__name__}
 
@@ -63,17 +63,8 @@ def _load(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 def _transformers_logits(name: str) -> list[list[float]]:
     from transformers import AutoModelForImageClassification
 
-    model = AutoModelForImageClassification.from_pretrained(name)
-    return logits_of(lambda_module(model))
-
-
-def lambda_module(model: Any) -> Any:
-    class Logits:
-        def eval(self) -> Any:
-            model.eval()
-            return lambda x: model(x).logits
-
-    return Logits()
+    model = AutoModelForImageClassification.from_pretrained(name).eval()
+    return logits_of(lambda x: model(x).logits)
 
 
 class _Terminal(io.StringIO):

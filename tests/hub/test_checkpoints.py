@@ -66,7 +66,9 @@ print(json.dumps({"start": start, "honest": honest, "growth": peaks, "all": peak
 def test_hostile_files_use_less_than_three_times_the_honest_memory(honest, tmp_path):
     (tmp_path / "hostile").mkdir()
     torch.save(training_checkpoint(honest, time_step=2), tmp_path / "honest")
-    for number, (build, _) in enumerate(CASES.values()):
+    greedy = [name for name in CASES if name.startswith(("bomb-", "ten-thousand-", "truncated-9", "random-"))]
+    for number, name in enumerate(greedy):
+        build, _ = CASES[name]
         tensors = {name: tensor.clone() for name, tensor in honest.items()}
         (tmp_path / "hostile" / str(number)).write_bytes(build(tensors, tmp_path / "marker", tmp_path))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -75,9 +77,9 @@ def test_hostile_files_use_less_than_three_times_the_honest_memory(honest, tmp_p
     )
     peaks = json.loads(run.stdout.splitlines()[-1])
     worst = max(peaks["growth"], key=peaks["growth"].get)
-    assert peaks["all"] < 3 * peaks["honest"], list(CASES)[int(worst)]
+    assert peaks["all"] < 3 * peaks["honest"], greedy[int(worst)]
     # That holds easily while PyTorch itself is most of it; the files here could ask for gigabytes.
-    assert peaks["all"] - peaks["honest"] < 200 << 20, list(CASES)[int(worst)]
+    assert peaks["all"] - peaks["honest"] < 200 << 20, greedy[int(worst)]
 
 
 def test_plain_and_wrapped_checkpoints_hold_the_same(honest, tmp_path):

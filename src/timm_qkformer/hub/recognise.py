@@ -58,7 +58,8 @@ def recognise(checkpoint: Checkpoint, model: Optional[str] = None, time_steps: O
     likely = model or _named_model(checkpoint, known)
     fits: dict[str, Recognised] = {}
     reasons = []
-    for name in [model] if model else sorted(known, key=lambda name: name != likely):
+    candidates = [model] if model else sorted(known, key=lambda name: name != likely)
+    for name in candidates:
         if _width(name) != width:
             continue
         try:
@@ -74,9 +75,7 @@ def recognise(checkpoint: Checkpoint, model: Optional[str] = None, time_steps: O
         if not by_position and found.state_dict.keys() != checkpoint.tensors.keys():
             break  # a release's spelling is that of one model; our own is shared by variants
     if not fits:
-        reasons = reasons or [
-            f"its classifier takes {width} features, which is the width of none of {', '.join(known)}"
-        ]
+        reasons = reasons or [f"its classifier takes {width} features, the width of none of {', '.join(candidates)}"]
         listed = "\n".join(f"- {textwrap.shorten(reason, _SHOWN)}" for reason in reasons)
         raise CheckpointError(f"{checkpoint.path}: no model fits\n{listed}")
     found = fits.pop(likely if likely in fits else next(iter(fits)))
