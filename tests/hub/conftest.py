@@ -7,6 +7,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from hub_client import Client
+from hub_server import HubServer
+
 from release import release_state_dict
 from training_dict import training_checkpoint
 
@@ -31,3 +34,36 @@ def tiny_checkpoint(tiny_model, tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "checkpoint-199.pth"
     torch.save(training_checkpoint(release_state_dict(tiny_model), time_step=2, input_size=64), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def _server():
+    server = HubServer()
+    server.start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def server(_server):
+    """A Hub with nothing on it."""
+    _server.reset()
+    return _server
+
+
+@pytest.fixture(scope="session")
+def client(_server, tmp_path_factory):
+    """A user's process that talks to it."""
+    home = tmp_path_factory.mktemp("home")
+    client = Client(
+        HF_ENDPOINT=_server.url,
+        HF_HOME=str(home),
+        HF_HUB_DISABLE_XET="1",
+        HF_HUB_ETAG_TIMEOUT="1",
+        HF_HUB_DOWNLOAD_TIMEOUT="1",
+        HF_TOKEN="hf_for_tests",
+        TORCH_HOME=str(home / "torch"),
+        OMP_NUM_THREADS="1",
+    )
+    yield client
+    client.close()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, Optional
 
 
@@ -15,6 +16,7 @@ class Client:
     """A process with its own environment. Calls run one after the other."""
 
     def __init__(self, **env: str) -> None:
+        self.home = Path(env["HF_HOME"])
         before = dict(os.environ)
         os.environ.update(env)
         try:
@@ -30,6 +32,9 @@ class Client:
 
     def transformers_logits(self, name: str) -> list[list[float]]:
         return self._pool.submit(_transformers_logits, name).result()
+
+    def set_url_timeout(self, seconds: float) -> None:
+        self._pool.submit(_set_url_timeout, seconds).result()
 
     def cli(self, *argv: str, answer: Optional[str] = None) -> tuple[int, str, str]:
         """Exit code, output and error output. `answer`: what a person at a terminal types; None: no terminal."""
@@ -65,6 +70,12 @@ def _transformers_logits(name: str) -> list[list[float]]:
 
     model = AutoModelForImageClassification.from_pretrained(name).eval()
     return logits_of(lambda x: model(x).logits)
+
+
+def _set_url_timeout(seconds: float) -> None:
+    from timm_qkformer.models import _weights
+
+    _weights.URL_TIMEOUT = seconds
 
 
 class _Terminal(io.StringIO):

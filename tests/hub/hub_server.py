@@ -9,6 +9,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Optional
@@ -26,6 +27,7 @@ class Fault:
     cut: int = 0  # close the connection after so many bytes of the body
     flip: bool = False  # change a byte of the body, announcing the hash of the original
     times: int = 1_000_000
+    after: Callable[[], None] = lambda: None  # called before the cut
 
 
 @dataclass
@@ -170,6 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault.flip:
             content = content[:-1] + bytes([content[-1] ^ 1])
         if self.fault.cut:
+            self.fault.after()
             self.wfile.write(content[start : start + self.fault.cut])
             self.close_connection = True
         else:
@@ -252,14 +255,13 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def lfs_batch(self, body: bytes, repo_id: str) -> None:
-        objects = [
-            {
-                "oid": entry["oid"],
-                "size": entry["size"],
-                "actions": {"upload": {"href": f"{self.server.url}/upload/{entry['oid']}"}},
-            }
-            for entry in json.loads(body)["objects"]
-        ]
+        stored = (self.server.repos[repo_id].files("main") or {}).values()
+        self.server.objects |= {hashlib.sha256(content).hexdigest(): content for content in stored}
+        objects = []
+        for entry in json.loads(body)["objects"]:
+            upload = {"upload": {"href": f"{self.server.url}/upload/{entry['oid']}"}}
+            actions = {} if entry["oid"] in self.server.objects else {"actions": upload}
+            objects.append({"oid": entry["oid"], "size": entry["size"], **actions})
         self._json({"transfer": "basic", "objects": objects})
 
     def upload(self, body: bytes, oid: str) -> None:

@@ -123,10 +123,10 @@ def fetch_url(url: str, target: Path) -> None:
     _logger.info("Downloading %s to %s", url, target)
     try:
         with partial.open("w+b") as file:
-            validator: Optional[str] = None
+            transfer = _Transfer(url, file)
             for attempt in range(1, URL_ATTEMPTS + 1):
                 try:
-                    validator = _receive(url, file, validator)
+                    transfer.receive()
                     break
                 except (http.client.HTTPException, TimeoutError, ConnectionError, _DamagedError) as error:
                     if attempt == URL_ATTEMPTS:
@@ -140,25 +140,35 @@ def fetch_url(url: str, target: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _receive(url: str, file: BinaryIO, validator: Optional[str]) -> Optional[str]:
-    """Append the rest of `url` to `file`; returns what identifies this version of it (ETag)."""
-    headers = {"User-Agent": "timm-qkformer"}
-    if validator is not None and file.tell() > 0:
-        headers |= {"Range": f"bytes={file.tell()}-", "If-Range": validator}
-    with urlopen(Request(url, headers=headers), timeout=URL_TIMEOUT) as answer:
-        if answer.status != 206:
-            file.seek(0)
-            file.truncate()
-        validator = answer.headers.get("ETag")
-        length = answer.headers.get("Content-Length")
-        total = None if length is None else file.tell() + int(length)
-        with tqdm(total=total, initial=file.tell(), unit="B", disable=not timm_builder._DOWNLOAD_PROGRESS) as bar:
-            while chunk := answer.read(_CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
-    if total is not None and file.tell() != total:
-        raise _DamagedError(f"the transfer broke off after {file.tell()} of {total} bytes")
-    return validator
+@dataclass
+class _Transfer:
+    """What has arrived of a url, and the ETag of the version that it is of."""
+
+    url: str
+    file: BinaryIO
+    etag: Optional[str] = None
+
+    def receive(self) -> None:
+        """Append the rest; from the start, if the server has another version by now or sends no parts."""
+        headers = {"User-Agent": "timm-qkformer"}
+        if self.etag is not None and self.file.tell() > 0:
+            headers |= {"Range": f"bytes={self.file.tell()}-", "If-Range": self.etag}
+        with urlopen(Request(self.url, headers=headers), timeout=URL_TIMEOUT) as answer:
+            if answer.status != 206:
+                self.file.seek(0)
+                self.file.truncate()
+            start = self.file.tell()
+            self.etag = answer.headers.get("ETag")
+            length = answer.headers.get("Content-Length")
+            total = None if length is None else start + int(length)
+            with tqdm(
+                total=total, initial=start, unit="B", unit_scale=True, disable=not timm_builder._DOWNLOAD_PROGRESS
+            ) as bar:
+                while chunk := answer.read(_CHUNK):
+                    self.file.write(chunk)
+                    bar.update(len(chunk))
+        if total is not None and self.file.tell() != total:
+            raise _DamagedError(f"the transfer broke off after {self.file.tell()} of {total} bytes")
 
 
 def sha256_of(path: Path) -> str:
