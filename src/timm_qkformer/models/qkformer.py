@@ -10,7 +10,7 @@ blocks: Q-K attention where there are many tokens, spiking self-attention where 
 
 import re
 from collections.abc import Sequence
-from typing import Any, List, NamedTuple, Optional, Set, Tuple, Union  # noqa: UP035, TorchScript reads these
+from typing import Any, List, NamedTuple, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -398,7 +398,7 @@ class _ReleaseNames:
         convs = ["stem"]
         for i, stage in enumerate(model.stages):
             convs += [f"stages.{i}.embed.main.{j}" for j in range(len(stage.embed.main))]
-        self.convs = dict(zip(order, convs))
+        self.convs = dict(zip(order, convs, strict=False))  # leftovers are reported by name
         shortcuts = [i for i, stage in enumerate(model.stages) if stage.embed.shortcut is not None]
         self.shortcuts = {str(n + 1): f"stages.{i}.embed.shortcut" for n, i in enumerate(shortcuts)}
         stages = [i for i, stage in enumerate(model.stages) if len(stage.blocks) > 0]
