@@ -21,6 +21,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cifar10dvs_2_256_t10": ("qkformer_hst2_256", {"num_classes": 10}),
 }
 
+# Membrane shortcuts; nothing there couples the samples of a batch.
+MEMBRANE_CASES: dict[str, str] = {
+    "ms_imagenet_10_384_t4": "qkformer_hst10_384_ms",
+    "maxformer_imagenet_10_384_t4": "maxformer_10_384",
+}
+
 
 def recipe() -> ModuleType:
     path = SHARED / "golden" / "recipe.py"

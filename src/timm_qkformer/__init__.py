@@ -5,8 +5,8 @@ timm is imported, see `timm_qkformer_autoload`.
 """
 
 from . import layers, models
-from .models import QKFormer
+from .models import MaxFormer, QKFormer
 
 __version__ = "0.1.0"
 
-__all__ = ["QKFormer", "__version__", "layers", "models"]
+__all__ = ["MaxFormer", "QKFormer", "__version__", "layers", "models"]

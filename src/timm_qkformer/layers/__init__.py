@@ -4,19 +4,24 @@ from .attention import QKChannelAttention, QKTokenAttention, SpikingSelfAttentio
 from .conv import ConvNorm, SpikingConv
 from .drop import TimeDropout, TimeDropPath
 from .dynamics import integrate_and_fire, integrate_and_fire_reference
+from .mixer import SpikingDepthwiseConv
 from .mlp import SpikingMlp
 from .neurons import IF, LIF, ParametricLIF, SpikingNeuron, get_neuron_layer
 from .patch_embed import SpikingPatchEmbed, SpikingStem
+from .readout import MeanReadout, MembraneReadout
 from .sequence import as_sequence, count_time_steps
 
 __all__ = [
     "IF",
     "LIF",
     "ConvNorm",
+    "MeanReadout",
+    "MembraneReadout",
     "ParametricLIF",
     "QKChannelAttention",
     "QKTokenAttention",
     "SpikingConv",
+    "SpikingDepthwiseConv",
     "SpikingMlp",
     "SpikingNeuron",
     "SpikingPatchEmbed",

@@ -1,7 +1,9 @@
 """Spiking attention: Q-K token and channel attention (QKFormer, arXiv 2403.16552, section 3.2 and Fig. 1) and
 spiking self-attention (Spikformer, arXiv 2209.15425, eq. 5 and 6).
 
-All three map [T, B, C, H, W] to spikes of the same shape and run the same way for any H and W.
+All three map [T, B, C, H, W] to spikes of the same shape and run the same way for any H and W. With
+`membrane_shortcut` they leave out the last neuron and return its input currents BN(proj X'), which a membrane
+shortcut adds up (QKFormer, eq. 17).
 """
 
 from typing import Any
@@ -35,19 +37,21 @@ class _SpikingAttention(nn.Module):
         num_heads: int = 8,
         proj_drop: float = 0.0,
         neuron_layer: NeuronLayer = LIF,
+        membrane_shortcut: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads != 0:
             raise ValueError(f"num_heads={num_heads} must divide the width of the stage, dim={dim}")
-        args: dict[str, Any] = {"neuron_layer": neuron_layer, "device": device, "dtype": dtype}
+        dd = {"device": device, "dtype": dtype}
+        last_layer = nn.Identity if membrane_shortcut else neuron_layer
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.q = SpikingConv(dim, dim, **args)
-        self.k = SpikingConv(dim, dim, **args)
-        self.attn_neuron = neuron_layer(v_threshold=ATTN_THRESHOLD, device=device, dtype=dtype)
-        self.proj = SpikingConv(dim, dim, bias=True, **args)
+        self.q = SpikingConv(dim, dim, neuron_layer=neuron_layer, **dd)
+        self.k = SpikingConv(dim, dim, neuron_layer=neuron_layer, **dd)
+        self.attn_neuron = neuron_layer(v_threshold=ATTN_THRESHOLD, **dd)
+        self.proj = SpikingConv(dim, dim, bias=True, neuron_layer=last_layer, **dd)
         self.proj_drop = TimeDropout(proj_drop)
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -67,6 +71,7 @@ class QKTokenAttention(_SpikingAttention):
         num_heads: Heads, a divisor of `dim`.
         proj_drop: Dropout after the projection, one mask for all time steps.
         neuron_layer: Factory of the neurons.
+        membrane_shortcut: Return input currents instead of spikes.
     """
 
     sum_dim: torch.jit.Final[int] = 3  # of [T, B, heads, channels, tokens]
@@ -98,7 +103,11 @@ class SpikingSelfAttention(_SpikingAttention):
         num_heads: Heads, a divisor of `dim`.
         proj_drop: Dropout after the projection, one mask for all time steps.
         neuron_layer: Factory of the neurons.
+        membrane_shortcut: Return input currents instead of spikes.
         batch_coupled: Let the last neuron integrate over time and batch, as the release does, see `SpikingConv`.
+
+    Raises:
+        ValueError: For `batch_coupled` together with `membrane_shortcut`, or heads that do not divide `dim`.
     """
 
     scale: torch.jit.Final[float] = 0.125
@@ -109,11 +118,17 @@ class SpikingSelfAttention(_SpikingAttention):
         num_heads: int = 8,
         proj_drop: float = 0.0,
         neuron_layer: NeuronLayer = LIF,
+        membrane_shortcut: bool = False,
         batch_coupled: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(dim, num_heads, proj_drop, neuron_layer, device, dtype)
+        super().__init__(dim, num_heads, proj_drop, neuron_layer, membrane_shortcut, device, dtype)
+        if batch_coupled and membrane_shortcut:
+            raise ValueError(
+                "batch_coupled=True couples the attention's last neuron, which membrane_shortcut=True leaves out: "
+                "use one of them"
+            )
         self.proj.batch_coupled = batch_coupled
         self.v = SpikingConv(dim, dim, neuron_layer=neuron_layer, device=device, dtype=dtype)
 

@@ -22,6 +22,7 @@ class ConvNorm(nn.Module):
         stride: Stride of the convolution.
         bias: Give the convolution a bias.
         pool: Pool after the batch norm.
+        groups: Groups of the convolution; `in_chs` for a depth-wise one.
     """
 
     def __init__(
@@ -32,12 +33,13 @@ class ConvNorm(nn.Module):
         stride: int = 1,
         bias: bool = False,
         pool: bool = False,
+        groups: int = 1,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, kernel_size // 2, bias=bias, **dd)
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias, **dd)
         self.bn = nn.BatchNorm2d(out_chs, **dd)
         self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if pool else nn.Identity()
 
@@ -53,8 +55,8 @@ class SpikingConv(ConvNorm):
     """`ConvNorm`, then neurons: [T, B, C, H, W] to spikes [T, B, C', H', W'].
 
     Args:
-        in_chs, out_chs, kernel_size, stride, bias, pool: See `ConvNorm`.
-        neuron_layer: Factory of the neurons.
+        in_chs, out_chs, kernel_size, stride, bias, pool, groups: See `ConvNorm`.
+        neuron_layer: Factory of the neurons. `nn.Identity`: none, the input currents are the result.
         batch_coupled: Reproduce a defect of the QKFormer release, whose last neuron in self-attention takes
             [T * B, ...] for its sequence and so carries the membrane potential from sample to sample.
     """
@@ -67,13 +69,14 @@ class SpikingConv(ConvNorm):
         stride: int = 1,
         bias: bool = False,
         pool: bool = False,
+        groups: int = 1,
         neuron_layer: NeuronLayer = LIF,
         batch_coupled: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__(in_chs, out_chs, kernel_size, stride, bias, pool, **dd)
+        super().__init__(in_chs, out_chs, kernel_size, stride, bias, pool, groups, **dd)
         self.neuron = neuron_layer(**dd)
         self.batch_coupled = batch_coupled
 

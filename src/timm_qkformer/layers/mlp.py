@@ -1,4 +1,4 @@
-"""Spiking MLP: QKFormer (arXiv 2403.16552), eq. 4 to 6."""
+"""Spiking MLP: QKFormer (arXiv 2403.16552), eq. 4 to 6, and eq. 17 with membrane shortcuts."""
 
 from typing import Any
 
@@ -19,6 +19,7 @@ class SpikingMlp(nn.Module):
         hidden_dim: Channels in between.
         drop: Dropout after the second layer, one mask for all time steps.
         neuron_layer: Factory of the neurons.
+        membrane_shortcut: Leave out the last neuron and return its input currents, which a membrane shortcut adds up.
     """
 
     def __init__(
@@ -27,13 +28,15 @@ class SpikingMlp(nn.Module):
         hidden_dim: int,
         drop: float = 0.0,
         neuron_layer: NeuronLayer = LIF,
+        membrane_shortcut: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        args: dict[str, Any] = {"bias": True, "neuron_layer": neuron_layer, "device": device, "dtype": dtype}
-        self.fc1 = SpikingConv(dim, hidden_dim, **args)
-        self.fc2 = SpikingConv(hidden_dim, dim, **args)
+        dd = {"device": device, "dtype": dtype}
+        last_layer = nn.Identity if membrane_shortcut else neuron_layer
+        self.fc1 = SpikingConv(dim, hidden_dim, bias=True, neuron_layer=neuron_layer, **dd)
+        self.fc2 = SpikingConv(hidden_dim, dim, bias=True, neuron_layer=last_layer, **dd)
         self.drop = TimeDropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:

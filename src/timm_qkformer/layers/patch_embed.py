@@ -1,5 +1,6 @@
 """From pixels to spikes, and from stage to stage: the stem and the spiking patch embedding with deformed shortcut
-(SPEDS), QKFormer (arXiv 2403.16552), section 3.4 and Fig. 2.
+(SPEDS), QKFormer (arXiv 2403.16552), section 3.4 and Fig. 2; with membrane shortcuts, eq. 17; with more max pooling,
+Max-Former (arXiv 2505.18608), section 4.
 """
 
 from collections.abc import Sequence
@@ -22,9 +23,10 @@ class SpikingStem(SpikingConv):
     Args:
         in_chs: Channels of the input.
         out_chs: Channels of the output.
-        pool: Halve the size before firing.
+        pool: Halve the size by pooling before firing.
+        stride: Stride of the convolution.
         min_size: Smallest side, in pixels, that the rest of the network can take.
-        neuron_layer: Factory of the neurons.
+        neuron_layer: Factory of the neurons. `nn.Identity`: none, the result is currents [T, B, C', H', W'].
     """
 
     def __init__(
@@ -32,12 +34,13 @@ class SpikingStem(SpikingConv):
         in_chs: int,
         out_chs: int,
         pool: bool = False,
+        stride: int = 1,
         min_size: int = 1,
         neuron_layer: NeuronLayer = LIF,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(in_chs, out_chs, 3, pool=pool, neuron_layer=neuron_layer, device=device, dtype=dtype)
+        super().__init__(in_chs, out_chs, 3, stride, pool=pool, neuron_layer=neuron_layer, device=device, dtype=dtype)
         self.in_chs = in_chs
         self.min_size = min_size
 
@@ -57,6 +60,9 @@ class SpikingPatchEmbed(nn.Module):
         (False, True)   conv BN LIF, conv BN pool LIF    (CIFAR and event models)
         (False,)        conv BN LIF                      (no downsampling)
 
+    With `membrane_shortcut` one neuron fires before everything else, none at the ends of the two branches, and the
+    result is membrane potentials: y = F'(s) + BN(conv1x1(s)), s = LIF(x), with F' = F short of its last neuron.
+
     Any H and W will do: pooling and stride both round up.
 
     Args:
@@ -65,7 +71,13 @@ class SpikingPatchEmbed(nn.Module):
         pools: Which of the convolutions pool.
         hidden_chs: Channels between the convolutions, `out_chs` by default.
         shortcut: Add the shortcut branch.
+        strided: Let the convolutions stride instead of pooling after them.
+        pool_shortcut: Let the shortcut pool, too, instead of striding; for embeddings that halve the size once.
         neuron_layer: Factory of the neurons.
+        membrane_shortcut: Map membrane potentials to membrane potentials instead of spikes to spike sums.
+
+    Raises:
+        ValueError: For no convolution, or a `pool_shortcut` that would have to do more than halve the size.
     """
 
     def __init__(
@@ -75,22 +87,56 @@ class SpikingPatchEmbed(nn.Module):
         pools: Sequence[bool] = (True, False),
         hidden_chs: Optional[int] = None,
         shortcut: bool = True,
+        strided: bool = False,
+        pool_shortcut: bool = False,
         neuron_layer: NeuronLayer = LIF,
+        membrane_shortcut: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         if len(pools) == 0:
             raise ValueError("pools=() is empty: give one True or False for every convolution of the embedding")
-        args: dict[str, Any] = {"neuron_layer": neuron_layer, "device": device, "dtype": dtype}
+        if pool_shortcut and sum(pools) != 1:
+            raise ValueError(
+                f"pool_shortcut=True halves the size once, pools={tuple(pools)} halve it {sum(pools)} times"
+            )
+        dd = {"device": device, "dtype": dtype}
+        last_layer = nn.Identity if membrane_shortcut else neuron_layer
         chs = [in_chs] + [hidden_chs or out_chs] * (len(pools) - 1) + [out_chs]
+        layers = [neuron_layer] * (len(pools) - 1) + [last_layer]
         self.stride = 2 ** sum(pools)
+        self.neuron = neuron_layer(**dd) if membrane_shortcut else nn.Identity()
         self.main = nn.Sequential(
-            *(SpikingConv(chs[i], chs[i + 1], 3, pool=pool, **args) for i, pool in enumerate(pools))
+            *(
+                SpikingConv(
+                    chs[i],
+                    chs[i + 1],
+                    3,
+                    stride=2 if pool and strided else 1,
+                    pool=pool and not strided,
+                    neuron_layer=layers[i],
+                    **dd,
+                )
+                for i, pool in enumerate(pools)
+            )
         )
-        self.shortcut = SpikingConv(in_chs, out_chs, 1, stride=self.stride, **args) if shortcut else None
+        self.shortcut = (
+            SpikingConv(
+                in_chs,
+                out_chs,
+                1,
+                stride=1 if pool_shortcut else self.stride,
+                pool=pool_shortcut,
+                neuron_layer=last_layer,
+                **dd,
+            )
+            if shortcut
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.neuron(x)
         y = self.main(x)
         if self.shortcut is not None:
             y = y + self.shortcut(x)

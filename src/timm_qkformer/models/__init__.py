@@ -1,5 +1,6 @@
 """Models. Importing this package registers them with timm."""
 
+from .maxformer import MaxFormer
 from .qkformer import QKFormer
 
-__all__ = ["QKFormer"]
+__all__ = ["MaxFormer", "QKFormer"]

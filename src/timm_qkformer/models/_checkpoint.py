@@ -1,11 +1,11 @@
 """Strict translation of other code bases' checkpoints, shared by the models' `checkpoint_filter_fn`."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Optional
 
 from torch import Tensor, nn
 
-__all__ = ["check_against_model", "rename_tensors", "unwrap_checkpoint"]
+__all__ = ["check_against_model", "conv1d_to_conv2d", "rename_tensors", "translate_tensors", "unwrap_checkpoint"]
 
 StateDict = dict[str, Tensor]
 
@@ -53,6 +53,56 @@ def rename_tensors(state_dict: StateDict, rename: Callable[[str], Optional[str]]
     return renamed
 
 
+def conv1d_to_conv2d(state_dict: StateDict) -> StateDict:
+    """Give 1x1 convolutions over tokens, which other code bases write as Conv1d, the shape of our Conv2d."""
+    return {
+        name: tensor.unsqueeze(-1) if name.endswith("conv.weight") and tensor.ndim == 3 else tensor
+        for name, tensor in state_dict.items()
+    }
+
+
+def translate_tensors(
+    state_dict: StateDict,
+    model: nn.Module,
+    names: Sequence[tuple[str, str]],
+    adaptable: Mapping[str, int],
+    optional: Collection[str] = (),
+) -> StateDict:
+    """Rename tensors by name where the names are known, else by their position, if count and every shape agree.
+
+    Args:
+        state_dict: The checkpoint's tensors, in its order.
+        model: The model that is to load them.
+        names: Pairs of the other code base's name and the model's own, in the order of the other's state dict.
+        adaptable, optional: See `check_against_model`.
+
+    Raises:
+        ValueError: If neither way fits, with what is wrong.
+    """
+    ours = dict(names)
+    unknown = [name for name in state_dict if name not in ours]
+    # The model's names in the order of the checkpoint's tensors, one list for each way that can be tried.
+    ways = {}
+    if not unknown:
+        ways["by name"] = [ours[name] for name in state_dict]
+    if len(state_dict) == len(names):
+        ways["by position"] = list(ours.values())
+    problems = {}
+    for way, targets in ways.items():
+        renamed = conv1d_to_conv2d(dict(zip(targets, state_dict.values(), strict=True)))
+        original_names = {our: their for their, our in names} | dict(zip(targets, state_dict, strict=True))
+        found = _compare(renamed, model, original_names, adaptable, optional)
+        if not found:
+            return renamed
+        problems[way] = f"{way}, {'; '.join(found)}"
+    if unknown and "by position" not in problems:
+        problems["by position"] = (
+            f"its names are not the release's ({_listing(unknown)}), and {len(state_dict)} tensors cannot be matched by "
+            f"position with {len(names)}"
+        )
+    raise ValueError(f"the checkpoint does not fit this {type(model).__name__}: " + ". ".join(problems.values()))
+
+
 def check_against_model(
     state_dict: StateDict,
     model: nn.Module,
@@ -72,9 +122,22 @@ def check_against_model(
     Raises:
         ValueError: Naming every missing, extra and misshapen tensor.
     """
+    problems = _compare(state_dict, model, original_names, adaptable, optional)
+    if problems:
+        raise ValueError(f"the checkpoint does not fit this {type(model).__name__}; " + "; ".join(problems))
+
+
+def _compare(
+    state_dict: StateDict,
+    model: nn.Module,
+    original_names: Mapping[str, str],
+    adaptable: Mapping[str, int],
+    optional: Collection[str],
+) -> list[str]:
+    """What `check_against_model` complains about, missing, extra and misshapen tensors each in one line."""
     expected = model.state_dict()
     problems = []
-    missing = [name for name in expected if name not in state_dict and name not in optional]
+    missing = [original_names.get(name, name) for name in expected if name not in state_dict and name not in optional]
     if missing:
         problems.append(f"missing: {_listing(missing)}")
     extra = [original_names.get(name, name) for name in state_dict if name not in expected and name not in optional]
@@ -93,8 +156,7 @@ def check_against_model(
             misshapen.append(f"{spelling} {list(tensor.shape)} instead of {list(expected[name].shape)}")
     if misshapen:
         problems.append(f"misshapen: {_listing(misshapen)}")
-    if problems:
-        raise ValueError(f"the checkpoint does not fit this {type(model).__name__}; " + "; ".join(problems))
+    return problems
 
 
 def _listing(names: list[str]) -> str:
