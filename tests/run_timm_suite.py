@@ -1,8 +1,8 @@
 """Run timm's own model tests, unmodified, on this package's models.
 
 The tests come from the source distribution of the installed timm, fetched from PyPI with pip. Tests that timm selects
-by module name (forward_intermediates, pruning) run a second time with our modules added to that selection. Tests that
-download every pretrained tag's weights are left out, as timm's own CI leaves them out. Arguments are passed on to pytest.
+by module name (forward_intermediates, pruning) run a second time with our modules added to that selection. The tests that
+download the weights of every pretrained tag are left out, as in timm's own CI. Arguments are passed on to pytest.
 """
 
 import importlib.metadata

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import lively
 from torch import nn
 
 from timm_qkformer.layers import (
@@ -18,6 +17,7 @@ from timm_qkformer.layers import (
     SpikingSelfAttention,
     SpikingStem,
 )
+from tiny import lively
 
 T, B, C, H, W = 3, 2, 16, 6, 4
 
