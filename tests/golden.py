@@ -33,7 +33,8 @@ def recipe() -> ModuleType:
     if not path.exists():
         pytest.skip(f"golden cases are not here: {path} does not exist")
     spec = importlib.util.spec_from_file_location("golden_recipe", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

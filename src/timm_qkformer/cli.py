@@ -1,26 +1,28 @@
-"""`timm-qkformer`: every subcommand is a function elsewhere; here are its flags and what it prints.
-
-A subcommand is a pair of functions in `COMMANDS`: one adds its flags to a parser, one runs it and imports what it
-needs when it does.
-"""
+"""`timm-qkformer ...`: every command is a function elsewhere; this file parses arguments and prints errors."""
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 __all__ = ["main"]
 
 
-class Command(NamedTuple):
-    help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for the picture (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the training digits (%(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of everything random (%(default)s)")
 
 
-def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+def _demo(args: argparse.Namespace) -> None:
+    from .training.demo import run_demo
+
+    run_demo(args.output, epochs=args.epochs, seed=args.seed)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", type=Path, metavar="IN", help="checkpoint of the authors' releases or of this package"
     )
@@ -65,7 +67,7 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"wrote {done.folder}; load it with timm.create_model('local-dir:{done.folder}', pretrained=True)")
 
 
-def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_OR_FOLDER", help="converted folder, or a name that timm knows")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="images in folders named by class")
     parser.add_argument("--neurons", choices=("both", "per-sample", "coupled"), default="both")
@@ -107,7 +109,7 @@ def _verify(args: argparse.Namespace) -> None:
         write_atomically(args.output, json.dumps(results, indent=2) + "\n")
 
 
-def _publish_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder that convert wrote")
     parser.add_argument("repo", metavar="REPO", help="repository on the Hugging Face Hub, NAMESPACE/NAME")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
@@ -130,36 +132,43 @@ def _publish(args: argparse.Namespace) -> None:
     print(f"load it with timm.create_model('hf-hub:{args.repo}', pretrained=True)")
 
 
-COMMANDS = {
-    "convert": Command("turn an upstream checkpoint into a folder for timm", _convert_arguments, _convert),
-    "verify": Command("measure top-1 and top-5 accuracy on labelled images", _verify_arguments, _verify),
-    "publish": Command("upload a converted folder to the Hugging Face Hub", _publish_arguments, _publish),
+# name: (help, add arguments, run)
+Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
+COMMANDS: dict[str, Command] = {
+    "demo": ("train a small model on handwritten digits and look inside", _add_demo, _demo),
+    "convert": ("turn an upstream checkpoint into a folder for timm", _add_convert, _convert),
+    "verify": ("measure top-1 and top-5 accuracy on labelled images", _add_verify, _verify),
+    "publish": ("upload a converted folder to the Hugging Face Hub", _add_publish, _publish),
 }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="timm-qkformer", description="QKFormer spiking transformers for timm.")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        command.add_arguments(subparsers.add_parser(name, help=command.help, description=f"{command.help}."))
-    return parser
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run a subcommand; returns the exit code, 2 for an error that the user can do something about."""
-    args = _parser().parse_args(argv)
+    """Run a command; errors that the user can act on are one line and exit status 2."""
+    parser = argparse.ArgumentParser(prog="timm-qkformer", description="QKFormer spiking transformers for timm")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (text, add_arguments, run) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        add_arguments(command)
+        command.set_defaults(run=run)
+    args = parser.parse_args(argv)
     try:
-        COMMANDS[args.command].run(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        if args.traceback:
+        args.run(args)
+    except ModuleNotFoundError as error:
+        extra = {"sklearn": "demo", "matplotlib": "demo", "tqdm": "demo"}.get(error.name or "")
+        if extra is None:
             raise
-        print(f"timm-qkformer: error: {error}", file=sys.stderr)
-        return 2
+        return _fail(f"{error.name} is not installed: pip install 'timm-qkformer[{extra}]'")
+    except (OSError, ValueError) as error:
+        return _fail(str(error))
     except KeyboardInterrupt:
         print("timm-qkformer: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _fail(message: str) -> int:
+    print(f"timm-qkformer: error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

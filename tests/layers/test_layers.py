@@ -99,7 +99,7 @@ def test_token_counts_are_exact_in_half_precision():
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_heads_must_divide_the_width(attention):
-    with pytest.raises(ValueError, match="num_heads=5 must divide.*dim=16"):
+    with pytest.raises(ValueError, match=r"num_heads=5 must divide.*dim=16"):
         attention(C, 5)
 
 

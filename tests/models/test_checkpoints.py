@@ -5,8 +5,8 @@ import re
 import pytest
 import timm
 import torch
-from release import release_state_dict
 
+from release import release_state_dict
 from timm_qkformer.models.qkformer import checkpoint_filter_fn
 
 

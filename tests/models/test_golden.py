@@ -3,8 +3,8 @@
 import pytest
 import timm
 import torch
-from golden import CASES, GoldenCase
 
+from golden import CASES, GoldenCase
 from timm_qkformer.layers import SpikingNeuron
 from timm_qkformer.models.qkformer import QKFormer, checkpoint_filter_fn
 

@@ -1,6 +1,5 @@
 """Upstream checkpoint in, timm folder out."""
 
-import inspect
 import json
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from .card import write_card
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
 from .recognise import Recognised, find_asset, recognise
 from .releases import Release, find_release
+from .verify import coupled_layers
 
 __all__ = ["Conversion", "convert"]
 
@@ -141,8 +141,7 @@ def _trained_size(checkpoint: Checkpoint) -> Optional[int]:
 
 def _build(found: Recognised, cfg: dict[str, Any], batch_coupled: bool, dtype: torch.dtype) -> nn.Module:
     args = dict(found.model_args, time_steps=found.time_steps)
-    entrypoint = timm.create_model(found.model, device="meta")
-    if "batch_coupled" in inspect.signature(type(entrypoint).__init__).parameters:
+    if coupled_layers(timm.create_model(found.model, device="meta")):
         args["batch_coupled"] = batch_coupled
     elif batch_coupled:
         raise ValueError(f"batch_coupled=True: {found.model} has no coupled neurons, its release has none either")

@@ -19,10 +19,10 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..layers import SpikingSelfAttention
+from ..layers import SpikingConv, SpikingSelfAttention
 from .files import write_atomically
 
-__all__ = ["find_samples", "verify"]
+__all__ = ["coupled_layers", "find_samples", "verify"]
 
 Sample = tuple[str, int]  # path and class index
 
@@ -223,10 +223,16 @@ class _Images(torch.utils.data.Dataset[tuple[Any, int]]):
             raise ValueError(f"{path} is not a readable image: {error}") from error
 
 
+def coupled_layers(net: nn.Module) -> list[SpikingConv]:
+    """Layers whose neurons the QKFormer release couples: with membrane shortcuts there are none."""
+    projections = [module.proj for module in net.modules() if isinstance(module, SpikingSelfAttention)]
+    return [layer for layer in projections if not isinstance(layer.neuron, nn.Identity)]
+
+
 def _modes(net: nn.Module, neurons: str) -> dict[str, bool]:
     """Kinds of neurons to measure, by name, and whether they are coupled."""
     modes = {"per-sample": False, "coupled": True}
-    if not any(isinstance(module, SpikingSelfAttention) for module in net.modules()):
+    if not coupled_layers(net):
         if neurons == "coupled":
             raise ValueError(f"neurons='coupled': {type(net).__name__} has no coupled neurons")
         return {"per-sample": False}
@@ -235,9 +241,8 @@ def _modes(net: nn.Module, neurons: str) -> dict[str, bool]:
 
 @torch.inference_mode()
 def _count(net: nn.Module, coupled: bool, images: Tensor, targets: Tensor, count: _Count) -> None:
-    for module in net.modules():
-        if isinstance(module, SpikingSelfAttention):
-            module.proj.batch_coupled = coupled
+    for layer in coupled_layers(net):
+        layer.batch_coupled = coupled
     start = time.perf_counter()
     logits = net(images)
     ranks = logits.topk(min(5, logits.shape[1])).indices.cpu()  # waits for the device

@@ -173,6 +173,4 @@ def integrate_and_fire(
     Returns:
         Spikes, 0 or 1, of the shape and dtype of `x`.
     """
-    return _IntegrateAndFire.apply(
-        x, leak, threshold, soft_reset, decay_input, detach_reset, surrogate, alpha
-    )
+    return _IntegrateAndFire.apply(x, leak, threshold, soft_reset, decay_input, detach_reset, surrogate, alpha)

@@ -26,7 +26,7 @@ def as_sequence(x: Tensor, in_chans: int, min_size: int) -> Tensor:
             f"input of shape {list(x.shape)} has {x.dim()} dimensions: give images [B, C, H, W] or event clips "
             "[B, T, C, H, W]"
         )
-    T, B, C, H, W = x.shape
+    T, _, C, H, W = x.shape
     if C != in_chans:
         raise ValueError(f"input has {C} channels, the model was created with in_chans={in_chans}")
     if T < 1:

@@ -54,7 +54,7 @@ class PendingCfg(PretrainedCfg):
         return False
 
 
-class WeightsError(RuntimeError):
+class WeightsError(OSError, RuntimeError):
     """Pretrained weights could not be had: what was tried, why it failed and what else there is."""
 
 

@@ -1,0 +1,33 @@
+# Both commands set up everything they need in .venv; see README.md.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all lint timm-suite clean
+
+demo: $(STAMP)
+	$(BIN)/timm-qkformer demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m ''
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# timm's own tests, from its source distribution, on our models.
+timm-suite: $(STAMP)
+	$(BIN)/python tests/run_timm_suite.py
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist output .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,1 @@
+"""Training, built of timm's parts."""

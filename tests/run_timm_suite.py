@@ -1,0 +1,51 @@
+"""Run timm's own model tests, unmodified, on this package's models.
+
+The tests come from the source distribution of the installed timm, fetched from PyPI with pip. Tests that timm selects
+by module name (forward_intermediates, pruning) run a second time with our modules added to that selection. The tests that
+download the weights of every pretrained tag are left out, as in timm's own CI. Arguments are passed on to pytest.
+"""
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+MODULES = ("maxformer", "qkformer")
+NAMES = "(maxformer or qkformer) and not pretrained"
+SELECTION = "FEAT_INTER_FILTERS = ["
+
+
+def main(arguments: list[str]) -> int:
+    version = importlib.metadata.version("timm")
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "-d", folder]
+        subprocess.run([*pip, f"timm=={version}"], check=True)
+        with tarfile.open(next(Path(folder).glob("timm-*.tar.gz"))) as archive:
+            archive.extractall(folder, filter="data")
+        tests = Path(folder) / f"timm-{version}" / "tests"
+        code = _pytest(tests / "test_models.py", NAMES, arguments)
+
+        text = (tests / "test_models.py").read_text()
+        added = SELECTION + "".join(f"\n    {module!r}," for module in MODULES)
+        selected, changes = re.subn(re.escape(SELECTION), added, text)
+        if changes != 1:
+            raise SystemExit(
+                f"timm {version} selects its tests by module in another way: {SELECTION!r} is not there once"
+            )
+        (tests / "test_models_selected.py").write_text(selected)
+        by_module = f"({NAMES}) and (intermediates or contract)"
+        return code or _pytest(tests / "test_models_selected.py", by_module, arguments)
+
+
+def _pytest(file: Path, names: str, arguments: list[str]) -> int:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", names]
+    env = {**os.environ, "TORCH_BACKEND": "timm_qkformer"}
+    return subprocess.run([*command, *arguments, str(file)], cwd=file.parents[1], env=env, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

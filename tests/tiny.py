@@ -1,0 +1,24 @@
+"""Tiny models and inputs in float64, lively enough that their deeper neurons fire."""
+
+import timm
+import torch
+from torch import Tensor, nn
+
+
+def lively(module: nn.Module) -> nn.Module:
+    """Scale up the batch norms and turn to float64 and eval mode."""
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 1.0, 2.0)
+            nn.init.uniform_(m.bias, 0.2, 1.2)
+            m.running_mean.normal_(0, 0.2)
+            m.running_var.uniform_(0.5, 1.5)
+    return module.double().eval()
+
+
+def tiny(name: str, **kwargs) -> nn.Module:
+    return lively(timm.create_model(name, **{"num_classes": 7, **kwargs}))
+
+
+def images(batch: int = 3, chans: int = 3, size: tuple[int, int] = (32, 32)) -> Tensor:
+    return torch.randn(batch, chans, *size, dtype=torch.float64)
