@@ -182,7 +182,7 @@ def test_arguments_outside_their_range_are_refused(arguments, message, folder, i
 
 def test_unknown_models_are_refused(images, tmp_path):
     for name in ("no_such_model", str(tmp_path)):
-        with pytest.raises(ValueError, match="neither a folder with a config.json nor a model"):
+        with pytest.raises(ValueError, match=r"neither a folder with a config\.json nor a model"):
             verify(name, images)
 
 
