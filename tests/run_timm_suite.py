@@ -14,8 +14,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-MODULES = ("qkformer",)
-NAMES = "qkformer"
+MODULES = ("qkformer", "maxformer")
+NAMES = "qkformer or maxformer"
 SELECTION = "FEAT_INTER_FILTERS = ["
 
 

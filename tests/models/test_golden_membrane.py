@@ -7,8 +7,8 @@ import sys
 import pytest
 import timm
 import torch
-from golden import MEMBRANE_CASES, GoldenCase
 
+from golden import MEMBRANE_CASES, GoldenCase
 from timm_qkformer.layers import SpikingNeuron
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-9}

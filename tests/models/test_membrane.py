@@ -7,10 +7,10 @@ import timm
 import torch
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
-from tiny import images, tiny
 
 from timm_qkformer.layers import LIF, ParametricLIF, SpikingNeuron
 from timm_qkformer.models import MaxFormer, QKFormer
+from tiny import images, tiny
 
 NAMES = ["test_qkformer_ms", "test_maxformer"]
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import timm
 import torch
+
 from membrane_release import membrane_release_state_dict
 from release import release_state_dict
 
@@ -79,7 +80,7 @@ def test_two_tensors_in_each_others_place_are_refused(model):
     """Position alone counts when names are unknown, so a shape out of place must not be glossed over."""
     values = list(membrane_release_state_dict(model).values())
     values[0], values[1] = values[1], values[0]
-    with pytest.raises(ValueError, match="by position, misshapen: tensor_0 .*, tensor_1"):
+    with pytest.raises(ValueError, match=r"by position, misshapen: tensor_0 .*, tensor_1"):
         checkpoint_filter({f"tensor_{i}": v for i, v in enumerate(values)}, model)
 
 

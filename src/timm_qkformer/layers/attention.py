@@ -74,7 +74,8 @@ class QKTokenAttention(_SpikingAttention):
         membrane_shortcut: Return input currents instead of spikes.
     """
 
-    sum_dim: torch.jit.Final[int] = 3  # of [T, B, heads, channels, tokens]
+    __constants__ = ("sum_dim",)  # for TorchScript
+    sum_dim = 3  # of [T, B, heads, channels, tokens]
 
     def forward(self, x: Tensor) -> Tensor:
         _, _, _, H, W = x.shape
@@ -90,7 +91,7 @@ class QKChannelAttention(QKTokenAttention):
     channel is kept or dropped for all tokens at once. Arguments as in `QKTokenAttention`.
     """
 
-    sum_dim: torch.jit.Final[int] = 4
+    sum_dim = 4
 
 
 class SpikingSelfAttention(_SpikingAttention):

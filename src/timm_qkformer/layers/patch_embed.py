@@ -44,7 +44,7 @@ class SpikingStem(SpikingConv):
         self.in_chs = in_chs
         self.min_size = min_size
 
-    def forward(self, x: Tensor, time_steps: int) -> Tensor:
+    def forward(self, x: Tensor, time_steps: int) -> Tensor:  # type: ignore[override]
         steps = count_time_steps(x, time_steps)
         x = self.currents(as_sequence(x, self.in_chs, self.min_size))
         return self.neuron(x.expand(steps, -1, -1, -1, -1))

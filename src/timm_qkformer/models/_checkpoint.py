@@ -97,8 +97,8 @@ def translate_tensors(
         problems[way] = f"{way}, {'; '.join(found)}"
     if unknown and "by position" not in problems:
         problems["by position"] = (
-            f"its names are not the release's ({_listing(unknown)}), and {len(state_dict)} tensors cannot be matched by "
-            f"position with {len(names)}"
+            f"its names are not the release's ({_listing(unknown)}), and {len(state_dict)} tensors cannot be matched "
+            f"by position with {len(names)}"
         )
     raise ValueError(f"the checkpoint does not fit this {type(model).__name__}: " + ". ".join(problems.values()))
 

@@ -248,9 +248,10 @@ class HierarchicalSpikingTransformer(nn.Module):
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         if self.num_classes > 0:
-            self.head = nn.Linear(self.head_hidden_size, self.num_classes, device=device, dtype=dtype)
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+            head = nn.Linear(self.head_hidden_size, self.num_classes, device=device, dtype=dtype)
+            trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+            self.head: nn.Module = head
         else:
             self.head = nn.Identity()
 
@@ -281,6 +282,7 @@ class HierarchicalSpikingTransformer(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
+            assert isinstance(stage, SpikingStage)
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -379,7 +381,7 @@ class HierarchicalSpikingTransformer(nn.Module):
 
 def per_stage(name: str, value: Any, minimum: Optional[int] = None, stages: int = 3) -> List[Any]:
     """One value per stage, from one for all or a sequence."""
-    values = [value] * stages if isinstance(value, (int, float, str)) else list(value)
+    values: List[Any] = [value] * stages if isinstance(value, (int, float, str)) else list(value)
     if len(values) != stages:
         raise ValueError(f"{name}={value!r} must have one entry for each of the {stages} stages, not {len(values)}")
     if minimum is not None and any(v < minimum for v in values):

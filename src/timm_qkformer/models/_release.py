@@ -5,6 +5,7 @@ checkpoints are older than its code and spell the names in other ways; its own l
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ..layers import SpikingDepthwiseConv
 from ..layers.conv import ConvNorm
@@ -52,14 +53,15 @@ def _units(
     model: HierarchicalSpikingTransformer, embeddings: Sequence[Sequence[UnitNames]]
 ) -> Iterator[tuple[UnitNames, str]]:
     """The release's names and the path of every convolution with batch norm, in the order of the release."""
-    for i, (stage, embedding) in enumerate(zip(model.stages, embeddings, strict=False), start=1):
+    stages: list[Any] = list(model.stages)
+    for i, (stage, embedding) in enumerate(zip(stages, embeddings, strict=False), start=1):
         path = f"stages.{i - 1}.embed"
         units = [f"{path}.main.{j}" for j in range(len(stage.embed.main))] + [f"{path}.shortcut"]
         if i == 1:
             units.insert(0, "stem")
         for (conv, bn), unit in zip(embedding, units, strict=True):
             yield (f"patch_embed{i}.{conv}", f"patch_embed{i}.{bn}"), unit
-    for i, stage in enumerate(model.stages, start=1):
+    for i, stage in enumerate(stages, start=1):
         for j, block in enumerate(stage.blocks):
             theirs, ours = f"stage{i}.{j}", f"stages.{i - 1}.blocks.{j}"
             if isinstance(block.attn, SpikingDepthwiseConv):

@@ -17,7 +17,6 @@ from timm.models._registry import generate_default_cfgs, register_model
 from torch import nn
 
 from ..layers import QKChannelAttention, QKTokenAttention, SpikingSelfAttention
-from ..layers.neurons import NeuronLayer
 from . import _build
 from ._checkpoint import StateDict, check_against_model, conv1d_to_conv2d, rename_tensors, unwrap_checkpoint
 from ._hst import IMAGENET_CFG, Embedding, HierarchicalSpikingTransformer, StageEmbed, per_stage
@@ -112,12 +111,13 @@ class _ReleaseNames:
         found = {m.group(1, 2) for m in map(_RELEASE_EMBED.fullmatch, names) if m}
         order = sorted(found, key=lambda place: (place[0], int(place[1] or 0)))
         convs = ["stem"]
-        for i, stage in enumerate(model.stages):
+        model_stages: list[Any] = list(model.stages)
+        for i, stage in enumerate(model_stages):
             convs += [f"stages.{i}.embed.main.{j}" for j in range(len(stage.embed.main))]
-        self.convs = dict(zip(order, convs))
-        shortcuts = [i for i, stage in enumerate(model.stages) if stage.embed.shortcut is not None]
+        self.convs = dict(zip(order, convs, strict=False))  # leftovers are reported by name
+        shortcuts = [i for i, stage in enumerate(model_stages) if stage.embed.shortcut is not None]
         self.shortcuts = {str(n + 1): f"stages.{i}.embed.shortcut" for n, i in enumerate(shortcuts)}
-        stages = [i for i, stage in enumerate(model.stages) if len(stage.blocks) > 0]
+        stages = [i for i, stage in enumerate(model_stages) if len(stage.blocks) > 0]
         self.stages = {str(n + 1): f"stages.{i}.blocks" for n, i in enumerate(stages)}
 
     def __call__(self, name: str) -> Optional[str]:
@@ -195,8 +195,8 @@ def _filter_membrane(tensors: StateDict, model: QKFormer) -> StateDict:
     sew_names = _ReleaseNames(list(tensors), model)
     if all(sew_names(name) is not None for name in tensors):
         _logger.warning(
-            "The checkpoint's names are those of QKFormer's release. If it was trained without membrane shortcuts, load "
-            "it into a model without them: here its tensors fit, but its weights do not."
+            "The checkpoint's names are those of QKFormer's release. If it was trained without membrane shortcuts, "
+            "load it into a model without them: here its tensors fit, but its weights do not."
         )
     return translate_release(tensors, model, _MEMBRANE_EMBEDS)
 
