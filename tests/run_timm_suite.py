@@ -14,8 +14,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-MODULES = ("maxformer", "qkformer")
-NAMES = "(maxformer or qkformer) and not pretrained"
+MODULES = ("qkformer", "maxformer")
+NAMES = "(qkformer or maxformer) and not pretrained"
 SELECTION = "FEAT_INTER_FILTERS = ["
 
 
