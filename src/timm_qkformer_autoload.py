@@ -12,6 +12,12 @@ where timm is never imported, nothing else is.
 import os
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
 _TARGET = "timm.models"
 
 
@@ -30,7 +36,9 @@ def autoload() -> None:
 class _TimmFinder:
     """Finds ``timm.models`` once, through the other finders, and has its loader register our models afterwards."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
         if name != _TARGET:
             return None
         try:
@@ -46,19 +54,19 @@ class _TimmFinder:
         return None
 
 
-def _register_after_exec(loader) -> None:
+def _register_after_exec(loader: object) -> None:
     """Shadow this one loader's ``exec_module`` until it has executed ``timm.models``."""
     try:
-        exec_module = loader.exec_module
+        exec_module = loader.exec_module  # type: ignore[attr-defined]
 
-        def exec_and_register(module):
+        def exec_and_register(module: "ModuleType") -> None:
             if module.__name__ == _TARGET:
-                del loader.exec_module
+                del loader.exec_module  # type: ignore[attr-defined]
             exec_module(module)
             if module.__name__ == _TARGET:
                 _register()
 
-        loader.exec_module = exec_and_register
+        loader.exec_module = exec_and_register  # type: ignore[attr-defined]
     except Exception as error:
         _warn(error)
 

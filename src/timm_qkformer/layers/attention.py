@@ -74,8 +74,8 @@ class QKTokenAttention(_SpikingAttention):
         membrane_shortcut: Return input currents instead of spikes.
     """
 
-    __constants__ = ["sum_dim"]  # noqa: RUF012, for TorchScript
-    sum_dim: int = 3  # of [T, B, heads, channels, tokens]
+    __constants__ = ("sum_dim",)  # for TorchScript
+    sum_dim = 3  # of [T, B, heads, channels, tokens]
 
     def forward(self, x: Tensor) -> Tensor:
         _, _, _, H, W = x.shape
@@ -91,7 +91,7 @@ class QKChannelAttention(QKTokenAttention):
     channel is kept or dropped for all tokens at once. Arguments as in `QKTokenAttention`.
     """
 
-    sum_dim: int = 4
+    sum_dim = 4
 
 
 class SpikingSelfAttention(_SpikingAttention):

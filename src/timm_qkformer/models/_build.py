@@ -45,7 +45,7 @@ def create(
             model_cls,
             variant,
             pretrained,
-            pretrained_cfg=cfg,
+            pretrained_cfg=cfg,  # timm resolves it once more, which changes nothing
             pretrained_filter_fn=filter_fn,
             feature_cfg={"out_indices": (0, 1, 2), "feature_cls": "getter"},
             **model_args,

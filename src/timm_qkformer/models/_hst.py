@@ -247,12 +247,13 @@ class HierarchicalSpikingTransformer(nn.Module):
     def _create_head(self, global_pool: str, device: Any, dtype: Any) -> None:
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.head: nn.Module = nn.Identity()
         if self.num_classes > 0:
             head = nn.Linear(self.head_hidden_size, self.num_classes, device=device, dtype=dtype)
             trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
-            self.head = head
+            self.head: nn.Module = head
+        else:
+            self.head = nn.Identity()
 
     @torch.jit.ignore
     def set_time_steps(self, time_steps: int) -> None:
@@ -281,7 +282,8 @@ class HierarchicalSpikingTransformer(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
+            assert isinstance(stage, SpikingStage)
+            stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

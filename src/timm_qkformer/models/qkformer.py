@@ -91,7 +91,7 @@ class QKFormer(HierarchicalSpikingTransformer):
             extra = {"batch_coupled": batch_coupled} if name == "ssa" else {}
             mixers.append(partial(ATTENTIONS[name], num_heads=heads, **extra))
         super().__init__(EMBEDDINGS[patch_embed], mixers, membrane_shortcut, **kwargs)
-        self.patch_embed = patch_embed
+        self.embedding = patch_embed
         self.membrane_shortcut = membrane_shortcut
 
 
@@ -112,13 +112,13 @@ class _ReleaseNames:
         found = {m.group(1, 2) for m in map(_RELEASE_EMBED.fullmatch, names) if m}
         order = sorted(found, key=lambda place: (place[0], int(place[1] or 0)))
         convs = ["stem"]
-        modules: list[Any] = list(model.stages)
-        for i, stage in enumerate(modules):
+        model_stages: list[Any] = list(model.stages)
+        for i, stage in enumerate(model_stages):
             convs += [f"stages.{i}.embed.main.{j}" for j in range(len(stage.embed.main))]
-        self.convs = dict(zip(order, convs, strict=False))  # a wrong checkpoint may hold more or fewer
-        shortcuts = [i for i, stage in enumerate(modules) if stage.embed.shortcut is not None]
+        self.convs = dict(zip(order, convs, strict=False))  # leftovers are reported by name
+        shortcuts = [i for i, stage in enumerate(model_stages) if stage.embed.shortcut is not None]
         self.shortcuts = {str(n + 1): f"stages.{i}.embed.shortcut" for n, i in enumerate(shortcuts)}
-        stages = [i for i, stage in enumerate(modules) if len(stage.blocks) > 0]
+        stages = [i for i, stage in enumerate(model_stages) if len(stage.blocks) > 0]
         self.stages = {str(n + 1): f"stages.{i}.blocks" for n, i in enumerate(stages)}
 
     def __call__(self, name: str) -> Optional[str]:
@@ -191,7 +191,7 @@ _MEMBRANE_EMBEDS: tuple[tuple[UnitNames, ...], ...] = (
 
 def _filter_membrane(tensors: StateDict, model: QKFormer) -> StateDict:
     """`checkpoint_filter_fn` for models with membrane shortcuts, whose tensors are shaped as those without."""
-    if model.patch_embed != "imagenet":
+    if model.embedding != "imagenet":  # the release has none of the others
         return tensors
     sew_names = _ReleaseNames(list(tensors), model)
     if all(sew_names(name) is not None for name in tensors):
