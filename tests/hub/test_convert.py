@@ -216,6 +216,17 @@ def test_input_size_sets_the_crop_of_the_release(folder, tmp_path):
         assert timm.data.resolve_model_data_config(model)["input_size"] == (3, expected, expected)
 
 
+def test_normalisation_is_that_of_the_training(folder, tmp_path):
+    args = argparse.Namespace(mean=[0.5, 0.4, 0.3], std=(0.2, 0.2, 0.1), input_size=[3, 80, 80])
+    convert(save({"model": release_state_dict(variant()), "args": args}, tmp_path / "x.pth"), folder)
+    config = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}", pretrained=True))
+    assert (list(config["mean"]), list(config["std"])) == ([0.5, 0.4, 0.3], [0.2, 0.2, 0.1])
+    assert config["input_size"] == (3, 80, 80)
+    args.std = [0.0, float("nan"), 0.1]
+    convert(save({"model": release_state_dict(variant()), "args": args}, tmp_path / "x.pth"), folder, force=True)
+    assert "NaN" not in (folder / "config.json").read_text()
+
+
 def test_dtypes_are_widened_exactly_and_never_narrowed_silently(folder, tmp_path):
     model = variant()
     half = {name: t.half() if t.is_floating_point() else t for name, t in release_state_dict(model).items()}

@@ -228,7 +228,14 @@ def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
     values = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(values, Mapping):
         return {}
-    return {str(key): value for key, value in values.items() if isinstance(value, (str, int, float, bool))}
+    return {str(key): value for key, value in values.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    """A number, a word or a short row of numbers, such as a mean."""
+    if isinstance(value, (list, tuple)):
+        return len(value) <= 16 and all(isinstance(item, (int, float)) for item in value)
+    return isinstance(value, (str, int, float))
 
 
 def _epoch(content: Mapping[str, Any]) -> Optional[int]:

@@ -122,7 +122,8 @@ def _check_target(folder: Path, force: bool) -> None:
 def _pretrained_cfg(
     found: Recognised, checkpoint: Checkpoint, release: Optional[Release], tag: str, input_size: Optional[int]
 ) -> dict[str, Any]:
-    """What differs from the model's own pretrained config. Crop as in the releases' evaluation."""
+    """What differs from the model's own pretrained config: size and normalisation as they were in training, and the
+    crop that the releases evaluate with at that size."""
     default: Any = timm.get_pretrained_cfg(found.model)
     overlay: dict[str, Any] = {"tag": tag}
     size = input_size or (release.input_size if release else None) or _trained_size(checkpoint)
@@ -131,12 +132,22 @@ def _pretrained_cfg(
         overlay["pool_size"] = None
         if default.crop_pct < 1.0 and size > 224:
             overlay["crop_pct"] = 1.0
+    for key in ("mean", "std"):
+        values = checkpoint.args.get(key)
+        in_range = isinstance(values, (list, tuple)) and all(0 <= value <= 255 for value in values)
+        if in_range and len(values) == len(getattr(default, key)) and (key == "mean" or min(values) > 0):
+            overlay[key] = tuple(map(float, values))
     return overlay
 
 
 def _trained_size(checkpoint: Checkpoint) -> Optional[int]:
-    size = checkpoint.args.get("input_size")
-    return size if isinstance(size, int) and 16 <= size <= 4096 else None
+    """Pixels per side in the training's arguments: the ImageNet code's name for it, or timm's two."""
+    for key in ("input_size", "img_size"):
+        size = checkpoint.args.get(key)
+        size = size[-1] if isinstance(size, (list, tuple)) and size else size
+        if isinstance(size, int) and 16 <= size <= 4096:
+            return size
+    return None
 
 
 def _build(found: Recognised, cfg: dict[str, Any], batch_coupled: bool, dtype: torch.dtype) -> nn.Module:
