@@ -134,8 +134,9 @@ def _pretrained_cfg(
             overlay["crop_pct"] = 1.0
     for key in ("mean", "std"):
         values = checkpoint.args.get(key)
-        in_range = isinstance(values, (list, tuple)) and all(0 <= value <= 255 for value in values)
-        if in_range and len(values) == len(getattr(default, key)) and (key == "mean" or min(values) > 0):
+        if not isinstance(values, (list, tuple)) or len(values) != len(getattr(default, key)):
+            continue
+        if all(0 <= value <= 255 for value in values) and (key == "mean" or min(values) > 0):
             overlay[key] = tuple(map(float, values))
     return overlay
 
