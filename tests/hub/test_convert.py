@@ -3,6 +3,9 @@
 import argparse
 import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -68,11 +71,20 @@ def test_folder_holds_weights_config_and_card(tiny_model, tiny_checkpoint, folde
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 def test_transformers_gives_the_same_logits(tiny_model, tiny_checkpoint, folder):
-    from transformers import AutoModelForImageClassification
-
+    """In a process that imports transformers alone: the plugin registers the models when transformers imports timm."""
     convert(tiny_checkpoint, folder)
-    model = AutoModelForImageClassification.from_pretrained(folder).eval()
-    assert logits_of(lambda x: model(x).logits) == logits_of(tiny_model)
+    code = """
+import json, sys
+from transformers import AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1]).eval()
+sys.path.insert(0, sys.argv[2])
+from hub_client import logits_of
+print(json.dumps(logits_of(lambda x: model(x).logits)))
+"""
+    command = [sys.executable, "-c", code, str(folder), str(Path(__file__).parent)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.splitlines()[-1]) == logits_of(tiny_model)
 
 
 @pytest.mark.parametrize(("name", "time_steps"), [("imagenet_10_384_t1", 1), ("imagenet_10_384_t4_batch3_64px", 4)])

@@ -102,6 +102,14 @@ def test_weights_that_do_not_fit_keep_their_own_error(tmp_path):
     assert not isinstance(error.value, WeightsError)
 
 
-def test_arguments_out_of_range_keep_their_own_error(tmp_path):
+def test_errors_that_the_caller_is_handling_are_not_ours():
+    try:
+        raise ConnectionError("of the caller")
+    except ConnectionError:
+        with pytest.raises(ValueError, match="time_steps=0"):
+            timm.create_model("test_qkformer", pretrained=True, pretrained_cfg_overlay={"file": "x"}, time_steps=0)
+
+
+def test_arguments_out_of_range_keep_their_own_error():
     with pytest.raises(ValueError, match="time_steps=0"):
         timm.create_model("test_qkformer", pretrained=True, pretrained_cfg_overlay={"file": "x"}, time_steps=0)

@@ -12,6 +12,7 @@ import http.client
 import logging
 import os
 import pickle
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,7 @@ def loading_weights(variant: str, cfg: PretrainedCfg, cache_dir: Any = None) -> 
         WeightsError: If the weights cannot be downloaded or read. Weights that do not fit the model are not its
             business: those errors pass through.
     """
+    handled = sys.exception()  # what the caller is handling already, which is none of ours
     source, location = timm_builder._resolve_pretrained_source(vars(cfg))
     if not source:
         raise WeightsError(f"{_name(variant, cfg)} has no pretrained weights to download.{_other_ways(variant)}")
@@ -91,7 +93,7 @@ def loading_weights(variant: str, cfg: PretrainedCfg, cache_dir: Any = None) -> 
             for path in _new_files(hub_files, location, cache_dir):
                 _check_hub_hash(path)
     except Exception as error:
-        reason = explain(error, source)
+        reason = explain(error, source, handled)
         if reason is None:
             raise
         pending = (
@@ -242,14 +244,15 @@ def _other_ways(variant: str) -> str:
     )
 
 
-def explain(error: BaseException, source: str) -> Optional[str]:
+def explain(error: BaseException, source: str, handled: Optional[BaseException] = None) -> Optional[str]:
     """Why a transfer failed, in sentences for the user; None if the error is not about getting or reading a file.
 
     Args:
         error: Whatever was raised, by urllib, huggingface_hub or a reader of files.
         source: timm's word for where the file should come from: "url", "hf-hub", "file" or "local-dir".
+        handled: An exception that was being handled before the transfer began; its causes are not looked at.
     """
-    chain = list(_chain(error))
+    chain = list(_chain(error, handled))
     for link in chain:
         if isinstance(link, _DamagedError):
             return f"{link}. It was not kept; try again."
@@ -306,13 +309,15 @@ def _status_reason(status: int) -> str:
     return f"the server refused ({status})."
 
 
-def _chain(error: Optional[BaseException]) -> Iterator[BaseException]:
-    seen: set[int] = set()
+def _chain(error: Optional[BaseException], handled: Optional[BaseException]) -> Iterator[BaseException]:
+    """The error and what it came from, outermost first."""
+    seen = {id(handled)}
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
         reason = getattr(error, "reason", None)  # urllib wraps the socket's error so
-        error = error.__cause__ or error.__context__ or (reason if isinstance(reason, BaseException) else None)
+        context = None if error.__suppress_context__ else error.__context__
+        error = error.__cause__ or context or (reason if isinstance(reason, BaseException) else None)
 
 
 def _status(error: BaseException) -> Optional[int]:
