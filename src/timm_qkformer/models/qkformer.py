@@ -90,7 +90,7 @@ class QKFormer(HierarchicalSpikingTransformer):
             extra = {"batch_coupled": batch_coupled} if name == "ssa" else {}
             mixers.append(partial(ATTENTIONS[name], num_heads=heads, **extra))
         super().__init__(EMBEDDINGS[patch_embed], mixers, membrane_shortcut, **kwargs)
-        self.patch_embed = patch_embed
+        self.embedding = patch_embed
         self.membrane_shortcut = membrane_shortcut
 
 
@@ -190,7 +190,7 @@ _MEMBRANE_EMBEDS: tuple[tuple[UnitNames, ...], ...] = (
 
 def _filter_membrane(tensors: StateDict, model: QKFormer) -> StateDict:
     """`checkpoint_filter_fn` for models with membrane shortcuts, whose tensors are shaped as those without."""
-    if model.patch_embed != "imagenet":
+    if model.embedding != "imagenet":  # the release has none of the others
         return tensors
     sew_names = _ReleaseNames(list(tensors), model)
     if all(sew_names(name) is not None for name in tensors):
