@@ -12,7 +12,7 @@ __all__ = ["main"]
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for the picture (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=20, help="passes over the training digits (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the training digits (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="seed of everything random (%(default)s)")
 
 
@@ -154,10 +154,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         args.run(args)
     except ModuleNotFoundError as error:
-        extra = {"sklearn": "demo", "matplotlib": "demo", "tqdm": "demo"}.get(error.name or "")
+        extra = {"sklearn": "demo", "matplotlib": "demo", "tqdm": "demo"}.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        return _fail(f"{error.name} is not installed: pip install 'timm-qkformer[{extra}]'")
+        return _fail(f"{error.name} is missing: pip install 'timm-qkformer[{extra}]'")
     except (OSError, ValueError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -117,7 +117,7 @@ def check_against_model(
         model: The model that is to load them.
         original_names: The checkpoint's own spelling of each name, for the error.
         adaptable: Tensors whose given dimension timm adapts after this filter (classes, input channels).
-        optional: Names that may be absent from the model (a removed classifier).
+        optional: Names that the model need not have (a removed classifier).
 
     Raises:
         ValueError: Naming every missing, extra and misshapen tensor.
@@ -137,7 +137,7 @@ def _compare(
     """What `check_against_model` complains about, missing, extra and misshapen tensors each in one line."""
     expected = model.state_dict()
     problems = []
-    missing = [original_names.get(name, name) for name in expected if name not in state_dict and name not in optional]
+    missing = [original_names.get(name, name) for name in expected if name not in state_dict]
     if missing:
         problems.append(f"missing: {_listing(missing)}")
     extra = [original_names.get(name, name) for name in state_dict if name not in expected and name not in optional]

@@ -9,7 +9,7 @@ Q-K attention where there are many tokens, spiking self-attention where there ar
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Optional, Union
 
@@ -136,6 +136,20 @@ class _ReleaseNames:
             return None
         return f"{unit}.{rest}" if unit else None
 
+    def spelling(self, names: Iterable[str], model: QKFormer) -> dict[str, str]:
+        """The release's spelling of our names, also of those missing from `names` if any of their unit is there."""
+        original = {self(name) or name: name for name in names}
+        units = {}
+        for ours, theirs in original.items():
+            if ours.count(".") > 1:
+                unit, layer, rest = ours.rsplit(".", 2)
+                units[unit] = theirs.removesuffix(f"_{layer}.{rest}")
+        for ours in model.state_dict().keys() - original.keys():
+            unit, *place = ours.rsplit(".", 2)
+            if unit in units:
+                original[ours] = f"{units[unit]}_{'.'.join(place)} ({ours})"
+        return original
+
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateDict:
     """Turn a checkpoint of the authors' release into this module's state dict; pass our own through unchanged.
@@ -160,8 +174,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
             "model, or any other with membrane_shortcut=True"
         )
     names = _ReleaseNames(list(tensors), model)
-    original_names = {names(name) or name: name for name in tensors}
     renamed = conv1d_to_conv2d(rename_tensors(tensors, names))
+    original_names = names.spelling(tensors, model)
     check_against_model(
         renamed,
         model,

@@ -29,7 +29,7 @@ MODEL = "qkformer_hst4_384"
 MODEL_ARGS: dict[str, Any] = {
     # ImageNet's embedding: 8x8 tokens in the first stage, one for each pixel of a scan.
     "patch_embed": "imagenet",
-    "embed_dims": (32, 64, 128),
+    "embed_dims": (24, 48, 96),
     "depths": (1, 1, 1),
     "time_steps": 4,
     "in_chans": 1,
@@ -51,7 +51,7 @@ class DemoResult:
     picture: Path
 
 
-def run_demo(output: Path, epochs: int = 20, seed: int = 42) -> DemoResult:
+def run_demo(output: Path, epochs: int = 8, seed: int = 42) -> DemoResult:
     """Train on four fifths of the digits, classify the last fifth, print a report and save a picture.
 
     Args:
@@ -119,7 +119,7 @@ def _train(model: QKFormer, folder: Path, epochs: int) -> None:
     loader = _loader(folder, "train", 32, scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=0.0, re_prob=0.1)
     mixup = Mixup(mixup_alpha=0.2, prob=0.5, label_smoothing=0.1, num_classes=NUM_CLASSES)
     task = ClassificationTask(model, criterion_kwargs={"soft_targets": True})
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=2e-3, weight_decay=0.02)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=3e-3, weight_decay=0.02)
     scheduler, _ = create_scheduler_v2(
         optimizer, sched="cosine", num_epochs=epochs, warmup_epochs=min(2, epochs - 1), warmup_lr=1e-4, min_lr=1e-5
     )
