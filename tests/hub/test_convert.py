@@ -122,6 +122,17 @@ def test_every_family_is_recognised(name, model, args, folder, tmp_path):
     assert timm.create_model(f"local-dir:{folder}", pretrained=True).time_steps == 3
 
 
+def test_public_file_is_taken_by_position_going_by_its_name(folder, tmp_path):
+    golden = GoldenCase("ms_imagenet_10_384_t4")
+    tensors = {f"tensor{i}": tensor for i, tensor in enumerate(golden.checkpoint.values())}
+    source = save({"state_dict": tensors}, tmp_path / "ms_qk_10-384_T4.pth.tar")
+    done = convert(source, folder, dtype="float64")
+    assert (done.model, done.tag, done.model_args["time_steps"]) == ("qkformer_hst10_384_ms", "t4_in1k", 4)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, dtype=torch.float64).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(golden.input), golden.one_by_one, rtol=0.0, atol=1e-9)
+
+
 def variant(**kwargs):
     torch.manual_seed(2)
     return timm.create_model("test_qkformer", **{"num_classes": 7, **kwargs})
@@ -175,6 +186,9 @@ def test_position_counts_only_for_a_model_that_is_named(folder, tmp_path):
     renamed = {name if "head" in name or "patch_embed1" in name else f"old.{name}": t for name, t in tensors.items()}
     source = save(renamed, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="test_qkformer_ms: fits by the order of its tensors alone"):
+        convert(source, folder)
+    save({f"tensor{i}": tensor for i, tensor in enumerate(tensors.values())}, source)
+    with pytest.raises(CheckpointError, match="no classifier"):
         convert(source, folder)
     done = convert(source, folder, model="test_qkformer_ms")
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)

@@ -214,7 +214,8 @@ def _check_tensors(tensors: dict[str, Tensor], size: int) -> None:
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise CheckpointError(f"{shown} claims the shape {list(tensor.shape)}, the file holds less")
         counter = name.endswith("num_batches_tracked")
-        if tensor.dtype not in ((torch.int64,) if counter else _WIDENED):
+        may_count = counter or tensor.ndim == 0  # whatever its name; `recognise` compares with the model's
+        if not ((tensor.dtype == torch.int64 and may_count) or (tensor.dtype in _WIDENED and not counter)):
             wanted = "an int64 counter" if counter else "float32, float64, float16 or bfloat16"
             raise CheckpointError(f"{shown} is {str(tensor.dtype).removeprefix('torch.')}, expected {wanted}")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

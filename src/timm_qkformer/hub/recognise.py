@@ -53,9 +53,8 @@ def recognise(checkpoint: Checkpoint, model: Optional[str] = None, time_steps: O
     if model is not None and model not in known:
         raise ValueError(f"model={model!r} is unknown, choose one of {', '.join(known)}")
     shapes = {name: list(tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    args = _sizes(checkpoint, shapes)
-    width = shapes["head.weight"][1]
     likely = model or _named_model(checkpoint, known)
+    width, args = _sizes(checkpoint, shapes, any_names=likely is not None)
     fits: dict[str, Recognised] = {}
     reasons = []
     candidates = [model] if model else sorted(known, key=lambda name: name != likely)
@@ -96,15 +95,22 @@ def _width(name: str) -> int:
     return int(model.num_features)
 
 
-def _sizes(checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> dict[str, Any]:
-    """Classes and input channels. The first convolution is the stem's one with the fewest input channels."""
-    head = shapes.get("head.weight", [])
+def _sizes(checkpoint: Checkpoint, shapes: dict[str, list[int]], any_names: bool) -> tuple[int, dict[str, Any]]:
+    """Width of the classifier, and classes and input channels, as arguments of a model.
+
+    The first convolution is the one in the first embedding that has the fewest input channels. With `any_names`, a
+    checkpoint that has no such names has them in the order of its tensors.
+    """
+    matrices = [shape for shape in shapes.values() if len(shape) == 2]
+    maps = [shape for shape in shapes.values() if len(shape) == 4]
+    head = shapes.get("head.weight") or (matrices[-1] if any_names and matrices else [])
     if len(head) != 2 or min(head) < 1:
         raise CheckpointError(f"{checkpoint.path}: no model fits: there is no classifier (head.weight) in it")
-    channels = [shape[1] for name, shape in shapes.items() if _FIRST_STAGE.fullmatch(name) and len(shape) == 4]
+    convs = [shape for name, shape in shapes.items() if _FIRST_STAGE.fullmatch(name) and len(shape) == 4]
+    channels = [shape[1] for shape in convs or (maps[:1] if any_names else [])]
     if not channels or min(channels) < 1:
         raise CheckpointError(f"{checkpoint.path}: no model fits: there is no stem (patch_embed1.* or stem.*) in it")
-    return {"num_classes": head[0], "in_chans": min(channels)}
+    return head[1], {"num_classes": head[0], "in_chans": min(channels)}
 
 
 def _fit(name: str, tensors: dict[str, Tensor], shapes: dict[str, list[int]], args: dict[str, Any]) -> Recognised:
@@ -125,7 +131,11 @@ def _filter(name: str, tensors: dict[str, Tensor], model: nn.Module) -> dict[str
     module = sys.modules[model_entrypoint(name).__module__]
     state_dict: dict[str, Tensor] = module.checkpoint_filter_fn(dict(tensors), model)
     check_against_model(state_dict, model, original_names={}, adaptable={})
-    return {key: state_dict[key] for key in model.state_dict()}
+    expected = model.state_dict()
+    for key, tensor in state_dict.items():
+        if tensor.is_floating_point() != expected[key].is_floating_point():
+            raise ValueError(f"{key} is {tensor.dtype}, the model has {expected[key].dtype}")
+    return {key: state_dict[key] for key in expected}
 
 
 def _mlp_ratio(shapes: dict[str, list[int]]) -> Optional[float]:
