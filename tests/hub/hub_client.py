@@ -33,9 +33,6 @@ class Client:
     def transformers_logits(self, name: str) -> list[list[float]]:
         return self._pool.submit(_transformers_logits, name).result()
 
-    def set_url_timeout(self, seconds: float) -> None:
-        self._pool.submit(_set_url_timeout, seconds).result()
-
     def cli(self, *argv: str, answer: Optional[str] = None) -> tuple[int, str, str]:
         """Exit code, output and error output. `answer`: what a person at a terminal types; None: no terminal."""
         return self._pool.submit(_cli, argv, answer).result()
@@ -70,12 +67,6 @@ def _transformers_logits(name: str) -> list[list[float]]:
 
     model = AutoModelForImageClassification.from_pretrained(name).eval()
     return logits_of(lambda x: model(x).logits)
-
-
-def _set_url_timeout(seconds: float) -> None:
-    from timm_qkformer.models import _weights
-
-    _weights.URL_TIMEOUT = seconds
 
 
 class _Terminal(io.StringIO):

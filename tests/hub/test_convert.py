@@ -226,6 +226,18 @@ def test_known_md5_gives_tag_input_size_and_published_accuracy(tiny_model, folde
     assert "imagenet-1k" in card
 
 
+def test_tag_of_another_file_brings_its_size_but_not_its_accuracy(folder, tmp_path):
+    model = timm.create_model("qkformer_hst10_768")
+    source = save(release_state_dict(model), tmp_path / "x.pth")
+    done = convert(source, folder, tag="ft384_in1k")
+    assert any("99a671118f67a680aa38b6ac5aae449a; this file is another" in line for line in done.report)
+    config = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}", pretrained=True))
+    assert (config["input_size"], config["crop_pct"]) == ((3, 384, 384), 1.0)
+    card = (folder / "README.md").read_text()
+    assert "model card for qkformer_hst10_768.ft384_in1k" in card.lower()
+    assert "85.65" not in card
+
+
 def test_release_table_is_that_of_the_pretrained_configs():
     for release in RELEASES:
         assert find_release(release.md5) == release

@@ -10,13 +10,14 @@ from typing import Any, Optional
 
 import timm
 import torch
+from timm.models import get_arch_pretrained_cfgs
 from timm.models._hub import save_for_hf
 from torch import nn
 
 from .card import write_card
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
 from .recognise import Recognised, find_asset, recognise
-from .releases import Release, find_release
+from .releases import RELEASES, Release, find_release
 from .verify import coupled_layers
 
 __all__ = ["Conversion", "convert"]
@@ -122,10 +123,12 @@ def _check_target(folder: Path, force: bool) -> None:
 def _pretrained_cfg(
     found: Recognised, checkpoint: Checkpoint, release: Optional[Release], tag: str, input_size: Optional[int]
 ) -> dict[str, Any]:
-    """What differs from the model's own pretrained config: size and normalisation as they were in training, and the
-    crop that the releases evaluate with at that size."""
-    default: Any = timm.get_pretrained_cfg(found.model)
-    overlay: dict[str, Any] = {"tag": tag}
+    """What differs from the model's own pretrained config: size and normalisation as they were in training, or as the
+    tag has them, and the crop that the releases evaluate with at that size."""
+    registered: dict[str, Any] = get_arch_pretrained_cfgs(found.model)
+    default: Any = registered.get(f"{found.model}.{tag}") or timm.get_pretrained_cfg(found.model)
+    overlay: dict[str, Any] = {key: getattr(default, key) for key in ("input_size", "pool_size", "crop_pct")}
+    overlay["tag"] = tag
     size = input_size or (release.input_size if release else None) or _trained_size(checkpoint)
     if size is not None and size != default.input_size[-1]:
         overlay["input_size"] = (default.input_size[0], size, size)
@@ -189,6 +192,7 @@ def _source_facts(checkpoint: Checkpoint, release: Optional[Release]) -> dict[st
 def _report(
     checkpoint: Checkpoint, found: Recognised, release: Optional[Release], config: dict[str, Any], dtype: str
 ) -> list[str]:
+    tag = config["pretrained_cfg"]["tag"]
     args = ", ".join(f"{k}={v}" for k, v in {"num_classes": config["num_classes"], **config["model_args"]}.items())
     lines = [
         f"{checkpoint.path.name}: {checkpoint.weights}, {len(checkpoint.tensors)} tensors",
@@ -200,6 +204,11 @@ def _report(
         ),
         f"model {found.model} ({args}); T = {found.time_steps} {found.time_steps_from}",
     ]
+    wanted = next((known for known in RELEASES if known.name == f"{found.model}.{tag}"), None)
+    if wanted is not None and wanted != release:
+        lines.append(
+            f"the authors' {wanted.name} has the md5 {wanted.md5}; this file is another, its card has no accuracy"
+        )
     if found.also_fits:
         lines.append(f"the same tensors fit {', '.join(found.also_fits)}; if it is that, say so with --model")
     narrowed = {str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values() if t.is_floating_point()}

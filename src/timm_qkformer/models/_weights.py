@@ -38,7 +38,6 @@ __all__ = ["PendingCfg", "WeightsError", "explain", "fetch_url", "loading_weight
 
 _logger = logging.getLogger(__name__)
 
-URL_TIMEOUT = 30.0  # seconds without a byte
 URL_ATTEMPTS = 3
 _CHUNK = 1 << 20
 
@@ -81,9 +80,10 @@ def loading_weights(variant: str, cfg: PretrainedCfg, cache_dir: Any = None) -> 
     if not source:
         raise WeightsError(f"{_name(variant, cfg)} has no pretrained weights to download.{_other_ways(variant)}")
     hub_files: dict[str, Optional[Path]] = {}
+    fetched: Optional[Path] = None
     try:
-        if source == "url":
-            fetch_url(location, _url_cache_file(location, cache_dir))
+        if source == "url" and fetch_url(location, _url_cache_file(location, cache_dir)):
+            fetched = _url_cache_file(location, cache_dir)
         elif source == "hf-hub":
             hub_files = _hub_cache_files(location, cache_dir)
         try:
@@ -96,6 +96,8 @@ def loading_weights(variant: str, cfg: PretrainedCfg, cache_dir: Any = None) -> 
         reason = explain(error, source, handled)
         if reason is None:
             raise
+        if fetched is not None:  # a fresh file that is no checkpoint, such as a proxy's error page
+            fetched.unlink(missing_ok=True)
         pending = (
             " These weights have not been uploaded yet: whoever holds the authors' checkpoint can publish them with "
             "`timm-qkformer convert` and `timm-qkformer publish`."
@@ -108,18 +110,19 @@ def loading_weights(variant: str, cfg: PretrainedCfg, cache_dir: Any = None) -> 
         ) from error
 
 
-def fetch_url(url: str, target: Path) -> None:
-    """Download `url` to `target`, unless it is there.
+def fetch_url(url: str, target: Path) -> bool:
+    """Download `url` to `target`, unless it is there; returns whether it did.
 
     A broken transfer is taken up where it broke, and `target` appears only when every announced byte is there. A
-    file name in torch.hub's convention, `name-<8 or more hex digits of the sha256>.ext`, is held to its hash.
+    file name in torch.hub's convention, `name-<8 or more hex digits of the sha256>.ext`, is held to its hash. The
+    server may be silent for HF_HUB_DOWNLOAD_TIMEOUT seconds, as it may be in huggingface_hub.
 
     Raises:
         OSError: If the server cannot be reached or refuses (`urllib.error.HTTPError` has its status).
         _DamagedError: If the transfer keeps breaking off or the hash is another one.
     """
     if target.exists():
-        return
+        return False
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
     _logger.info("Downloading %s to %s", url, target)
@@ -138,6 +141,7 @@ def fetch_url(url: str, target: Path) -> None:
         if expected is not None:
             _check_hash(partial, expected.group(1))
         partial.replace(target)
+        return True
     finally:
         partial.unlink(missing_ok=True)
 
@@ -155,7 +159,7 @@ class _Transfer:
         headers = {"User-Agent": "timm-qkformer"}
         if self.etag is not None and self.file.tell() > 0:
             headers |= {"Range": f"bytes={self.file.tell()}-", "If-Range": self.etag}
-        with urlopen(Request(self.url, headers=headers), timeout=URL_TIMEOUT) as answer:
+        with urlopen(Request(self.url, headers=headers), timeout=hub_constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
             if answer.status != 206:
                 self.file.seek(0)
                 self.file.truncate()
@@ -278,7 +282,7 @@ def explain(error: BaseException, source: str, handled: Optional[BaseException] 
         return "there is no such file."
     if any(_is_unreadable(link) for link in chain):
         advice = {
-            "url": "Delete the kept file and try again.",
+            "url": "Delete the kept file, if it is still there, and try again.",
             "hf-hub": "Delete it from the cache (`hf cache rm`) and try again.",
         }.get(source, "`timm-qkformer convert` says more about checkpoint files.")
         return (
