@@ -12,7 +12,7 @@ __all__ = ["main"]
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for the picture (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the training digits (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=12, help="passes over the training digits (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="seed of everything random (%(default)s)")
 
 

@@ -51,7 +51,7 @@ class DemoResult:
     picture: Path
 
 
-def run_demo(output: Path, epochs: int = 8, seed: int = 42) -> DemoResult:
+def run_demo(output: Path, epochs: int = 12, seed: int = 42) -> DemoResult:
     """Train on four fifths of the digits, classify the last fifth, print a report and save a picture.
 
     Args:
