@@ -154,7 +154,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         args.run(args)
     except ModuleNotFoundError as error:
-        extra = {"sklearn": "demo", "matplotlib": "demo", "tqdm": "demo"}.get((error.name or "").partition(".")[0])
+        extra = {"sklearn": "demo", "matplotlib": "demo"}.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
         return _fail(f"{error.name} is missing: pip install 'timm-qkformer[{extra}]'")
