@@ -1,4 +1,4 @@
-"""Neurons as one compiled kernel forwards and one backwards, through torch.compile.
+"""Neurons as one compiled kernel forwards and one backwards, through torch.compile. User's view: docs/lif.md.
 
 A kernel reads its input once and writes its result once, and keeps nothing for the backward pass but the input. It
 sees memory, not shapes: an input [T, ...] whose steps lie densely one behind the other, in whatever order of their
@@ -10,8 +10,9 @@ inputs are copied together first.
 When does compiling pay? "compile" compiles a kernel when it is first asked for. "auto" keeps count, for each kernel,
 of the elements that eager mode has processed in its stead, and compiles once they exceed `AUTO_BUDGET` for the
 device: about the time that compiling takes. So a short run never waits for a compiler, and a long one waits once,
-no longer than it has spent in eager mode already. The count does not depend on the clock: the same calls compile at the
-same place. Where torch.compile fails (no C++ compiler, no Triton), the process warns once and stays with eager mode.
+no longer than it has spent in eager mode already. Tensors too small to gain (`_MIN_ELEMENTS`) always run in eager
+mode. The count does not depend on the clock: the same calls compile at the same place. Where torch.compile fails (no
+C++ compiler, no Triton), the process warns once and stays with eager mode.
 """
 
 import warnings
@@ -40,6 +41,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # On CUDA, memory is viewed in rows of this many elements where it divides them: the compiler then knows that every
 # step starts aligned and loads vectors.
 _ROW = {"cpu": 1, "cuda": 16}
+
+# Elements [T, ...] below which "auto" stays with eager mode: on a CPU, torch's operations run such sizes on one core
+# and Inductor's kernels on all of them, which costs more than it gains.
+_MIN_ELEMENTS = {"cpu": 2**15, "cuda": 0}
 
 # Elements of a step for which kernels are compiled: enough for Inductor to make use of all cores.
 _TYPICAL_SIZE = 2**18
@@ -239,6 +244,8 @@ def _kernel(key: _Key, elements: int, backend: str) -> Callable[..., Any] | None
     device_type = key.device.type
     if backend == "eager" or device_type in _no_compiler:
         return None
+    if backend == "auto" and elements < _MIN_ELEMENTS[device_type]:
+        return None
     entry = _entries.get(key)
     if entry is not None and entry.run is not None:
         return entry.run
@@ -299,8 +306,8 @@ def kernel_body(key: _Key) -> Callable[..., Any]:
     ) -> tuple[Tensor, Tensor | None]:
         dynamics = Dynamics(threshold, key.soft_reset, key.decay_input, key.detach_reset, key.surrogate, alpha)
         grads, leak_shares = gradient_steps(grad_spikes.unbind(0), steps_of(x), leak, dynamics, key.leak_gradient)
-        if leak_shares is not None:
-            # Summed over rows only: a sum over everything would take a kernel of its own on CUDA and read x again.
+        if leak_shares is not None and key.row > 1:
+            # Summed over rows only: a sum over everything would take a kernel of its own and read x again.
             leak_shares = leak_shares.sum(-1)
         return torch.stack([grad.to(x.dtype) for grad in grads]), leak_shares
 
