@@ -108,7 +108,7 @@ def test_all_options_in_float64(backend, leak, soft_reset, decay_input, detach_r
     "options",
     [
         {"soft_reset": True, "decay_input": False, "detach_reset": False, "surrogate": "atan", "alpha": 2.0},
-        {"detach_reset": False, "threshold": 0.7},
+        pytest.param({"detach_reset": False, "threshold": 0.7}, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_options_in_float64(options):
@@ -119,12 +119,21 @@ def test_compiled_options_in_float64(options):
 
 def test_integrate_and_fire_neurons_do_not_leak():
     x = currents(4, 3, 50)
-    for backend in ("eager", "compile", "spikingjelly"):
+    for backend in ("eager", "spikingjelly"):
         check(x, 0.0, backend, decay_input=False)
 
 
-@pytest.mark.parametrize("backend", ["eager", "compile", "spikingjelly"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("eager", torch.bfloat16),
+        ("eager", torch.float16),
+        ("compile", torch.bfloat16),
+        pytest.param("compile", torch.float16, marks=pytest.mark.slow),
+        ("spikingjelly", torch.bfloat16),
+        ("spikingjelly", torch.float16),
+    ],
+)
 def test_half_precision_keeps_the_potential_in_float32(backend, dtype):
     x = currents(4, 2, 5, 33, dtype=dtype)
     spikes = check(x, 0.5, backend)[0]
@@ -204,24 +213,20 @@ def test_gradients_in_any_memory_format():
 
 
 def test_compiled_spikes_equal_eager_ones_to_the_last(compiled):
-    # A leak that is no power of two: were a product not rounded before it is added, potentials would differ and
-    # some of these 8 million neurons fire differently.
-    x = currents(4, 2_000_003) * 0.6
+    # Potentials within a rounding error of the threshold: were products not rounded before they are added (fused
+    # multiply-add), or terms summed in another order, some of these neurons would fire differently.
+    leak, threshold = torch.tensor(1 / 3), 0.7
+    v = torch.rand(20_000) * 0.6
+    x = torch.stack([v / leak, v + (threshold - v) / leak, *currents(2, 20_000)])
     spikes = {}
     for backend in ("eager", "compile"):
         with set_lif_backend(backend), torch.no_grad():
-            spikes[backend] = integrate_and_fire(x, 1 / 3, threshold=0.7)
+            spikes[backend] = integrate_and_fire(x, 1 / 3, threshold=threshold)
     assert compiled
     assert torch.equal(spikes["eager"], spikes["compile"])
-    fma = torch.zeros(x.shape[1], dtype=torch.float32)
-    leak = torch.tensor(1 / 3, dtype=torch.float32).double()
-    differ = 0
-    for t in range(4):
-        h = torch.addcmul(fma.double(), (x[t] - fma).double(), leak).float()  # v + (x - v) * leak, rounded once
-        fired = h >= torch.tensor(0.7)
-        differ += (fired != spikes["eager"][t].bool()).sum().item()
-        fma = h.masked_fill(fired, 0.0)
-    assert differ > 0  # so this test would have seen contraction
+    v = x[0] * leak
+    rounded_once = (v.double() + (x[1] - v).double() * leak.double()).float() >= threshold
+    assert (rounded_once != spikes["eager"][1].bool()).sum() > 100  # such differences would have been seen
 
 
 @pytest.mark.parametrize("backend", ["eager", "compile"])
@@ -299,7 +304,7 @@ def test_spikingjelly_says_what_it_cannot_do():
     with set_lif_backend("spikingjelly"):
         with pytest.raises(ValueError, match="tau=1"):
             LIF(tau=1.0)(x)
-        with pytest.raises(ValueError, match="leak=0.0"):
+        with pytest.raises(ValueError, match="leak=0"):
             integrate_and_fire(x, 0.0)
         assert integrate_and_fire(torch.zeros(4, 0, 3), 0.5).shape == (4, 0, 3)
         assert torch.equal(ParametricLIF()(x), integrate_and_fire_reference(x, torch.tensor(0.5)))

@@ -33,8 +33,8 @@ __all__ = ["AUTO_BUDGET", "MAX_STEPS", "fused_gradients", "fused_spikes", "like_
 # 10 ns an element and compiling takes 5 to 10 s; on a GPU it loses launches rather than bandwidth.
 AUTO_BUDGET: dict[str, int] = {"cpu": 2**29, "cuda": 2**26}
 
-# Steps that a kernel unrolls at most; compile time and registers grow with them.
-MAX_STEPS = 32
+# Steps that a kernel unrolls at most: compile time and registers grow with them, and beyond this Inductor splits kernels.
+MAX_STEPS = 16
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
