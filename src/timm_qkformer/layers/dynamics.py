@@ -96,8 +96,8 @@ class _IntegrateAndFire(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_spikes,) = grad_outputs
-        x = ctx.saved_tensors[0]
-        leak = ctx.saved_tensors[1] if len(ctx.saved_tensors) > 1 else ctx.leak
+        x, *saved_leak = ctx.saved_tensors  # once: activation checkpointing computes them again for every access
+        leak = saved_leak[0] if saved_leak else ctx.leak
         leak_gradient = ctx.needs_input_grad[1]
         if ctx.backend != TRACED and not torch.is_grad_enabled():  # enabled: to be differentiated once more
             fused = fused_gradients(grad_spikes, x, leak, ctx.dynamics, leak_gradient, ctx.backend)

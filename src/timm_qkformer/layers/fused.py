@@ -111,8 +111,7 @@ def fused_spikes(x: Tensor, leak: float | Tensor, dynamics: Dynamics, backend: s
     run = _kernel(key, x.numel(), backend)
     if run is None:
         return None
-    dtype = membrane_dtype(x)
-    flat = _call(run, key.row, [x], [_operand(leak, dtype), _operand(dynamics.threshold, dtype)])
+    flat = _call(run, key.row, [x], _operands(leak, dynamics.threshold, dtype=membrane_dtype(x)))
     return _alias(flat, x.shape, (_step_size(x), *strides))
 
 
@@ -130,13 +129,8 @@ def fused_gradients(
     layout = (_step_size(x), *strides)
     if grad_spikes.stride() != layout:
         grad_spikes = torch.empty_strided(x.shape, layout, dtype=x.dtype, device=x.device).copy_(grad_spikes)
-    dtype = membrane_dtype(x)
-    flat, leak_shares = _call(
-        run,
-        key.row,
-        [grad_spikes, x],
-        [_operand(leak, dtype), _operand(dynamics.threshold, dtype), _operand(dynamics.alpha, dtype)],
-    )
+    operands = _operands(leak, dynamics.threshold, dynamics.alpha, dtype=membrane_dtype(x))
+    flat, leak_shares = _call(run, key.row, [grad_spikes, x], operands)
     return _alias(flat, x.shape, layout), leak_shares.sum() if leak_gradient else None
 
 
@@ -217,12 +211,16 @@ def _key(x: Tensor, leak: float | Tensor, dynamics: Dynamics, backward: bool, le
 _CPU = torch.device("cpu")
 
 
-def _operand(value: float | Tensor, dtype: torch.dtype) -> Tensor:
-    return value.detach().to(dtype) if isinstance(value, Tensor) else _constant_operand(value, dtype)
+def _operands(*values: float | Tensor, dtype: torch.dtype) -> list[Tensor]:
+    return [
+        value.detach().to(dtype) if isinstance(value, Tensor) else _constant_operand(place, value, dtype)
+        for place, value in enumerate(values)
+    ]
 
 
 @lru_cache(maxsize=256)
-def _constant_operand(value: float, dtype: torch.dtype) -> Tensor:
+def _constant_operand(place: int, value: float, dtype: torch.dtype) -> Tensor:
+    """One tensor for each value and place: torch.compile would compile once more for the same tensor in two places."""
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device=_CPU)
 
