@@ -11,7 +11,14 @@ import timm
 import torch
 from torch._dynamo.utils import counters
 
-from timm_qkformer.layers import LIF, fused, integrate_and_fire, integrate_and_fire_reference, set_lif_backend
+from timm_qkformer.layers import (
+    LIF,
+    SpikingMlp,
+    fused,
+    integrate_and_fire,
+    integrate_and_fire_reference,
+    set_lif_backend,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -258,19 +265,32 @@ def test_export(training):
         torch.testing.assert_close(program.module()(x), model(x))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True])
-def test_compiling_a_whole_model(training):
-    model = timm.create_model("test_qkformer", num_classes=5).double().train(training)
+def check_compiled(model, compiler, training, x):
+    model.train(training)
     twin = copy.deepcopy(model)
-    x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
     if not training:
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x), twin(x))
+        with torch.no_grad(), set_lif_backend("compile"):
+            outputs = compiled(x)
+        assert fused._entries == {}  # no kernel within the kernel
+        torch.testing.assert_close(outputs, twin(x))
         return
-    train_step(compiled, x)
+    with set_lif_backend("compile"):
+        train_step(compiled, x)
+    assert fused._entries == {}
     train_step(twin, x)
     for own, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-6, atol=1e-8)
-    assert fused._entries == {}  # no kernel within the kernel
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_neurons_in_a_compiled_module(training):
+    module = SpikingMlp(4, 6).double()
+    check_compiled(module, "aot_eager", training, torch.randn(4, 2, 4, 3, 5, dtype=torch.float64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+def test_compiling_a_whole_model(training):
+    model = timm.create_model("test_qkformer", num_classes=5).double()
+    check_compiled(model, "inductor", training, torch.rand(2, 3, 64, 64, dtype=torch.float64))
