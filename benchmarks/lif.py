@@ -24,7 +24,7 @@ from torch import Tensor
 from timm_qkformer.layers import LIF, set_lif_backend
 
 EAGER, COMPILED, SPIKINGJELLY = "ours, eager", "ours, compiled", "spikingjelly 2.0"
-# What issue and README claim: spikingjelly's time over that of our compiled op.
+# The claim: spikingjelly's time over that of our compiled op.
 TARGETS = {"forward": 9.0, "forward + backward": 6.0}
 
 

@@ -33,7 +33,7 @@ __all__ = ["AUTO_BUDGET", "MAX_STEPS", "fused_gradients", "fused_spikes", "like_
 # 10 ns an element and compiling takes 5 to 10 s; on a GPU it loses launches rather than bandwidth.
 AUTO_BUDGET: dict[str, int] = {"cpu": 2**29, "cuda": 2**26}
 
-# Steps that a kernel unrolls at most: compile time and registers grow with them, and beyond this Inductor splits kernels.
+# Steps that a kernel unrolls at most: compile time and registers grow with them, and beyond this Inductor splits it.
 MAX_STEPS = 16
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -279,6 +279,8 @@ def inductor_options(device_type: str) -> dict[str, str | int | bool | Callable[
     # Products are rounded before they are added, as in eager mode: no fused multiply-add, the same spikes.
     if device_type == "cpu":
         return {"cpp.enable_floating_point_contract_flag": "off"}
+    from torch._inductor import config  # not at import: it takes seconds
+
     options = {
         "emulate_precision_casts": True,
         # Each step's result is stored where it belongs. By default each element of the whole result would be computed
@@ -286,7 +288,7 @@ def inductor_options(device_type: str) -> dict[str, str | int | bool | Callable[
         "max_pointwise_cat_inputs": 0,
         "max_complex_pointwise_cat_inputs": 0,
     }
-    return {name: value for name, value in options.items() if hasattr(torch._inductor.config, name)}
+    return {name: value for name, value in options.items() if hasattr(config, name)}
 
 
 def kernel_body(key: _Key) -> Callable[..., Any]:
