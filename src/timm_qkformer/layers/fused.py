@@ -15,6 +15,7 @@ mode. The count does not depend on the clock: the same calls compile at the same
 C++ compiler, no Triton), the process warns once and stays with eager mode.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -312,8 +313,9 @@ def kernel_body(key: _Key) -> Callable[..., Any]:
         return torch.stack([grad.to(x.dtype) for grad in grads]), leak_shares
 
     body = backward if key.backward else forward
-    # torch.compile keeps its cache, and its limit of recompilations, with the code object.
-    code = body.__code__.replace(co_name=f"lif_{body.__name__}")
+    # torch.compile keeps its cache and its limit of recompilations with the code object, and what it remembers of
+    # sizes that changed with the code's name.
+    code = body.__code__.replace(co_name="lif_" + re.sub(r"\W+", "_", "_".join(map(str, key))))
     return FunctionType(code, body.__globals__, code.co_name, body.__defaults__, body.__closure__)
 
 
@@ -327,7 +329,9 @@ def example_operands(key: _Key, size: int = _TYPICAL_SIZE) -> list[Tensor]:
 
     def sequence(steps: tuple[int, ...] = (key.steps,)) -> Tensor:
         x = torch.zeros((*steps, *shape), dtype=key.dtype, device=key.device)
-        torch._dynamo.mark_dynamic(x, len(steps))
+        for dim in range(x.dim()):
+            mark = torch._dynamo.mark_dynamic if dim == len(steps) else torch._dynamo.mark_static
+            mark(x, dim)
         return x
 
     x = sequence(()) if key.constant else sequence()
