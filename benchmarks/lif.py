@@ -163,7 +163,7 @@ def draw(rows: list[dict[str, object]], title: str, path: Path) -> None:
             axis.annotate(f" {row['speedup']:.1f} x", (values[i] + errors[1][i], i), va="center")
         axis.set_title(name)
         axis.set_xlabel("milliseconds (median, quartiles)")
-        axis.set_xlim(0, max(values) * 1.25)
+        axis.set_xlim(0, max(row["quartiles"][1] for row in own) * 1.25)
         axis.invert_yaxis()
     figure.suptitle(title)
     temporary = path.with_suffix(".tmp.png")

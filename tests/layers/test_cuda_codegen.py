@@ -104,6 +104,8 @@ def test_triton_compiles_it(neuron, backward, options, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("neuron", "backward", "options"), CASES)
 def test_the_interpreter_gives_the_references_answer(neuron, backward, options):
     code, key = generated(neuron, backward, **options)
+    if key.dtype == torch.bfloat16 and not backward:
+        pytest.skip("Triton's interpreter cannot cast bool to bfloat16, its compiler can")
     rows = 37  # another size than it was generated with, and no multiple of a block
     size = rows * key.row
     x = (torch.randn(1 if key.constant else key.steps, size, dtype=torch.float64) * 2 + 0.5).to(key.dtype)
