@@ -145,7 +145,7 @@ def integrate_and_fire(
         of `x` if these are dense (contiguous, channels last, ...) and contiguous otherwise.
     """
     dynamics = Dynamics(threshold, soft_reset, decay_input, detach_reset, surrogate, alpha)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return _IntegrateAndFire.apply(x, leak, dynamics, TRACED)
     if torch._C._are_functorch_transforms_active():  # differentiates and batches what autograd can
         return integrate_and_fire_reference(x, leak, *dynamics)  # type: ignore[arg-type]
