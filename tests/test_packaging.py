@@ -24,6 +24,7 @@ def test_wheel_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "timm_qkformer_autoload.py" in names
     assert "timm_qkformer/py.typed" in names
+    assert "timm_qkformer/training/recipes/cifar10.yaml" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     roots = {name.split("/")[0] for name in names}
     assert {r for r in roots if not r.endswith(".dist-info")} == {"timm_qkformer", "timm_qkformer_autoload.py"}

@@ -81,6 +81,7 @@ def test_a_checkpoint_that_would_run_code_does_not(tmp_path, monkeypatch):
     marker, path = tmp_path / "marker", tmp_path / "harmful.pth.tar"
     state_dict = timm.create_model("test_maxformer").state_dict()
     torch.save({"model": state_dict, "args": Harmful(marker)}, path)
-    with pytest.raises(pickle.UnpicklingError, match="Weights only"):
+    with pytest.raises(WeightsError, match="Weights only") as refusal:
         timm.create_model("test_maxformer", pretrained=True, pretrained_cfg_overlay={"url": path.as_uri()})
+    assert isinstance(refusal.value.__cause__, pickle.UnpicklingError)
     assert not marker.exists()

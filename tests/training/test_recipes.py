@@ -1,0 +1,276 @@
+"""The recipes: keys, models, transforms, and learning rates as the authors' logs show them."""
+
+import importlib.util
+import os
+import re
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+from timm_qkformer.training.recipes import list_recipes, recipe_path
+
+RECIPES = list_recipes()
+IMAGENET = [name for name in RECIPES if name.startswith("imagenet")]
+EVENTS = ["cifar10dvs", "dvs128"]
+RELEASE_PROCESSES = 8  # of the ImageNet runs
+UPDATES = 500  # per epoch, enough for the shape of a schedule
+KEYS = {
+    line
+    for line in Path(__file__).with_name("train_py_keys.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+}
+needs_train_py = pytest.mark.skipif(
+    "TIMM_TRAIN_PY" not in os.environ, reason="set TIMM_TRAIN_PY to the train.py of a timm checkout"
+)
+
+
+def load(name: str) -> dict:
+    return yaml.safe_load(recipe_path(name).read_text())
+
+
+def train_py(argv: list[str], monkeypatch):
+    """A fresh import of timm's train.py, which keeps its parser and its defaults at module level."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    spec = importlib.util.spec_from_file_location("timm_train_py", os.environ["TIMM_TRAIN_PY"])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def learning_rate(recipe: dict, processes: int = 1) -> float:
+    """As train.py computes it."""
+    if "lr" in recipe:
+        return recipe["lr"]
+    assert recipe["lr_base_scale"] == "linear"
+    batch = recipe["batch_size"] * recipe.get("grad_accum_steps", 1) * processes
+    return recipe["lr_base"] * batch / recipe["lr_base_size"]
+
+
+def schedule(recipe: dict, processes: int = 1):
+    """The recipe's optimizer, scheduler and total number of epochs, built as train.py builds them."""
+    optimizer = create_optimizer_v2(
+        torch.nn.Linear(2, 2),
+        opt=recipe["opt"],
+        lr=learning_rate(recipe, processes),
+        weight_decay=recipe["weight_decay"],
+    )
+    scheduler, epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(Namespace(**recipe)), updates_per_epoch=UPDATES
+    )
+    return optimizer, scheduler, epochs
+
+
+def rate_at(recipe: dict, epoch: float, processes: int = 1) -> float:
+    optimizer, scheduler, _ = schedule(recipe, processes)
+    if recipe.get("sched_on_updates"):
+        scheduler.step_update(round(epoch * UPDATES))
+    else:
+        scheduler.step(int(epoch))
+    return optimizer.param_groups[0]["lr"]
+
+
+def test_names():
+    assert {"imagenet_hst10_384", "imagenet_hst10_512", "imagenet_hst10_768"} < set(RECIPES)
+    assert {"imagenet_hst10_768_ft288", "imagenet_hst10_768_ft384", "cifar10", "cifar100", *EVENTS} < set(RECIPES)
+    assert any(name.startswith("cpu_") for name in RECIPES)
+    assert sorted(RECIPES) == RECIPES
+
+
+@pytest.mark.parametrize("name", ["cifar11", "", "cifar10.yaml", "../recipes/cifar10"])
+def test_unknown_name(name):
+    with pytest.raises(ValueError, match=r"recipe .* is unknown, choose one of .*cifar10"):
+        recipe_path(name)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_keys_and_values(name):
+    recipe = load(name)
+    assert set(recipe) <= KEYS
+    for key, value in recipe.items():
+        if isinstance(value, str):  # YAML reads 1e-3 as text
+            with pytest.raises(ValueError, match="could not convert"):
+                float(value)
+        assert value is not None, key
+    assert recipe["batch_size"] > 0
+    assert 0 < learning_rate(recipe) < 0.01
+    _, _, epochs = schedule(recipe)
+    assert epochs > recipe["warmup_epochs"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_model(name):
+    recipe = load(name)
+    model = timm.create_model(
+        recipe["model"],
+        in_chans=recipe.get("in_chans", 3),
+        num_classes=recipe["num_classes"],
+        drop_path_rate=recipe["drop_path"],
+        device="meta",
+        **recipe.get("model_kwargs", {}),
+    )
+    channels, height, width = recipe.get("input_size", model.pretrained_cfg["input_size"])
+    clip = (model.time_steps,) if name in EVENTS else ()
+    logits = model(torch.empty(2, *clip, channels, height, width, device="meta"))
+    assert logits.shape == (2, recipe["num_classes"])
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in EVENTS])
+def test_transforms(name):
+    timm.utils.random_seed(0)  # RandAugment fails with Pillow 13 on one image in hundreds, see docs/training.md
+    recipe = load(name)
+    cfg = timm.get_pretrained_cfg(recipe["model"]).to_dict()
+    channels, height, width = size = tuple(recipe.get("input_size", cfg["input_size"]))
+    common = {"input_size": size, "mean": recipe.get("mean", cfg["mean"]), "std": recipe.get("std", cfg["std"])}
+    train = create_transform(
+        **common,
+        is_training=True,
+        scale=recipe["scale"],
+        ratio=recipe.get("ratio"),
+        hflip=recipe["hflip"],
+        auto_augment=recipe.get("aa"),
+        color_jitter=recipe.get("color_jitter", 0.4),
+        interpolation=recipe["train_interpolation"],
+        re_prob=1.0,
+        re_mode=recipe.get("remode", "pixel"),
+    )
+    evaluate = create_transform(**common, crop_pct=recipe["crop_pct"], interpolation="bicubic")
+    picture = Image.effect_noise((width + 9, height + 5), 64).convert("L" if channels == 1 else "RGB")
+    for transform in (train, evaluate):
+        image = transform(picture)
+        assert image.shape == size
+        assert image.isfinite().all()
+
+
+def test_imagenet_recipes_differ_only_where_the_logs_do():
+    small, medium, large = (load(f"imagenet_hst10_{width}") for width in (384, 512, 768))
+
+    def changed(a: dict, b: dict) -> set[str]:
+        return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+
+    assert changed(small, medium) == {"model"}
+    assert changed(medium, large) == {"model", "batch_size", "grad_accum_steps"}
+    fine = [load(f"imagenet_hst10_768_ft{size}") for size in (288, 384)]
+    assert changed(*fine) == {"input_size"}
+    assert changed(large, fine[0]) == {"input_size", "batch_size", "grad_accum_steps", "epochs", "min_lr", "crop_pct"}
+    assert changed(load("cifar10"), load("cifar100")) == {"dataset", "num_classes"}
+
+
+# Learning rates that the authors logged at the start of an epoch, to six digits behind the point.
+IMAGENET_LOGS = {
+    "imagenet_hst10_384": {
+        1: 0.000240,
+        4: 0.000960,
+        5: 0.001200,
+        25: 0.001169,
+        50: 0.001049,
+        100: 0.000625,
+        150: 0.000185,
+    },
+    "imagenet_hst10_512": {1: 0.000240, 5: 0.001200, 50: 0.001049, 100: 0.000625, 175: 0.000049, 190: 0.000009},
+    "imagenet_hst10_768": {
+        1: 0.000270,
+        4: 0.001080,
+        5: 0.001350,
+        50: 0.001180,
+        100: 0.000703,
+        175: 0.000055,
+        199: 0.000001,
+    },
+}
+
+
+@pytest.mark.parametrize("name", IMAGENET_LOGS)
+def test_learning_rate_is_the_logged_one_on_imagenet(name):
+    recipe = load(name)
+    assert schedule(recipe)[2] == 200
+    for epoch, logged in IMAGENET_LOGS[name].items():
+        assert rate_at(recipe, epoch, RELEASE_PROCESSES) == pytest.approx(logged, abs=0.6e-6)
+
+
+# An epoch's mean, of the run that ended at 85.65 %.
+FINE_TUNING_LOG = {
+    201: 5.587136744505316e-06,
+    203: 3.4790562501828263e-06,
+    205: 1.931540378375169e-06,
+    207: 9.460427565748913e-07,
+    209: 5.234890918863451e-07,
+}
+
+
+def test_learning_rate_is_the_logged_one_when_fine_tuning():
+    recipe = load("imagenet_hst10_768_ft384")
+    optimizer, scheduler, epochs = schedule(recipe, RELEASE_PROCESSES)
+    assert epochs == 210
+    for epoch, logged in FINE_TUNING_LOG.items():
+        rates = []
+        for update in range(UPDATES):
+            scheduler.step_update(epoch * UPDATES + update)
+            rates.append(optimizer.param_groups[0]["lr"])
+        assert sum(rates) / UPDATES == pytest.approx(logged, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "log"),
+    [
+        ("cifar10", 410, {0: 1.0e-5, 1: 5.950e-5, 19: 9.505e-4, 20: 9.939e-4, 199: 5.089e-4, 399: 1.002e-5, 409: 1e-5}),
+        ("cifar100", 410, {0: 1.0e-5, 1: 5.950e-5, 2: 1.090e-4, 409: 1e-5}),
+        ("cifar10dvs", 106, {0: 1e-5, 1: 0.000509, 2: 0.001008, 74: 0.0006291596803399518, 95: 1.1335854246467618e-05}),
+    ],
+)
+def test_learning_rate_is_the_logged_one_on_small_data(name, epochs, log):
+    recipe = load(name)
+    assert schedule(recipe)[2] == epochs
+    for epoch, logged in log.items():
+        assert rate_at(recipe, epoch) == pytest.approx(logged, rel=5e-4)
+
+
+def test_digits_of_the_docs_are_what_the_recipe_reads(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    docs = Path(__file__).resolve().parents[2] / "docs" / "training.md"
+    (block,) = re.findall(r"```python\n(.*?)```", docs.read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "docs/training.md", "exec"), {})
+    recipe = load("cpu_digits")
+    sizes = []
+    for split in ("train", recipe["val_split"]):
+        dataset = create_dataset(recipe["dataset"], "digits", split=split, input_img_mode="L")
+        assert len(dataset.reader.class_to_idx) == recipe["num_classes"]
+        assert dataset[0][0].mode == "L"
+        sizes.append(len(dataset))
+    assert sizes == [1437, 360]
+
+
+@needs_train_py
+def test_key_list_is_that_of_train_py(monkeypatch):
+    parser = train_py([], monkeypatch).parser
+    assert {action.dest for action in parser._actions} - {"help"} == KEYS
+
+
+@needs_train_py
+@pytest.mark.parametrize("name", RECIPES)
+def test_train_py_takes_the_recipe(name, monkeypatch):
+    module = train_py(["-c", str(recipe_path(name))], monkeypatch)
+    actions = {action.dest: action for action in module.parser._actions}
+    args, _ = module._parse_args()
+    assert set(vars(args)) <= set(actions)
+    for key, value in load(name).items():
+        assert getattr(args, key) == value
+        action = actions[key]
+        if key == "model_kwargs":
+            assert isinstance(value, dict)
+            continue
+        values = value if action.nargs in ("+", 3) else [value]
+        if action.nargs == 3:
+            assert len(values) == 3
+        kind = bool if action.nargs == 0 else action.type or str
+        for v in values:
+            assert type(v) in ((int, float) if kind is float else (kind,)), key
