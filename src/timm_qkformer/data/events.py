@@ -1,7 +1,5 @@
 """Read one recording of an event camera, whatever the file format, and check it."""
 
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ._npz import load_arrays
 
 __all__ = ["EVENT_SUFFIXES", "EventFileError", "Events", "check_events", "read_events"]
 
@@ -92,17 +92,9 @@ def check_events(events: Events, sensor_size: tuple[int, int], path: str | Path)
 
 def _read_npz(path: Path) -> Events:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise EventFileError(path, "is a single array, expected an .npz archive of the arrays t, x, y, p")
-            missing = [key for key in "txyp" if key not in archive.files]
-            if missing:
-                raise EventFileError(path, f"lacks {', '.join(missing)}; found {archive.files}, expected t, x, y, p")
-            arrays = {key: archive[key] for key in "txyp"}
-    except EventFileError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, NotImplementedError) as error:
-        raise EventFileError(path, f"is not a readable .npz file ({error})") from error
+        arrays = load_arrays(path, ("t", "x", "y", "p"))
+    except ValueError as error:
+        raise EventFileError(path, f"is not a readable .npz file of events ({error})") from error
     shapes = {key: array.shape for key, array in arrays.items()}
     if len(set(shapes.values())) > 1 or arrays["t"].ndim != 1:
         raise EventFileError(path, f"t, x, y, p need to be vectors of one length, found shapes {shapes}")
