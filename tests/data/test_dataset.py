@@ -59,7 +59,7 @@ def test_bad_recordings_are_refused_by_name_and_number(cached, spoilt, tmp_path)
     with pytest.raises(ValueError, match="3 of 6 recordings cannot be used") as caught:
         dataset(spoilt, cache_dir=tmp_path / "cache" if cached else None)
     for text in ("1.bin: has 2502 bytes", "2.bin: the file is empty", "4.bin: no such file", "on_error='skip'"):
-        assert text in str(caught.value).replace("cannot be read (No such file or directory)", "no such file")
+        assert text in str(caught.value)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -73,7 +73,7 @@ def test_bad_recordings_are_skipped_by_name_and_number(cached, spoilt, tmp_path)
         assert [path.name for path, _ in data.recordings] == ["0.bin", "3.bin", "5.bin"]
         assert data.targets == [0, 1, 1]
         assert {path.name for path in data.skipped} == {"1.bin", "2.bin", "4.bin"}
-        assert len(list(data[i] for i in range(len(data)))) == 3
+        assert len([data[i] for i in range(len(data))]) == 3
 
 
 def test_long_lists_of_bad_recordings_are_cut(tmp_path):
@@ -89,7 +89,7 @@ def test_nothing_usable(tmp_path):
 
 
 def test_events_off_the_sensor_are_a_bad_recording(recordings):
-    with pytest.raises(ValueError, match="6 of 6 recordings .* outside the sensor"):
+    with pytest.raises(ValueError, match=r"6 of 6 recordings .* outside the sensor"):
         dataset(recordings, FrameSpec(4), (16, 16))
 
 

@@ -112,6 +112,8 @@ class EventDataset(Dataset):
             return self._count(path)
         try:
             return self.cache.get(path, self._parameters(), lambda: self._count(path))
+        except FileNotFoundError as error:
+            raise EventFileError(path, "no such file") from error
         except OSError as error:
             raise EventFileError(path, f"cannot be read ({error.strerror or error})") from error
 

@@ -204,13 +204,14 @@ def _spikingjelly_events(dataset: Any, title: str, root: Path) -> Path:
     spikingjelly's own preparation downloads what is missing, deletes what is damaged and has to be cleaned up by hand
     after an interruption. So its steps are called one by one, into temporary folders that are renamed when complete.
     """
-    events = root / "events_np"
+    events, extracted = root / "events_np", root / "extract"
     marker = root / "events_np.building"
     if marker.exists():
-        raise ValueError(f"{marker}: spikingjelly was interrupted here; delete {events} and this file, then try again")
+        raise ValueError(
+            f"{marker}: spikingjelly was interrupted here; delete {events}, {extracted} and this file, then try again"
+        )
     if events.is_dir():
         return events
-    extracted = root / "extract"
     if not extracted.is_dir():
         _check_downloads(dataset, title, root)
         _build_folder(extracted, title, lambda target: dataset.extract_downloaded_files(root / "download", target))
