@@ -81,6 +81,14 @@ def test_long_lists_of_bad_recordings_are_cut(tmp_path):
         dataset([(tmp_path / f"{i}.bin", 0) for i in range(25)])
 
 
+def test_a_class_that_loses_all_its_recordings_is_named(recordings):
+    for path, target in recordings:
+        if target == 1:
+            path.unlink()
+    with pytest.warns(UserWarning, match="of odd none is left"):
+        assert len(dataset(recordings, on_error="skip")) == 3
+
+
 def test_nothing_usable(tmp_path):
     with pytest.raises(ValueError, match="1 of 1 recordings cannot be used"):
         dataset([(tmp_path / "a.bin", 0)], on_error="skip")

@@ -96,6 +96,14 @@ def test_distributed_parts(monkeypatch, data):
     assert seeds[0] != seeds[1]
 
 
+def test_a_recording_spoilt_in_the_middle_of_an_epoch(data):
+    data.recordings[7][0].write_bytes(b"123")
+    with pytest.raises(RuntimeError, match=r"7\.bin: has 3 bytes"):
+        list(create_event_loader(data, 5, num_workers=1))
+    data.on_error = "skip"
+    assert [len(clips) for clips, _ in create_event_loader(data, 5, num_workers=1)] == [5, 5]
+
+
 @pytest.mark.parametrize(("batch_size", "message"), [(0, "batch_size=0"), (11, "more than the 10 recordings")])
 def test_bad_batch_size(batch_size, message, data):
     with pytest.raises(ValueError, match=message):

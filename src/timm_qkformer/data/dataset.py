@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .cache import FrameCache
-from .events import EventFileError, check_events, read_events
+from .events import EventFileError, Events, check_events, read_events
 from .frames import FrameSpec, events_to_frames
 
 __all__ = ["EventDataset"]
@@ -120,7 +120,8 @@ class EventDataset(Dataset):
     def _parameters(self) -> dict[str, object]:
         return {**asdict(self.spec), "sensor_size": self.sensor_size}
 
-    def _count(self, path: Path) -> NDArray[np.unsignedinteger]:
+    def _read(self, path: Path) -> tuple[Events, tuple[int, int]]:
+        """Events that can be counted, and the (height, width) of their sensor."""
         events = read_events(path)
         sensor_size = self.sensor_size or events.sensor_size
         if sensor_size is None:
@@ -130,6 +131,10 @@ class EventDataset(Dataset):
             self.spec.frame_size(sensor_size)
         except ValueError as error:
             raise EventFileError(path, str(error)) from error
+        return events, sensor_size
+
+    def _count(self, path: Path) -> NDArray[np.unsignedinteger]:
+        events, sensor_size = self._read(path)
         return events_to_frames(events, self.spec, sensor_size)
 
     def _usable(self, recordings: Sequence[tuple[Path, int]]) -> list[tuple[Path, int]]:
@@ -138,7 +143,9 @@ class EventDataset(Dataset):
         def check(recording: tuple[Path, int]) -> EventFileError | tuple[int, ...]:
             path = recording[0]
             try:
-                if fixed_size and self.cache is not None and self.cache.has(path, self._parameters()):
+                if self.cache is None:
+                    return self.spec.frame_size(self._read(path)[1])
+                if fixed_size and self.cache.has(path, self._parameters()):
                     return fixed_size  # made from a readable recording, and unchanged since
                 return self.frames(path).shape[-2:]
             except EventFileError as error:
@@ -146,20 +153,23 @@ class EventDataset(Dataset):
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             checks = list(pool.map(check, recordings))
+        pairs = zip(recordings, checks, strict=True)
+        usable = [recording for recording, check in pairs if not isinstance(check, EventFileError)]
         self.skipped = {check.path: check.reason for check in checks if isinstance(check, EventFileError)}
         if self.skipped:
             summary = f"{len(self.skipped)} of {len(recordings)} recordings cannot be used: {self._named()}"
             if self.on_error == "raise":
                 raise ValueError(f"{summary}. on_error='skip' leaves them out")
-            if len(self.skipped) == len(recordings):
+            if not usable:
                 raise ValueError(summary)
-            warnings.warn(f"{summary}. They are left out", stacklevel=4)
+            lost = {target for _, target in recordings} - {target for _, target in usable}
+            without = f"; of {', '.join(self.class_names[i] for i in sorted(lost))} none is left" if lost else ""
+            warnings.warn(f"{summary}. They are left out{without}", stacklevel=4)
         sizes = sorted({check for check in checks if not isinstance(check, EventFileError)})
         if len(sizes) > 1:
             raise ValueError(f"size=(height, width) is needed: the recordings' cameras have several sizes, {sizes}")
-        _logger.info("%d recordings of %d classes", len(recordings) - len(self.skipped), len(self.class_names))
-        pairs = zip(recordings, checks, strict=True)
-        return [recording for recording, check in pairs if not isinstance(check, EventFileError)]
+        _logger.info("%d recordings of %d classes", len(usable), len(self.class_names))
+        return usable
 
     def _named(self) -> str:
         names = [f"{path}: {reason}" for path, reason in list(self.skipped.items())[:_NAMED]]
