@@ -151,3 +151,9 @@ def test_error_survives_pickling():
 def test_events_off_the_sensor(size, message):
     with pytest.raises(EventFileError, match=message):
         check_events(random_events(1000), size, "a")
+
+
+def test_nonsensical_timestamps(tmp_path):
+    np.savez(tmp_path / "a.npz", t=[-(2**62), 5, 2**62], x=[0] * 3, y=[0] * 3, p=[0] * 3)
+    with pytest.raises(EventFileError, match="timestamps run from -4611686018427387904 to 4611686018427387904"):
+        check_events(read_events(tmp_path / "a.npz"), (1, 1), "a")

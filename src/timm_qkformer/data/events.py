@@ -81,7 +81,10 @@ def read_events(path: str | Path) -> Events:
 
 
 def check_events(events: Events, sensor_size: tuple[int, int], path: str | Path) -> None:
-    """Raise EventFileError if an event lies outside a sensor of (height, width) pixels."""
+    """Raise EventFileError if an event lies outside a sensor of (height, width) pixels, or timestamps are nonsense."""
+    first, last = int(events.t.min()), int(events.t.max())
+    if last - first >= 2**62:  # 146,000 years; differences of int64 beyond it would wrap around
+        raise EventFileError(path, f"timestamps run from {first} to {last} microseconds")
     for name, values, limit in (("y", events.y, sensor_size[0]), ("x", events.x, sensor_size[1])):
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= limit:
