@@ -1,17 +1,18 @@
 """`timm-qkformer ...`: every command is a function elsewhere; this file parses arguments and prints errors."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 __all__ = ["main"]
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for the picture (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the training digits (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=12, help="passes over the training digits (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="seed of everything random (%(default)s)")
 
 
@@ -21,10 +22,123 @@ def _demo(args: argparse.Namespace) -> None:
     run_demo(args.output, epochs=args.epochs, seed=args.seed)
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=Path, metavar="IN", help="checkpoint of the authors' releases or of this package"
+    )
+    parser.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("--model", help="registered name, if the tensors alone should not decide")
+    parser.add_argument("--time-steps", type=int, metavar="T", help="time steps (default: what the checkpoint says)")
+    parser.add_argument("--tag", help="pretrained tag to write down (default: the release's, else custom)")
+    parser.add_argument("--input-size", type=int, metavar="PIXELS", help="side of the images it was trained on")
+    parser.add_argument(
+        "--batch-coupled", action="store_true", help="create the model with the release's coupled neurons"
+    )
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="take the weights' moving average, or not (default: where there is one)",
+    )
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="dtype of the tensors")
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="measure the accuracy on these images for the card")
+    parser.add_argument("--force", action="store_true", help="replace what is in OUT")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .hub import convert, verify
+
+    def measure(folder: Path) -> list[dict[str, Any]]:
+        return verify(str(folder), args.verify)
+
+    done = convert(
+        args.source,
+        args.folder,
+        model=args.model,
+        time_steps=args.time_steps,
+        tag=args.tag,
+        input_size=args.input_size,
+        batch_coupled=args.batch_coupled,
+        ema=args.ema,
+        dtype=args.dtype,
+        force=args.force,
+        measure=measure if args.verify else None,
+    )
+    print("\n".join(done.report))
+    print(f"wrote {done.folder}; load it with timm.create_model('local-dir:{done.folder}', pretrained=True)")
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_OR_FOLDER", help="converted folder, or a name that timm knows")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="images in folders named by class")
+    parser.add_argument("--neurons", choices=("both", "per-sample", "coupled"), default="both")
+    parser.add_argument("--time-steps", type=int, metavar="T", help="time steps (default: the model's)")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--limit", type=int, metavar="N", help="take N images, drawn from all classes")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--progress", type=Path, metavar="FILE", help="keep the counts here and go on from them")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON, to a new file")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from .hub import verify
+    from .hub.files import write_atomically
+
+    if args.output is not None and args.output.exists():
+        raise FileExistsError(f"--output {args.output} exists already; choose another name")
+    results = verify(
+        args.model,
+        args.data,
+        neurons=args.neurons,
+        time_steps=args.time_steps,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        workers=args.workers,
+        device=args.device,
+        progress=args.progress,
+    )
+    for result in results:
+        neurons = "coupled" if result["batch_coupled"] else "per sample"
+        size = "x".join(map(str, result["input_size"][1:]))
+        print(
+            f"{neurons:<10}  top-1 {result['top1']:6.2f} %  top-5 {result['top5']:6.2f} %  "
+            f"{result['images']:,} images of {size}, T = {result['time_steps']}, "
+            f"{result['images_per_second']:.1f} images/s on {result['device']}"
+        )
+    if args.output is not None:
+        write_atomically(args.output, json.dumps(results, indent=2) + "\n")
+
+
+def _add_publish(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder that convert wrote")
+    parser.add_argument("repo", metavar="REPO", help="repository on the Hugging Face Hub, NAMESPACE/NAME")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _publish(args: argparse.Namespace) -> None:
+    from .hub import publish
+
+    def confirm(plan: str) -> bool:
+        print(plan)
+        if args.yes:
+            return True
+        if not sys.stdin.isatty():
+            raise ValueError("nobody to ask: standard input is not a terminal; --yes uploads without asking")
+        return input("Upload? [y/N] ").strip().lower() in ("y", "yes")
+
+    url = publish(args.folder, args.repo, confirm=confirm, private=args.private)
+    print(f"uploaded, read back and compared: {url}")
+    print(f"load it with timm.create_model('hf-hub:{args.repo}', pretrained=True)")
+
+
 # name: (help, add arguments, run)
 Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
 COMMANDS: dict[str, Command] = {
     "demo": ("train a small model on handwritten digits and look inside", _add_demo, _demo),
+    "convert": ("turn an upstream checkpoint into a folder for timm", _add_convert, _convert),
+    "verify": ("measure top-1 and top-5 accuracy on labelled images", _add_verify, _verify),
+    "publish": ("upload a converted folder to the Hugging Face Hub", _add_publish, _publish),
 }
 
 
@@ -40,12 +154,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         args.run(args)
     except ModuleNotFoundError as error:
-        extra = {"sklearn": "demo", "matplotlib": "demo", "tqdm": "demo"}.get((error.name or "").partition(".")[0])
+        extra = {"sklearn": "demo", "matplotlib": "demo"}.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
         return _fail(f"{error.name} is missing: pip install 'timm-qkformer[{extra}]'")
     except (OSError, ValueError) as error:
         return _fail(str(error))
+    except KeyboardInterrupt:
+        print("timm-qkformer: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -1,6 +1,7 @@
 """Spiking layers. Tensors are [T, B, C, H, W] throughout; see each module's first lines for its equations."""
 
 from .attention import QKChannelAttention, QKTokenAttention, SpikingSelfAttention
+from .backend import current_lif_backend, set_lif_backend
 from .conv import ConvNorm, SpikingConv
 from .drop import TimeDropout, TimeDropPath
 from .dynamics import integrate_and_fire, integrate_and_fire_reference
@@ -31,7 +32,9 @@ __all__ = [
     "TimeDropout",
     "as_sequence",
     "count_time_steps",
+    "current_lif_backend",
     "get_neuron_layer",
     "integrate_and_fire",
     "integrate_and_fire_reference",
+    "set_lif_backend",
 ]

@@ -1,7 +1,7 @@
 """Multi-step dynamics of integrate-and-fire neurons, as pure functions of the input current.
 
-Everything a neuron of this package does is in this file: a whole sequence ``[T, ...]`` of input currents
-goes in, a sequence of spikes of the same shape comes out, and no state survives the call.
+A whole sequence ``[T, ...]`` of input currents goes in, a sequence of spikes of the same shape comes out, and no
+state survives the call.
 
 Equations, for t = 1..T, with the membrane potential measured from rest (``V[0] = 0``), ``leak`` = 1 / tau
 (0: perfect integrator) and ``threshold`` = V_th - V_reset:
@@ -21,7 +21,7 @@ Networks" (arXiv 2007.05785), eq. 1 to 5 and 9; QKFormer (arXiv 2403.16552), eq.
 
 ``integrate_and_fire_reference`` is the written-out recurrence under autograd: readable and scriptable, the
 yardstick for every faster path. ``integrate_and_fire`` computes the same spikes and the same gradients while
-keeping nothing for the backward pass but its input.
+keeping nothing for the backward pass but its input, on the backend that `set_lif_backend` chose.
 """
 
 from typing import Any
@@ -29,22 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .surrogate import surrogate_derivative, surrogate_primitive
+from .backend import current_lif_backend
+from .fused import fused_gradients, fused_spikes, like_steps
+from .peers import spikingjelly_integrate_and_fire
+from .recurrence import Dynamics, charge, fire_steps, gradient_steps, membrane_dtype
+from .surrogate import surrogate_primitive
 
 __all__ = ["integrate_and_fire", "integrate_and_fire_reference", "membrane_dtype"]
-
-
-def membrane_dtype(x: Tensor) -> torch.dtype:
-    """Precision of potentials and of spike counts for spikes of x's dtype: never below float32."""
-    if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
-        return torch.float32
-    return x.dtype
-
-
-def _charge(v: Tensor, x: Tensor, leak: Tensor, decay_input: bool) -> Tensor:
-    if decay_input:
-        return v + (x - v) * leak
-    return v - v * leak + x
 
 
 def integrate_and_fire_reference(
@@ -65,7 +56,7 @@ def integrate_and_fire_reference(
     v = torch.zeros_like(x[0], dtype=dtype)
     spikes: list[Tensor] = []
     for x_t in x.to(dtype).unbind(0):
-        h = _charge(v, x_t, leak, decay_input)
+        h = charge(v, x_t, leak, decay_input)
         # Value: the step function, exactly. Gradient: the surrogate's.
         primitive = surrogate_primitive(h - threshold, surrogate, alpha)
         s = (h >= threshold).to(dtype) + (primitive - primitive.detach())
@@ -83,69 +74,48 @@ class _IntegrateAndFire(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         leak: Tensor | float,
-        threshold: float,
-        soft_reset: bool,
-        decay_input: bool,
-        detach_reset: bool,
-        surrogate: str,
-        alpha: float,
+        dynamics: Dynamics,
+        backend: str,
     ) -> Tensor:
         if isinstance(leak, Tensor):
             ctx.save_for_backward(x, leak)
         else:
             ctx.save_for_backward(x)
             ctx.leak = leak
-        ctx.options = (threshold, soft_reset, decay_input, detach_reset, surrogate, alpha)
-        spikes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        v = torch.zeros(x.shape[1:], dtype=membrane_dtype(x), device=x.device)
-        for t in range(x.shape[0]):
-            h = _charge(v, x[t].to(v.dtype), leak, decay_input)  # type: ignore[arg-type]
-            fired = h >= threshold
-            spikes[t] = fired
-            v = _reset(h, fired, threshold, soft_reset)
+        ctx.dynamics = dynamics
+        ctx.backend = backend
+        if backend == TRACED:
+            return _join([fired.to(x.dtype) for fired in fire_steps(x.unbind(0), leak, dynamics)])
+        spikes = fused_spikes(x, leak, dynamics, backend)
+        if spikes is None:
+            spikes = like_steps(x)
+            for t, fired in enumerate(fire_steps(x.unbind(0), leak, dynamics)):
+                spikes[t] = fired
         return spikes
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_spikes,) = grad_outputs
-        saved = ctx.saved_tensors  # once: activation checkpointing refuses a second look
-        x = saved[0]
-        leak = saved[1] if len(saved) > 1 else ctx.leak
-        threshold, soft_reset, decay_input, detach_reset, surrogate, alpha = ctx.options
-        steps = x.shape[0]
-        dtype = membrane_dtype(x)
-
-        before = [torch.zeros(x.shape[1:], dtype=dtype, device=x.device)]  # V[t-1]
-        charged = []  # H[t]
-        for t in range(steps):
-            h = _charge(before[-1], x[t].to(dtype), leak, decay_input)
-            charged.append(h)
-            if t + 1 < steps:
-                before.append(_reset(h, h >= threshold, threshold, soft_reset))
-
-        grad_x = [torch.empty(0)] * steps
-        grad_leak: Tensor | None = None
-        grad_v: Tensor | None = None  # dL/dV[t]
-        for t in reversed(range(steps)):
-            h = charged[t]
-            ds_dh = surrogate_derivative(h - threshold, surrogate, alpha)
-            grad_h = grad_spikes[t].to(dtype) * ds_dh
-            if grad_v is not None:
-                dv_dh = torch.ones_like(h) if soft_reset else (h < threshold).to(dtype)
-                if not detach_reset:
-                    dv_dh = dv_dh - (threshold if soft_reset else h) * ds_dh
-                grad_h = grad_h + grad_v * dv_dh
-            grad_v = grad_h - grad_h * leak
-            grad_x[t] = (grad_h * leak if decay_input else grad_h).to(x.dtype)
-            if ctx.needs_input_grad[1]:
-                dh_dleak = x[t].to(dtype) - before[t] if decay_input else -before[t]
-                step = (grad_h * dh_dleak).sum()
-                grad_leak = step if grad_leak is None else grad_leak + step
-        return torch.stack(grad_x), grad_leak, None, None, None, None, None, None
+        x, *saved_leak = ctx.saved_tensors  # once: activation checkpointing computes them again for every access
+        leak = saved_leak[0] if saved_leak else ctx.leak
+        leak_gradient = ctx.needs_input_grad[1]
+        if ctx.backend != TRACED and not torch.is_grad_enabled():  # enabled: to be differentiated once more
+            fused = fused_gradients(grad_spikes, x, leak, ctx.dynamics, leak_gradient, ctx.backend)
+            if fused is not None:
+                return *fused, None, None
+        grads, leak_shares = gradient_steps(grad_spikes.unbind(0), x.unbind(0), leak, ctx.dynamics, leak_gradient)
+        grad_leak = leak_shares.sum() if leak_shares is not None else None
+        return _join([grad.to(x.dtype) for grad in grads]), grad_leak, None, None
 
 
-def _reset(h: Tensor, fired: Tensor, threshold: float, soft: bool) -> Tensor:
-    return h - threshold * fired.to(h.dtype) if soft else h.masked_fill(fired, 0.0)
+def _join(steps: list[Tensor]) -> Tensor:
+    """Steps [B, ...] to [T, B, ...]. Unlike `torch.stack`, `cat` keeps channels-last memory."""
+    if steps[0].dim() == 0:
+        return torch.stack(steps)
+    return torch.cat(steps).unflatten(0, [len(steps), steps[0].shape[0]])
+
+
+TRACED = "traced"  # not a backend to choose: the ops themselves, for somebody else's graph
 
 
 def integrate_and_fire(
@@ -171,6 +141,15 @@ def integrate_and_fire(
         alpha: Steepness of the surrogate.
 
     Returns:
-        Spikes, 0 or 1, of the shape and dtype of `x`.
+        Spikes, 0 or 1, of the shape and dtype of `x`. The steps lie one behind the other; each is laid out as those
+        of `x` if these are dense (contiguous, channels last, ...) and contiguous otherwise.
     """
-    return _IntegrateAndFire.apply(x, leak, threshold, soft_reset, decay_input, detach_reset, surrogate, alpha)
+    dynamics = Dynamics(threshold, soft_reset, decay_input, detach_reset, surrogate, alpha)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _IntegrateAndFire.apply(x, leak, dynamics, TRACED)
+    if torch._C._are_functorch_transforms_active():  # differentiates and batches what autograd can
+        return integrate_and_fire_reference(x, leak, *dynamics)  # type: ignore[arg-type]
+    backend = current_lif_backend()
+    if backend == "spikingjelly" and x.numel() > 0:
+        return spikingjelly_integrate_and_fire(x, leak, dynamics)
+    return _IntegrateAndFire.apply(x, leak, dynamics, backend)

@@ -25,7 +25,7 @@ def surrogate_primitive(u: Tensor, surrogate: str, alpha: float) -> Tensor:
     return torch.atan(math.pi / 2 * alpha * u) / math.pi + 0.5
 
 
-def surrogate_derivative(u: Tensor, surrogate: str, alpha: float) -> Tensor:
+def surrogate_derivative(u: Tensor, surrogate: str, alpha: float | Tensor) -> Tensor:
     """p'(u), written out."""
     if surrogate == "sigmoid":
         p = torch.sigmoid(alpha * u)

@@ -1,12 +1,13 @@
 """How every model of this package is built: timm's builder, with what all of our models have in common."""
 
-import argparse
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Optional, TypeVar
 
-import torch
 from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
+
+from ._weights import loading_weights
 
 __all__ = ["create"]
 
@@ -31,13 +32,15 @@ def create(
         tag_args: Model arguments that belong to a pretrained tag, such as the time steps that its weights were
             trained with, by "variant.tag". They give way to arguments in `kwargs`.
         **kwargs: Arguments of the model and of timm's `build_model_with_cfg`.
+
+    Raises:
+        WeightsError: If the weights cannot be downloaded or read, with the other ways to have them.
     """
     cfg = resolve_pretrained_cfg(
         variant, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     )
     model_args = dict((tag_args or {}).get(f"{variant}.{cfg.tag}", {}), **kwargs)
-    # Training checkpoints keep their command line as a Namespace, which holds data and runs no code.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with loading_weights(variant, cfg, kwargs.get("cache_dir")) if pretrained else nullcontext():
         return build_model_with_cfg(
             model_cls,
             variant,

@@ -21,6 +21,7 @@ from . import _build
 from ._checkpoint import StateDict, check_against_model, conv1d_to_conv2d, rename_tensors, unwrap_checkpoint
 from ._hst import IMAGENET_CFG, Embedding, HierarchicalSpikingTransformer, StageEmbed, per_stage
 from ._release import CHECKPOINTS_URL, UnitNames, translate_release
+from ._weights import PendingCfg
 
 __all__ = ["QKFormer"]
 
@@ -226,6 +227,23 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     }
 
 
+def _pending(model_and_tag: str, size: int = 224) -> PendingCfg:
+    """Config of one of the authors' ImageNet checkpoints, which nobody has uploaded yet.
+
+    Their evaluation resizes to size / crop_pct and crops the centre, 224 / 256 up to 224 pixels and all above.
+    Their accuracies were measured with coupled neurons, see `batch_coupled`. The release states no licence.
+    """
+    return PendingCfg(
+        **_cfg(
+            hf_hub_id=f"timm-qkformer/{model_and_tag}",
+            hf_hub_filename="model.safetensors",
+            input_size=(3, size, size),
+            pool_size=(size // 16, size // 16),
+            crop_pct=0.875 if size <= 224 else 1.0,
+        )
+    )
+
+
 def _membrane_cfg(asset: str) -> dict[str, Any]:
     """Config of a checkpoint from the Max-Former authors' release, which states no licence."""
     return _cfg(
@@ -237,9 +255,11 @@ def _membrane_cfg(asset: str) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "qkformer_hst10_384.untrained": _cfg(),
-        "qkformer_hst10_512.untrained": _cfg(),
-        "qkformer_hst10_768.untrained": _cfg(),
+        "qkformer_hst10_384.in1k": _pending("qkformer_hst10_384.in1k"),
+        "qkformer_hst10_512.in1k": _pending("qkformer_hst10_512.in1k"),
+        "qkformer_hst10_768.in1k": _pending("qkformer_hst10_768.in1k"),
+        "qkformer_hst10_768.ft288_in1k": _pending("qkformer_hst10_768.ft288_in1k", 288),
+        "qkformer_hst10_768.ft384_in1k": _pending("qkformer_hst10_768.ft384_in1k", 384),
         "qkformer_hst4_384.untrained": _cfg(
             num_classes=10,
             input_size=(3, 32, 32),

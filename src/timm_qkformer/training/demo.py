@@ -17,6 +17,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..analysis import firing_rates, record_spikes
 from ..models import QKFormer
@@ -51,7 +52,7 @@ class DemoResult:
     picture: Path
 
 
-def run_demo(output: Path, epochs: int = 8, seed: int = 42) -> DemoResult:
+def run_demo(output: Path, epochs: int = 12, seed: int = 42) -> DemoResult:
     """Train on four fifths of the digits, classify the last fifth, print a report and save a picture.
 
     Args:
@@ -114,8 +115,6 @@ def _loader(folder: Path, split: str, batch_size: int, **augmentation: Any) -> A
 
 
 def _train(model: QKFormer, folder: Path, epochs: int) -> None:
-    from tqdm import tqdm
-
     loader = _loader(folder, "train", 32, scale=(0.8, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=0.0, re_prob=0.1)
     mixup = Mixup(mixup_alpha=0.2, prob=0.5, label_smoothing=0.1, num_classes=NUM_CLASSES)
     task = ClassificationTask(model, criterion_kwargs={"soft_targets": True})
@@ -141,8 +140,6 @@ def _train(model: QKFormer, folder: Path, epochs: int) -> None:
 @torch.inference_mode()
 def _classify(model: nn.Module, folder: Path) -> tuple[Tensor, Tensor, Tensor, float]:
     """Held-out images, labels, logits, and images classified per second."""
-    from tqdm import tqdm
-
     model.eval()
     seen, answers, seconds, top1 = [], [], 0.0, AverageMeter()
     with tqdm(_loader(folder, "test", 64), desc="classifying", unit="batch") as bar:

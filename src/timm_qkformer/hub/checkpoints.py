@@ -1,0 +1,256 @@
+"""Reading checkpoints that may come from anyone: nothing in them runs, and nothing is read before its size is known.
+
+Two containers are read: safetensors, and the zip that `torch.save` writes since PyTorch 1.6. A zip is looked through
+first. Its records must be stored, not compressed, and so cannot be larger than the file; its pickle is read opcode by
+opcode, and only names on `_ALLOWED_GLOBALS` may stand in it. Only then does torch's own restricted unpickler
+(`weights_only=True`) run, with the records mapped from the file instead of read.
+"""
+
+import argparse
+import hashlib
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.models import clean_state_dict
+from torch import Tensor
+
+__all__ = ["Checkpoint", "CheckpointError", "read_checkpoint"]
+
+MAX_FILE_BYTES = 8 << 30  # the largest known checkpoint, with optimizer state, is a tenth of it
+MAX_PICKLE_BYTES = 8 << 20  # the pickle holds names, shapes and options; the tensors are records of their own
+MAX_PICKLE_OPCODES = 1_000_000
+MAX_HEADER_BYTES = 8 << 20
+MAX_TENSORS = 4096  # the largest of these models has under 1,000
+
+_ALLOWED_GLOBALS = re.compile(
+    r"collections OrderedDict|argparse Namespace|torch Size|torch device"
+    r"|torch\._utils _rebuild_(tensor_v2|parameter)"
+    r"|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
+)
+_WIDENED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_EMA_KEYS = ("state_dict_ema", "model_ema")
+_MODEL_KEYS = ("model", "state_dict", "module")
+
+
+class CheckpointError(ValueError):
+    """A file is not a checkpoint that can be read safely."""
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint's tensors under their own names, and what its file says about them."""
+
+    path: Path
+    md5: str
+    tensors: dict[str, Tensor]
+    weights: str  # which of the file's weights these are, for messages
+    args: dict[str, Any] = field(default_factory=dict)  # the training's command line
+    epoch: Optional[int] = None
+
+
+def read_checkpoint(path: Path, ema: Optional[bool] = None) -> Checkpoint:
+    """Read a checkpoint file without trusting it.
+
+    Args:
+        path: A plain state dict or a training checkpoint, in safetensors or `torch.save`'s zip format.
+        ema: Take the weights' moving average (True), the weights themselves (False), or the former where there is
+            one (None).
+
+    Raises:
+        CheckpointError: With the reason, for a file that cannot be read or has weights that no model can have.
+        OSError: If the file cannot be opened.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise CheckpointError(f"{path}: {size:,} bytes are more than a checkpoint has (limit {MAX_FILE_BYTES:,})")
+    with path.open("rb") as file:
+        start = file.read(9)
+        file.seek(0)
+        md5 = hashlib.file_digest(file, "md5").hexdigest()
+    try:
+        if start.startswith(b"PK\x03\x04"):
+            content: Any = _read_zip(path, size)
+        elif start[8:] == b"{":
+            content = _read_safetensors(path, size, int.from_bytes(start[:8], "little"))
+        elif start[:1] == b"\x80":
+            raise CheckpointError(
+                "a bare pickle. PyTorch before 1.6 saved so, and it can hide code; if you trust it, save it anew: "
+                "torch.save(torch.load(OLD, weights_only=True), NEW)"
+            )
+        else:
+            raise CheckpointError("neither a safetensors file nor one that torch.save wrote")
+        tensors, weights = _choose(content, ema)
+        _check_tensors(tensors, size)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error.__cause__
+    has_extras = weights != _PLAIN
+    return Checkpoint(
+        path, md5, tensors, weights, _arguments(content) if has_extras else {}, _epoch(content) if has_extras else None
+    )
+
+
+def _read_safetensors(path: Path, size: int, header: int) -> dict[str, Tensor]:
+    if header > min(MAX_HEADER_BYTES, size - 8):
+        raise CheckpointError(
+            f"its safetensors header claims {header:,} bytes, the file has {size:,} (limit {MAX_HEADER_BYTES:,})"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            _check_count(names)
+            return {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, UnicodeDecodeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"damaged or cut off ({_first_line(error)})") from error
+
+
+def _read_zip(path: Path, size: int) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            _check_records(records, size)
+            pickles = [record for record in records if record.filename.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise CheckpointError("not a file that torch.save wrote: it has no data.pkl")
+            if pickles[0].file_size > MAX_PICKLE_BYTES:
+                raise CheckpointError(
+                    f"its pickle has {pickles[0].file_size:,} bytes, more than names and shapes need "
+                    f"(limit {MAX_PICKLE_BYTES:,})"
+                )
+            _check_pickle(archive.read(pickles[0]))
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, UnicodeError) as error:
+        raise CheckpointError(f"damaged or cut off ({_first_line(error)})") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a crafted pickle may fail in any way
+        raise CheckpointError(f"PyTorch cannot read it ({_first_line(error)})") from error
+
+
+def _check_records(records: list[zipfile.ZipInfo], size: int) -> None:
+    if len({record.filename for record in records}) != len(records):
+        raise CheckpointError("its zip directory lists a name twice")
+    if any(record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1 for record in records):
+        raise CheckpointError("it has compressed or encrypted records, and torch.save writes none")
+    total = sum(record.file_size for record in records)
+    if total > size or any(record.file_size != record.compress_size for record in records):
+        raise CheckpointError(f"its records claim {total:,} bytes, the file has {size:,}")
+
+
+def _check_pickle(pickle: bytes) -> None:
+    """Look at every opcode without executing one."""
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
+            if count > MAX_PICKLE_OPCODES:
+                raise CheckpointError(f"its pickle has more than {MAX_PICKLE_OPCODES:,} steps")
+            if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
+                raise CheckpointError(f"its pickle builds objects in a way that torch.save does not ({opcode.name})")
+            if opcode.name == "GLOBAL" and not _ALLOWED_GLOBALS.fullmatch(str(argument)):
+                raise CheckpointError(
+                    f"its pickle asks for {str(argument)[:80].replace(' ', '.')}, which weights do not need"
+                    " and which could run code"
+                )
+    except (ValueError, IndexError, UnicodeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"its pickle is damaged ({_first_line(error)})") from error
+
+
+_PLAIN = "plain weights"
+
+
+def _choose(content: Any, ema: Optional[bool]) -> tuple[dict[str, Tensor], str]:
+    """The state dict in the file: the moving average, the model's entry, or the whole."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"it holds a {type(content).__name__}, not a dict of tensors")
+    ema_key = _first_dict(content, _EMA_KEYS)
+    if ema and ema_key is None:
+        raise CheckpointError(f"it has no moving average (ema) of the weights, no {' or '.join(_EMA_KEYS)}")
+    model_key = _first_dict(content, _MODEL_KEYS)
+    if ema_key is not None and (ema is not False or model_key is None):
+        if ema is False:
+            raise CheckpointError(f"it has only the moving average of the weights ({ema_key})")
+        key, words = ema_key, f"moving average of the weights ({ema_key!r} of a training checkpoint)"
+    elif model_key is not None:
+        key, words = model_key, f"weights ({model_key!r} of a training checkpoint)"
+    else:
+        key, words = None, _PLAIN
+    tensors = content if key is None else content[key]
+    if not tensors:
+        raise CheckpointError("it holds no tensors")
+    strangers = [str(name)[:80] for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if strangers or not all(isinstance(name, str) for name in tensors):
+        raise CheckpointError(f"not a state dict: {_listing(strangers or map(str, tensors))} is not a named tensor")
+    _check_count(tensors)
+    return clean_state_dict(dict(tensors)), words
+
+
+def _first_dict(content: Mapping[str, Any], keys: Iterable[str]) -> Optional[str]:
+    return next((key for key in keys if isinstance(content.get(key), Mapping)), None)
+
+
+def _check_count(names: Any) -> None:
+    if len(names) > MAX_TENSORS:
+        raise CheckpointError(f"it has {len(names):,} tensors, none of these models has more than {MAX_TENSORS:,}")
+
+
+def _check_tensors(tensors: dict[str, Tensor], size: int) -> None:
+    """Refuse what no trained model has. Names and shapes are compared with the models' elsewhere."""
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if claimed > size:
+        raise CheckpointError(f"its tensors claim {claimed:,} bytes, the file has {size:,}")
+    for name, tensor in tensors.items():
+        shown = name[:80]
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise CheckpointError(f"{shown} is not a plain dense tensor")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{shown} claims the shape {list(tensor.shape)}, the file holds less")
+        counter = name.endswith("num_batches_tracked")
+        may_count = counter or tensor.ndim == 0  # whatever its name; `recognise` compares with the model's
+        if not ((tensor.dtype == torch.int64 and may_count) or (tensor.dtype in _WIDENED and not counter)):
+            wanted = "an int64 counter" if counter else "float32, float64, float16 or bfloat16"
+            raise CheckpointError(f"{shown} is {str(tensor.dtype).removeprefix('torch.')}, expected {wanted}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{shown} has values that are not finite (NaN or infinity)")
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise CheckpointError(f"{shown} has negative variances")
+
+
+def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
+    args = content.get("args")
+    values = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(values, Mapping):
+        return {}
+    return {str(key): value for key, value in values.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    """A number, a word or a short row of numbers, such as a mean."""
+    if isinstance(value, (list, tuple)):
+        return len(value) <= 16 and all(isinstance(item, (int, float)) for item in value)
+    return isinstance(value, (str, int, float))
+
+
+def _epoch(content: Mapping[str, Any]) -> Optional[int]:
+    epoch = content.get("epoch")
+    return epoch if isinstance(epoch, int) else None
+
+
+def _listing(names: Iterable[str], shown: int = 3) -> str:
+    names = list(names)
+    return ", ".join(name[:80] for name in names[:shown]) + (
+        f" and {len(names) - shown} more" if len(names) > shown else ""
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

@@ -1,0 +1,217 @@
+"""Upstream checkpoint in, timm folder out."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import timm
+import torch
+from timm.models import get_arch_pretrained_cfgs
+from timm.models._hub import save_for_hf
+from torch import nn
+
+from .card import write_card
+from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
+from .recognise import Recognised, find_asset, recognise
+from .releases import RELEASES, Release, find_release
+from .verify import coupled_layers
+
+__all__ = ["Conversion", "convert"]
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass
+class Conversion:
+    """What `convert` did."""
+
+    folder: Path
+    model: str
+    tag: str
+    model_args: dict[str, Any]
+    release: Optional[Release]
+    report: list[str]  # what was recognised, for the user
+
+
+def convert(
+    source: Path,
+    folder: Path,
+    *,
+    model: Optional[str] = None,
+    time_steps: Optional[int] = None,
+    tag: Optional[str] = None,
+    input_size: Optional[int] = None,
+    batch_coupled: bool = False,
+    ema: Optional[bool] = None,
+    dtype: str = "float32",
+    force: bool = False,
+    measure: Optional[Callable[[Path], list[dict[str, Any]]]] = None,
+) -> Conversion:
+    """Turn a checkpoint into a folder for timm: model.safetensors, config.json and README.md.
+
+    The folder loads with `timm.create_model("local-dir:FOLDER", pretrained=True)`, and when it is on the Hub with
+    "hf-hub:REPOSITORY". It appears complete or not at all.
+
+    Args:
+        source: Checkpoint of the QKFormer or Max-Former release or of this package.
+        folder: Where the result goes; must be new or empty unless `force`.
+        model: Registered name, if the tensors alone should not decide.
+        time_steps: Time steps T that images are shown for. None: what the checkpoint says, else the model's default.
+        tag: Pretrained tag to write down. None: the one of the file that it is by md5 or name, else "custom".
+        input_size: Pixels per side that the weights were trained for. None: what is known of the file.
+        batch_coupled: Let the folder's model be created with coupled neurons.
+        ema: Take the moving average (True), the weights themselves (False), or the former where there is one (None).
+        dtype: "float32" or "float64" for the floating-point tensors. Float16 and bfloat16 are widened exactly;
+            float64 is rounded unless "float64" is asked for.
+        force: Replace what is in `folder`.
+        measure: Called with the finished folder before it is moved to its place; its results go into the card.
+
+    Raises:
+        CheckpointError: If the file cannot be read safely or fits no model.
+        FileExistsError: If `folder` has something in it and `force` is off.
+        ValueError: For an argument outside its range.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown, choose one of {sorted(_DTYPES)}")
+    if input_size is not None and input_size < 1:
+        raise ValueError(f"input_size={input_size} must be a number of pixels")
+    _check_target(folder, force)
+    checkpoint = read_checkpoint(source, ema)
+    release = find_release(checkpoint.md5)
+    found = recognise(checkpoint, model or (release.model if release else None), time_steps)
+    asset = find_asset(source.name)
+    if tag is None:
+        tag = release.tag if release else asset[1] if asset and asset[0] == found.model else "custom"
+    cfg = _pretrained_cfg(found, checkpoint, release, tag, input_size)
+    built = _build(found, cfg, batch_coupled, _DTYPES[dtype])
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        save_for_hf(built, str(staging), safe_serialization=True)
+        config = _without_duplicates(staging / "config.json")
+        measured = measure(staging) if measure is not None else None
+        params = sum(p.numel() for p in built.parameters())
+        write_card(staging, config, _source_facts(checkpoint, release), params, release, measured)
+        staging.chmod(0o755)  # what tempfile and safetensors write is private
+        for path in staging.iterdir():
+            path.chmod(0o644)
+        if folder.exists():
+            shutil.rmtree(folder)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Conversion(
+        folder, found.model, tag, config["model_args"], release, _report(checkpoint, found, release, config, dtype)
+    )
+
+
+def _check_target(folder: Path, force: bool) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise FileExistsError(f"{folder} is in the way, it is not a folder")
+    if folder.exists() and any(folder.iterdir()):
+        if not force:
+            raise FileExistsError(f"{folder} is not empty; choose another folder or replace it with --force")
+        if not (folder / "config.json").is_file():
+            raise FileExistsError(f"{folder} holds something other than a converted model and is not replaced")
+
+
+def _pretrained_cfg(
+    found: Recognised, checkpoint: Checkpoint, release: Optional[Release], tag: str, input_size: Optional[int]
+) -> dict[str, Any]:
+    """What differs from the model's own pretrained config: size and normalisation as they were in training, or as the
+    tag has them, and the crop that the releases evaluate with at that size."""
+    registered: dict[str, Any] = get_arch_pretrained_cfgs(found.model)
+    default: Any = registered.get(f"{found.model}.{tag}") or timm.get_pretrained_cfg(found.model)
+    overlay: dict[str, Any] = {key: getattr(default, key) for key in ("input_size", "pool_size", "crop_pct")}
+    overlay["tag"] = tag
+    size = input_size or (release.input_size if release else None) or _trained_size(checkpoint)
+    if size is not None and size != default.input_size[-1]:
+        overlay["input_size"] = (default.input_size[0], size, size)
+        overlay["pool_size"] = None
+        if default.crop_pct < 1.0 and size > 224:
+            overlay["crop_pct"] = 1.0
+    for key in ("mean", "std"):
+        values = checkpoint.args.get(key)
+        if not isinstance(values, (list, tuple)) or len(values) != len(getattr(default, key)):
+            continue
+        if all(0 <= value <= 255 for value in values) and (key == "mean" or min(values) > 0):
+            overlay[key] = tuple(map(float, values))
+    return overlay
+
+
+def _trained_size(checkpoint: Checkpoint) -> Optional[int]:
+    """Pixels per side in the training's arguments: the ImageNet code's name for it, or timm's two."""
+    for key in ("input_size", "img_size"):
+        size = checkpoint.args.get(key)
+        size = size[-1] if isinstance(size, (list, tuple)) and size else size
+        if isinstance(size, int) and 16 <= size <= 4096:
+            return size
+    return None
+
+
+def _build(found: Recognised, cfg: dict[str, Any], batch_coupled: bool, dtype: torch.dtype) -> nn.Module:
+    args = dict(found.model_args, time_steps=found.time_steps)
+    if coupled_layers(timm.create_model(found.model, device="meta")):
+        args["batch_coupled"] = batch_coupled
+    elif batch_coupled:
+        raise ValueError(f"batch_coupled=True: {found.model} has no coupled neurons, its release has none either")
+    built = timm.create_model(found.model, pretrained_cfg_overlay=cfg, dtype=dtype, **args)
+    try:
+        built.load_state_dict(found.state_dict, strict=True)
+    except RuntimeError as error:  # recognise has compared names and shapes
+        raise CheckpointError(f"{found.model} does not take the tensors: {error}") from error
+    overflow = [name for name, value in built.state_dict().items() if not bool(torch.isfinite(value).all())]
+    if overflow:
+        raise CheckpointError(f"{overflow[0]} has values too large for {dtype}; convert with dtype float64")
+    return built
+
+
+def _without_duplicates(path: Path) -> dict[str, Any]:
+    """Take the class count out of config.json's `model_args`: it stands above them too, where timm and transformers
+    read it, and transformers hands both to the model."""
+    config: dict[str, Any] = json.loads(path.read_text())
+    config["model_args"].pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    return config
+
+
+def _source_facts(checkpoint: Checkpoint, release: Optional[Release]) -> dict[str, str]:
+    facts = {"File": f"`{checkpoint.path.name}`, {checkpoint.weights}"}
+    if checkpoint.epoch is not None:
+        facts["Epoch"] = str(checkpoint.epoch)
+    known = f"the authors' {release.name}" if release else "not one of the authors' known files"
+    facts["md5"] = f"`{checkpoint.md5}`, {known}"
+    return facts
+
+
+def _report(
+    checkpoint: Checkpoint, found: Recognised, release: Optional[Release], config: dict[str, Any], dtype: str
+) -> list[str]:
+    tag = config["pretrained_cfg"]["tag"]
+    args = ", ".join(f"{k}={v}" for k, v in {"num_classes": config["num_classes"], **config["model_args"]}.items())
+    lines = [
+        f"{checkpoint.path.name}: {checkpoint.weights}, {len(checkpoint.tensors)} tensors",
+        f"md5 {checkpoint.md5}: "
+        + (
+            f"the authors' {release.name}, {release.top1:.2f} % top-1 as published (coupled neurons)"
+            if release
+            else "not one of the authors' known files"
+        ),
+        f"model {found.model} ({args}); T = {found.time_steps} {found.time_steps_from}",
+    ]
+    wanted = next((known for known in RELEASES if known.name == f"{found.model}.{tag}"), None)
+    if wanted is not None and wanted != release:
+        lines.append(
+            f"the authors' {wanted.name} has the md5 {wanted.md5}; this file is another, its card has no accuracy"
+        )
+    if found.also_fits:
+        lines.append(f"the same tensors fit {', '.join(found.also_fits)}; if it is that, say so with --model")
+    narrowed = {str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values() if t.is_floating_point()}
+    if narrowed != {dtype}:
+        lines.append(f"tensors were {', '.join(sorted(narrowed))}, written as {dtype}")
+    return lines
