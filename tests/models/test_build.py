@@ -8,6 +8,8 @@ import timm
 import torch
 from timm.models import PretrainedCfg
 
+from timm_qkformer.models._weights import WeightsError
+
 RELEASE = "https://github.com/bic-L/MaxFormer/releases/download/checkpoints/"
 
 # Asset and time steps of every public file, the default tag of each model first.
