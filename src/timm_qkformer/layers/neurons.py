@@ -29,8 +29,6 @@ class SpikingNeuron(nn.Module):
         detach_reset: Keep the reset out of the backward pass.
         surrogate: "sigmoid" or "atan".
         alpha: Steepness of the surrogate. None: 4 for the sigmoid, 2 for atan.
-        device: Device of the parameters, if the neuron has any.
-        dtype: Dtype of the parameters, if the neuron has any.
     """
 
     def __init__(
@@ -41,8 +39,6 @@ class SpikingNeuron(nn.Module):
         detach_reset: bool = True,
         surrogate: str = "sigmoid",
         alpha: Optional[float] = None,
-        device: Any = None,
-        dtype: Any = None,
     ) -> None:
         super().__init__()
         rest = 0.0 if v_reset is None else float(v_reset)
@@ -107,7 +103,8 @@ class LIF(SpikingNeuron):
 
     Args:
         tau: Membrane time constant in time steps, at least 1 (1: the potential is the input).
-        v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, device, dtype: See `SpikingNeuron`.
+        v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha: See `SpikingNeuron`.
+        device, dtype: Taken as by every layer; there are no parameters that they could apply to.
 
     Raises:
         ValueError: For a `tau` below 1 or any hyper-parameter outside its range.
@@ -145,7 +142,8 @@ class IF(SpikingNeuron):
     """Integrate-and-fire neurons: the potential sums the input currents and never leaks.
 
     Args:
-        v_threshold, v_reset, detach_reset, surrogate, alpha, device, dtype: See `SpikingNeuron`.
+        v_threshold, v_reset, detach_reset, surrogate, alpha: See `SpikingNeuron`.
+        device, dtype: Taken as by every layer; there are no parameters that they could apply to.
     """
 
     def __init__(
@@ -176,7 +174,8 @@ class ParametricLIF(SpikingNeuron):
 
     Args:
         init_tau: Initial membrane time constant in time steps, above 1.
-        v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, device, dtype: See `SpikingNeuron`.
+        v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha: See `SpikingNeuron`.
+        device, dtype: Of the parameter.
 
     Raises:
         ValueError: For an `init_tau` of at most 1 or any hyper-parameter outside its range.
