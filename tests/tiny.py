@@ -5,12 +5,12 @@ import torch
 from torch import Tensor, nn
 
 
-def lively(module: nn.Module) -> nn.Module:
-    """Scale up the batch norms and turn to float64 and eval mode."""
+def lively(module: nn.Module, bias: tuple[float, float] = (0.2, 1.2)) -> nn.Module:
+    """Scale up the batch norms, draw their biases from a range, and turn to float64 and eval mode."""
     for m in module.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.weight, 1.0, 2.0)
-            nn.init.uniform_(m.bias, 0.2, 1.2)
+            nn.init.uniform_(m.bias, *bias)
             m.running_mean.normal_(0, 0.2)
             m.running_var.uniform_(0.5, 1.5)
     return module.double().eval()

@@ -1,8 +1,11 @@
 """Attention, patch embedding, MLP and the drop layers."""
 
+from functools import partial
+
 import pytest
 import torch
 
+import tiny
 from timm_qkformer.layers import (
     LIF,
     ParametricLIF,
@@ -25,15 +28,8 @@ def spike_sums(*shape):
     return torch.randint(0, 3, shape).double()
 
 
-def lively(module):
-    """Scale up the batch norms, so that a random network fires."""
-    for m in module.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(m.weight, 1.0, 2.0)
-            torch.nn.init.uniform_(m.bias, 0.5, 2.0)
-            m.running_mean.normal_(0, 0.2)
-            m.running_var.uniform_(0.5, 1.5)
-    return module.double().eval()
+# Single layers need a stronger drive than whole models to fire.
+lively = partial(tiny.lively, bias=(0.5, 2.0))
 
 
 def is_binary(x):

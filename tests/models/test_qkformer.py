@@ -11,7 +11,8 @@ import torch
 from timm.optim import create_optimizer_v2
 
 from timm_qkformer.layers import IF, LIF, ParametricLIF, SpikingNeuron
-from timm_qkformer.models import QKFormer
+from tiny import images
+from tiny import tiny as tiny_model
 
 PARAMS = [
     ("qkformer_hst10_384", {}, 16_473_688),
@@ -24,21 +25,7 @@ PARAMS = [
 ]
 
 
-def tiny(lively=True, **kwargs) -> QKFormer:
-    """`test_qkformer` in float64 and eval mode; `lively` sets the batch norms so that its deeper neurons fire."""
-    model = timm.create_model("test_qkformer", num_classes=7, **kwargs).double().eval()
-    if lively:
-        for m in model.modules():
-            if isinstance(m, torch.nn.BatchNorm2d):
-                torch.nn.init.uniform_(m.weight, 1.0, 2.0)
-                torch.nn.init.uniform_(m.bias, 0.2, 1.2)
-                m.running_mean.normal_(0, 0.2)
-                m.running_var.uniform_(0.5, 1.5)
-    return model
-
-
-def images(batch=3, chans=3, size=(32, 32)):
-    return torch.randn(batch, chans, *size, dtype=torch.float64)
+tiny = partial(tiny_model, "test_qkformer")
 
 
 @pytest.mark.parametrize(("name", "kwargs", "params"), PARAMS)
@@ -197,7 +184,9 @@ def test_copies():
 
 def test_fits_a_batch():
     """Gradients arrive everywhere and are of use."""
-    model = tiny(lively=False, drop_path_rate=0.05, drop_rate=0.05, proj_drop_rate=0.05).float().train()
+    model = timm.create_model(
+        "test_qkformer", num_classes=7, drop_path_rate=0.05, drop_rate=0.05, proj_drop_rate=0.05
+    ).train()
     x, y = torch.randn(8, 3, 32, 32), torch.arange(8) % 7
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.01)
     losses = []

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .conv import SpikingConv
 from .drop import TimeDropout
-from .dynamics import membrane_dtype
 from .neurons import LIF, NeuronLayer
+from .recurrence import membrane_dtype
 
 __all__ = ["QKChannelAttention", "QKTokenAttention", "SpikingSelfAttention"]
 

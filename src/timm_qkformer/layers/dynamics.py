@@ -35,7 +35,7 @@ from .peers import spikingjelly_integrate_and_fire
 from .recurrence import Dynamics, charge, fire_steps, gradient_steps, membrane_dtype
 from .surrogate import surrogate_primitive
 
-__all__ = ["integrate_and_fire", "integrate_and_fire_reference", "membrane_dtype"]
+__all__ = ["integrate_and_fire", "integrate_and_fire_reference"]
 
 
 def integrate_and_fire_reference(

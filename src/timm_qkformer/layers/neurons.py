@@ -12,7 +12,8 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from .dynamics import integrate_and_fire, integrate_and_fire_reference, membrane_dtype
+from .dynamics import integrate_and_fire, integrate_and_fire_reference
+from .recurrence import membrane_dtype
 from .surrogate import DEFAULT_ALPHA
 
 __all__ = ["IF", "LIF", "NEURONS", "NeuronLayer", "ParametricLIF", "SpikingNeuron", "get_neuron_layer"]

@@ -5,8 +5,8 @@ from typing import Any
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from .dynamics import membrane_dtype
 from .neurons import LIF, NeuronLayer
+from .recurrence import membrane_dtype
 
 __all__ = ["MeanReadout", "MembraneReadout"]
 
