@@ -282,6 +282,16 @@ def test_dtypes_are_widened_exactly_and_never_narrowed_silently(folder, tmp_path
     assert load_file(folder / "model.safetensors")["head.bias"][0] == 1e300
 
 
+def test_half_precision_halves_the_file_and_computes_in_single(folder, tmp_path):
+    weights = release_state_dict(variant())
+    convert(save(weights, tmp_path / "x.pth"), folder, dtype="float16")
+    written = load_file(folder / "model.safetensors")
+    assert {t.dtype for name, t in written.items() if not name.endswith("num_batches_tracked")} == {torch.float16}
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert model.head.weight.dtype == torch.float32
+    assert torch.equal(model.head.weight, weights["head.weight"].half().float())
+
+
 def test_nothing_is_overwritten_without_force(tiny_checkpoint, folder):
     folder.mkdir()
     convert(tiny_checkpoint, folder)  # an empty folder will do

@@ -22,7 +22,7 @@ from .verify import coupled_layers
 
 __all__ = ["Conversion", "convert"]
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass
@@ -65,8 +65,8 @@ def convert(
         input_size: Pixels per side that the weights were trained for. None: what is known of the file.
         batch_coupled: Let the folder's model be created with coupled neurons.
         ema: Take the moving average (True), the weights themselves (False), or the former where there is one (None).
-        dtype: "float32" or "float64" for the floating-point tensors. Float16 and bfloat16 are widened exactly;
-            float64 is rounded unless "float64" is asked for.
+        dtype: "float16", "float32" or "float64" for the floating-point tensors, which are widened exactly or rounded.
+            A model that loads them computes in its own dtype all the same.
         force: Replace what is in `folder`.
         measure: Called with the finished folder before it is moved to its place; its results go into the card.
 

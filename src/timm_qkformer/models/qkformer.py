@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Optional, Union
 
 from timm.models._registry import generate_default_cfgs, register_model
@@ -244,6 +245,16 @@ def _pending(model_and_tag: str, size: int = 224) -> PendingCfg:
     )
 
 
+def _shipped(model_and_tag: str, **kwargs: Any) -> dict[str, Any]:
+    """Config of weights that come with the package, in half precision; see docs/weights.md."""
+    return _cfg(
+        file=str(Path(__file__).parent / "weights" / f"{model_and_tag}.safetensors"),
+        license="apache-2.0",
+        origin_url="",
+        **kwargs,
+    )
+
+
 def _membrane_cfg(asset: str) -> dict[str, Any]:
     """Config of a checkpoint from the Max-Former authors' release, which states no licence."""
     return _cfg(
@@ -271,7 +282,8 @@ default_cfgs = generate_default_cfgs(
         "qkformer_hst10_768.ft384_in1k": _pending("qkformer_hst10_768.ft384_in1k", 384),
         "qkformer_hst4_384.untrained": _cfg(**{**_CIFAR10, "pool_size": (8, 8)}),
         "qkformer_hst3_256.untrained": _cfg(**_CIFAR10),
-        "qkformer_hst3_128.untrained": _cfg(
+        "qkformer_hst3_128.nmnist": _shipped(
+            "qkformer_hst3_128.nmnist",
             num_classes=10,
             input_size=(2, 34, 34),
             pool_size=(3, 3),

@@ -1,0 +1,70 @@
+"""The weights that come with the package: small, listed, loaded without a network, as accurate as their cards say."""
+
+import csv
+import re
+import socket
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import timm_qkformer
+from tests.golden import SHARED
+from timm_qkformer.cli import main
+
+WEIGHTS = Path(timm_qkformer.__file__).parent / "models" / "weights"
+SHIPPED = {"qkformer_hst3_128.nmnist": (4, 8, 2, 34, 34)}
+
+
+def test_each_file_has_its_config_and_card_and_all_are_small():
+    files = sorted(path.name.removesuffix(".safetensors") for path in WEIGHTS.glob("*.safetensors"))
+    assert files == sorted(SHIPPED)
+    assert sorted(path.stem for path in WEIGHTS.glob("*.md")) == files
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 6_000_000
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_loads_without_a_network(name, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    assert name in timm.list_pretrained("qkformer*")
+    model = timm.create_model(name, pretrained=True).eval()
+    assert model.time_steps == timm.create_model(name.split(".")[0]).time_steps
+    assert model(torch.rand(SHIPPED[name])).shape == (4, 10)
+    for key, value in timm.create_model(name, pretrained=True, num_classes=3, in_chans=1).state_dict().items():
+        assert torch.isfinite(value).all(), key
+
+
+def _top1_on_card(name: str) -> str:
+    found = re.search(r"\*\*Top-1:\*\* ([\d.]+) %", (WEIGHTS / f"{name}.md").read_text())
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "archive", "folder", "flags"),
+    [
+        (
+            "qkformer_hst3_128.nmnist",
+            "nmnist_small.tar.gz",
+            "nmnist_small",
+            ["--dataset", "events/nmnist", "--split", "test"],
+        ),
+    ],
+)
+def test_the_card_s_accuracy_is_reproduced_to_the_last_digit(name, archive, folder, flags, tmp_path):
+    if not (SHARED / "data" / archive).exists():
+        pytest.skip(f"needs {archive} of the shared data")
+    with tarfile.open(SHARED / "data" / archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    results = tmp_path / "results.csv"
+    command = ["validate", name, "--data-dir", str(tmp_path / folder), *flags, "--results-file", str(results)]
+    assert main([*command, "--batch-size", "250", "--workers", "1"]) == 0
+    with results.open() as file:
+        (row,) = csv.DictReader(file)
+    assert f"{float(row['top1']):.2f}" == _top1_on_card(name)
