@@ -326,7 +326,8 @@ def _fan_out(path: str, conv: nn.Conv2d, dim: int, size: int) -> Tensor:
     """How many outputs each place along a dimension of the input is connected to: float64 [size]."""
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         raise ValueError(
-            f"{path} has padding={conv.padding!r} and padding_mode={conv.padding_mode!r}; energy knows numbers and 'zeros'"
+            f"{path} has padding={conv.padding!r} and padding_mode={conv.padding_mode!r}; energy knows padding by a "
+            "number of zeros"
         )
     first = torch.arange(_outputs(conv, dim, size)) * conv.stride[dim] - conv.padding[dim]
     taps = torch.arange(conv.kernel_size[dim]) * conv.dilation[dim]

@@ -2,8 +2,8 @@
 
 As in the paper, Q, K (and V) are there already, [T, B, C, N] spikes in float32 with T = B = 1 and one head, and what
 counts is the peak of what the attention allocates beyond them: result X', attention vector or matrix, and whatever
-its neuron needs. The paper's figures fit 4 N C bytes for QKTA and 4 N^2 + 4 N C for SSA in the order (Q K^T) V: X', and the matrix
-Q K^T. The release and this package run SSA as Q (K^T V), without that matrix.
+its neuron needs. The paper's figures fit 4 N C bytes for QKTA and 4 N^2 + 4 N C for SSA in the order (Q K^T) V, that is
+X' and the matrix Q K^T. The release and this package run SSA as Q (K^T V), without that matrix.
 """
 
 import statistics
