@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..layers import SpikingConv, SpikingSelfAttention
-from .files import write_atomically
+from .._files import write_atomically
 
 __all__ = ["coupled_layers", "find_samples", "verify"]
 
