@@ -24,9 +24,14 @@ def test_replaces_when_the_block_ends(tmp_path):
 def test_an_error_leaves_the_old_file_alone(tmp_path, error):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(type(error)), replacing(path) as file:
-        file.write(b"half")
-        raise error
+
+    def write():
+        with replacing(path) as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
