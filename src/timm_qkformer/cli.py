@@ -81,8 +81,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
+    from ._files import write_atomically
     from .hub import verify
-    from .hub.files import write_atomically
 
     if args.output is not None and args.output.exists():
         raise FileExistsError(f"--output {args.output} exists already; choose another name")

@@ -19,6 +19,7 @@ from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .._files import replacing
 from ..analysis import firing_rates, record_spikes
 from ..models import QKFormer
 
@@ -196,8 +197,7 @@ def _draw(model: QKFormer, images: Tensor, labels: Tensor, logits: Tensor, path:
         axes[t + 1, 0].set_ylabel(f"mask, t = {t + 1}")
     figure.colorbar(shown, ax=axes[1:, :], label="share of heads that keep the token", shrink=0.6)
     figure.suptitle("Q-K token attention of the first block")
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, dpi=120, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     plt.close(figure)
-    temporary.replace(path)
     return path
