@@ -1,52 +1,14 @@
 """Run a model once, as it is used for inference, and keep what some of its layers returned."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .running import inference, plain_model
+
 __all__ = ["capture_outputs", "plain_model"]
-
-
-def plain_model(model: nn.Module) -> nn.Module:
-    """The module below wrappers that hide names or hooks: DDP, DataParallel and `torch.compile`.
-
-    Raises:
-        ValueError: For TorchScript and exported programs, whose layers cannot be told apart.
-    """
-    while True:
-        if isinstance(model, torch.jit.ScriptModule):
-            raise ValueError(
-                "the model is a TorchScript module, which keeps no layers to look into: give the model it was made from"
-            )
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile(model)
-            model = model._orig_mod
-        else:
-            return model
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode and uncompiled calls, undone at the end: compiled code does not call hooks that came after it."""
-    training = [(module, module.training) for module in model.modules()]
-    compiled = [(module, module._compiled_call_impl) for module in model.modules()]
-    try:
-        model.eval()
-        for module, _ in compiled:
-            module._compiled_call_impl = None
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-        for module, call in compiled:
-            module._compiled_call_impl = call
 
 
 def capture_outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
@@ -80,7 +42,7 @@ def capture_outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[s
                 outputs[name] = output.detach()
 
             handles.append(modules[name].register_forward_hook(keep))
-        with _inference(model):
+        with inference(model):
             model(x.to(parameter.device))
     finally:
         for handle in handles:

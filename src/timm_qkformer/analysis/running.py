@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..layers import SpikingConv, SpikingNeuron
 
-__all__ = ["Data", "Instrument", "as_samples", "bare_model", "inference", "observe"]
+__all__ = ["Data", "Instrument", "as_samples", "inference", "observe", "plain_model", "spiking_model"]
 
 # A batch of images [B, C, H, W] or event clips [B, T, C, H, W], or an iterable of such batches, of single images
 # [C, H, W], or of tuples that begin with one of these, as loaders and data sets yield them.
@@ -32,24 +32,35 @@ class Instrument(Protocol):
         """Called after every sample's forward pass."""
 
 
-def bare_model(model: nn.Module) -> nn.Module:
-    """The module inside the wrappers of torch.compile, DistributedDataParallel, DataParallel and timm's ModelEma.
+def plain_model(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers of `torch.compile`, DistributedDataParallel, DataParallel and timm's ModelEma.
 
     Raises:
-        ValueError: For something whose neurons cannot be watched: no module, a scripted or exported model, a deployed
-            one, or one without neurons of this package.
+        ValueError: For what is no module, and for TorchScript and exported programs, whose layers cannot be told apart.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}; give a torch.nn.Module with neurons of this package")
-    bare: nn.Module = unwrap_model(model)
-    if isinstance(bare, torch.jit.ScriptModule):
-        raise ValueError("model is scripted or traced, which hides its layers: give the model that it was made from")
-    if not any(isinstance(module, SpikingNeuron) for module in bare.modules()):
+        raise ValueError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    plain: nn.Module = unwrap_model(model)
+    if isinstance(plain, torch.jit.ScriptModule):
         raise ValueError(
-            f"model ({type(bare).__name__}) has no neurons of this package that could be watched. If it was exported, "
-            "deployed or scripted, give the model that it was made from"
+            "the model is a TorchScript module, which keeps no layers to look into: give the model it was made from"
         )
-    return bare
+    return plain
+
+
+def spiking_model(model: nn.Module) -> nn.Module:
+    """`plain_model` of a model with neurons of this package.
+
+    Raises:
+        ValueError: As `plain_model`, and for a model without such neurons.
+    """
+    plain = plain_model(model)
+    if not any(isinstance(module, SpikingNeuron) for module in plain.modules()):
+        raise ValueError(
+            f"{type(plain).__name__} has no neurons of this package to look at. If it was exported or deployed, give "
+            "the model it was made from"
+        )
+    return plain
 
 
 @contextmanager
@@ -87,7 +98,7 @@ def observe(
     stay and are called.
 
     Args:
-        model: What `bare_model` returns.
+        model: What `spiking_model` returns.
         data: Batches, see `Data`. All samples must have one shape.
         instruments: Watchers.
         on_sample: Called with every sample, a batch of one, before it runs.
