@@ -4,13 +4,14 @@ Every sample runs alone: in float32 a convolution's last bit depends on the size
 through the layers behind it, and then the rates of a data set would depend on how it was batched.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
-from typing import Any, Optional, Protocol, Union
+from typing import Any, Optional, Protocol, Union, cast
 
 import torch
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 from torch.utils.hooks import RemovableHandle
 
 from ..layers import SpikingConv, SpikingNeuron
@@ -19,7 +20,7 @@ __all__ = ["Data", "Instrument", "as_samples", "inference", "observe", "plain_mo
 
 # A batch of images [B, C, H, W] or event clips [B, T, C, H, W], or an iterable of such batches, of single images
 # [C, H, W], or of tuples that begin with one of these, as loaders and data sets yield them.
-Data = Union[Tensor, Iterable[Any]]
+Data = Union[Tensor, Iterable[Any], Dataset[Any]]
 
 
 class Instrument(Protocol):
@@ -145,6 +146,8 @@ def as_samples(data: Data, model: nn.Module) -> Iterator[Tensor]:
         ValueError: For something that is no batch.
     """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        data = map(data.__getitem__, range(len(cast(Sized, data))))  # not all of them can be iterated over
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise ValueError(
             f"data is a {type(data).__name__}; give a tensor, or an iterable of tensors or (input, target)"
