@@ -47,7 +47,7 @@ class DemoResult:
     """What a demo run measured on the held-out fifth."""
 
     accuracy: float  # top-1, percent
-    firing_rate: float  # mean over all neuron layers
+    firing_rate: float  # spikes per neuron and time step
     images_per_second: float  # classifying, batches of 64
     seconds: float  # training and evaluation
     picture: Path
@@ -79,8 +79,7 @@ def run_demo(output: Path, epochs: int = 12, seed: int = 42) -> DemoResult:
     seconds = time.perf_counter() - start
 
     top1 = 100.0 * (logits.argmax(1) == labels).float().mean().item()
-    rates = firing_rates(model, images[:64])
-    rate = sum(rates.values()) / len(rates)
+    rate = firing_rates(model, images[:64]).mean
     _print_table(labels, logits)
     picture = _draw(model, images, labels, logits, output / "digits.png")
     print(f"accuracy on {len(labels)} held-out digits: {top1:.1f} %")
