@@ -35,7 +35,10 @@ def _load(args: argparse.Namespace, source: str) -> Any:
     except WeightsError as error:
         raise OSError(f"{error} Or look at an untrained model with --random.") from error
     if loaded.is_random:
-        print(f"{loaded.name} has {loaded.weights}: it is untrained, and what it attends to means nothing")
+        print(
+            f"{loaded.name} has {loaded.weights}: what it attends to means nothing. Its batch norms take their "
+            "statistics from the inputs, since hardly a neuron would fire otherwise"
+        )
     return loaded
 
 
@@ -88,6 +91,7 @@ def visualize(args: argparse.Namespace) -> None:
         block=args.block,
         raster=args.raster,
         sensor_size=tuple(args.sensor_size) if args.sensor_size else None,
+        untrained=loaded.is_random,
         title=loaded.title,
     )
     print("\n".join(f"wrote {path}" for path in written))

@@ -1,4 +1,4 @@
-"""Run a model once, as it is used for inference, and keep what some of its layers returned."""
+"""Run a batch through a model and keep what some of its layers returned."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,53 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["capture_outputs", "plain_model"]
+from .running import bare_model, inference
 
-
-def plain_model(model: nn.Module) -> nn.Module:
-    """The module below wrappers that hide names or hooks: DDP, DataParallel and `torch.compile`.
-
-    Raises:
-        ValueError: For TorchScript and exported programs, whose layers cannot be told apart.
-    """
-    while True:
-        if isinstance(model, torch.jit.ScriptModule):
-            raise ValueError(
-                "the model is a TorchScript module, which keeps no layers to look into: give the model it was made from"
-            )
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile(model)
-            model = model._orig_mod
-        else:
-            return model
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode and uncompiled calls, undone at the end: compiled code does not call hooks that came after it."""
-    training = [(module, module.training) for module in model.modules()]
-    compiled = [(module, module._compiled_call_impl) for module in model.modules()]
-    try:
-        model.eval()
-        for module, _ in compiled:
-            module._compiled_call_impl = None
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-        for module, call in compiled:
-            module._compiled_call_impl = call
+__all__ = ["capture_outputs", "settle_norms"]
 
 
 def capture_outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """What the named modules return for a batch. The model is left as it was, also by an error.
+    """What the named modules return for a batch, in eval mode. The model is left as it was, also by an error.
 
     Args:
-        model: Any model; wrappers are taken off, and it runs in eval mode whatever its mode.
+        model: Any model with neurons of this package, wrapped or compiled too, see `bare_model`.
         x: Input batch of the model, on any device.
         names: Names of submodules, each of which is called once and returns a tensor.
 
@@ -64,24 +27,27 @@ def capture_outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[s
         ValueError: For an input that holds NaN or infinite values, an empty batch, an unknown name, or a module that
             did not run.
     """
-    model = plain_model(model)
+    model = bare_model(model)
     _check_input(x)
     modules = dict(model.named_modules())
     unknown = [name for name in names if name not in modules]
     if unknown:
         raise ValueError(f"{type(model).__name__} has no layer {unknown[0]!r}")
-    parameter = next(model.parameters(), x)
+    like = next(model.parameters(), x)
     outputs: dict[str, Tensor] = {}
     handles = []
+
+    def keep_as(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            outputs[name] = output.detach()
+
+        return hook
+
     try:
         for name in names:
-
-            def keep(_module: nn.Module, _args: Any, output: Tensor, name: str = name) -> None:
-                outputs[name] = output.detach()
-
-            handles.append(modules[name].register_forward_hook(keep))
-        with _inference(model):
-            model(x.to(parameter.device))
+            handles.append(modules[name].register_forward_hook(keep_as(name)))
+        with inference(model):
+            model(x.to(like.device, like.dtype))
     finally:
         for handle in handles:
             handle.remove()
@@ -89,6 +55,32 @@ def capture_outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[s
     if silent:
         raise ValueError(f"layer {silent[0]!r} of {type(model).__name__} did not run for this input")
     return {name: outputs[name] for name in names}
+
+
+@contextmanager
+def settle_norms(model: nn.Module, batches: Sequence[Tensor]) -> Iterator[None]:
+    """For the length of a block, batch norms with the statistics of these batches instead of their own.
+
+    For untrained models, whose statistics are those of no data: currents stay far below the threshold and hardly a
+    neuron fires. The former statistics are back after the block.
+    """
+    model = bare_model(model)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    former = [(norm, {k: v.clone() for k, v in norm.state_dict().items()}, norm.momentum) for norm in norms]
+    try:
+        with inference(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the plain mean over all batches
+                norm.training = True
+            like = next(model.parameters())
+            for batch in batches:
+                model(batch.to(like.device, like.dtype))
+        yield
+    finally:
+        for norm, state, momentum in former:
+            norm.load_state_dict(state)
+            norm.momentum = momentum
 
 
 def _check_input(x: Tensor) -> None:

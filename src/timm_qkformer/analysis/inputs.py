@@ -82,7 +82,7 @@ class ModelInputs:
         if self.channels != self.config["input_size"][0]:
             raise ValueError(
                 f"the model takes {self.channels} channels, its config's input_size is {self.config['input_size']}: "
-                f"create it with pretrained_cfg_overlay={{'input_size': ({self.channels}, ...), 'mean': ..., 'std': ...}}"
+                "create it with a pretrained_cfg_overlay of input_size, mean and std for its channels"
             )
 
     def read(self, path: Path) -> FileInput:

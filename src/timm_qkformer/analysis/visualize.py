@@ -1,6 +1,7 @@
 """From files to pictures of what a model's attention does with them: what `timm-qkformer visualize` runs."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Optional
 
@@ -9,8 +10,9 @@ from tqdm import tqdm
 
 from .._files import refuse_existing
 from .attention import attention_layers, record_attention
-from .capture import plain_model
+from .capture import settle_norms
 from .inputs import FileInput, ModelInputs, find_files
+from .names import place_of
 from .pictures import (
     draw_channel_masks,
     draw_gallery,
@@ -20,10 +22,12 @@ from .pictures import (
     save_picture,
 )
 from .raster import pick_neurons, record_layer
+from .running import bare_model
 
 __all__ = ["select_layers", "visualize"]
 
 _GALLERY_ROWS = 12  # inputs on one gallery picture
+_SETTLING = 16  # inputs that give an untrained model's batch norms their statistics
 
 
 def visualize(
@@ -35,6 +39,7 @@ def visualize(
     block: Optional[int] = None,
     raster: Optional[str] = None,
     sensor_size: Optional[tuple[int, int]] = None,
+    untrained: bool = False,
     title: str = "",
     quiet: bool = False,
 ) -> list[Path]:
@@ -53,6 +58,8 @@ def visualize(
         raster: Layer of neurons for the raster, such as "stages.0.blocks.0.mlp.fc1.neuron". None: the keys of the
             first layer drawn.
         sensor_size: (height, width) of the event camera, see `ModelInputs`.
+        untrained: Run with batch norm statistics of the first inputs instead of the model's own; without it hardly
+            anything fires in a model that was not trained, see `settle_norms`.
         title: First line of every picture's title.
         quiet: Show no progress bar.
 
@@ -63,7 +70,7 @@ def visualize(
         FileExistsError: If one of them is there already; nothing is written then.
         ValueError: For a path, stage or block that is not there, or a file that the model cannot take.
     """
-    plain: Any = plain_model(model)
+    plain: Any = bare_model(model)
     layers = select_layers(plain, stage, block)
     inputs = ModelInputs(plain, sensor_size)
     single = [path for path in paths if not path.is_dir()]
@@ -83,8 +90,12 @@ def visualize(
         raise ValueError("two of the folders have the same name, and so would their galleries: draw them one by one")
     refuse_existing(*written)
     output.mkdir(parents=True, exist_ok=True)
-    total = len(files) + sum(map(len, pages.values()))
-    with tqdm(total=total, desc="drawing", unit="input", disable=quiet or None) as bar:
+    everything = [*files, *(file for found in pages.values() for file in found)]
+    samples = [inputs.read(file).x for file in everything[:_SETTLING]] if untrained else []
+    with (
+        settle_norms(plain, samples) if untrained else nullcontext(),
+        tqdm(total=len(everything), desc="drawing", unit="input", disable=quiet or None) as bar,
+    ):
         for name, file in zip(names, files, strict=True):
             heading = f"{title}: {file.name}" if title else file.name
             _draw_file(plain, inputs.read(file), layers, raster, targets[name], heading)
@@ -111,11 +122,10 @@ def select_layers(model: nn.Module, stage: Optional[int] = None, block: Optional
     if stage is None and block is None:
         return {name: kind for name, kind in layers.items() if kind != "ssa"} or layers
 
-    def matches(name: str) -> bool:
-        parts = name.split(".")  # stages.0.blocks.0.attn
-        return len(parts) > 3 and (stage in (None, int(parts[1]) + 1)) and (block in (None, int(parts[3]) + 1))
-
-    chosen = {name: kind for name, kind in layers.items() if matches(name)}
+    places = {name: place_of(name)[1:] for name in layers}
+    chosen = {
+        name: layers[name] for name, place in places.items() if stage in (None, place[0]) and block in (None, place[1])
+    }
     if not chosen:
         wanted = " and ".join(
             f"{key}={value}" for key, value in (("stage", stage), ("block", block)) if value is not None
@@ -135,8 +145,7 @@ def _targets(output: Path, name: str, layers: dict[str, str]) -> dict[str, Path]
     """File of each picture of one input, by layer name, "query-key" or "raster"."""
     targets = {}
     for layer, kind in layers.items():
-        parts = layer.split(".")
-        place = f"stage{int(parts[1]) + 1}-block{int(parts[3]) + 1}" if len(parts) > 3 else layer
+        place = (place_of(layer)[0] or layer).replace(" ", "").replace(",", "-")
         targets[layer] = output / f"{name}-{place}-{'channels' if kind == 'qkca' else 'tokens'}.png"
     if any(kind != "ssa" for kind in layers.values()):
         targets["query-key"] = output / f"{name}-query-key.png"
