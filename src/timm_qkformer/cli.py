@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from . import _cli_pictures
+
 __all__ = ["main"]
 
 
@@ -138,6 +140,7 @@ COMMANDS: dict[str, Command] = {
     "demo": ("train a small model on handwritten digits and look inside", _add_demo, _demo),
     "convert": ("turn an upstream checkpoint into a folder for timm", _add_convert, _convert),
     "verify": ("measure top-1 and top-5 accuracy on labelled images", _add_verify, _verify),
+    "visualize": ("draw a model's attention", _cli_pictures.add_visualize, _cli_pictures.visualize),
     "publish": ("upload a converted folder to the Hugging Face Hub", _add_publish, _publish),
 }
 
@@ -154,7 +157,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         args.run(args)
     except ModuleNotFoundError as error:
-        extra = {"sklearn": "demo", "matplotlib": "demo"}.get((error.name or "").partition(".")[0])
+        extra = {"sklearn": "demo", "matplotlib": "analysis"}.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
         return _fail(f"{error.name} is missing: pip install 'timm-qkformer[{extra}]'")

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..layers import QKChannelAttention, QKTokenAttention, SpikingSelfAttention
-from .capture import capture_outputs, plain_model
+from .capture import capture_outputs
+from .running import bare_model
 
 __all__ = ["AttentionRecord", "attention_layers", "record_attention"]
 
@@ -90,7 +91,7 @@ class AttentionRecord:
 def attention_layers(model: nn.Module) -> dict[str, str]:
     """The kinds ("qkta", "qkca", "ssa") of a model's attention layers, by module name, in the model's order."""
     layers = {}
-    for name, module in plain_model(model).named_modules():
+    for name, module in bare_model(model).named_modules():
         for cls, kind in _KINDS:
             if isinstance(module, cls):
                 layers[name] = kind
@@ -112,7 +113,7 @@ def record_attention(model: nn.Module, x: Tensor, layers: Optional[Sequence[str]
     Raises:
         ValueError: If the model has no attention, no layer of such a name, or the input cannot be run.
     """
-    plain = plain_model(model)
+    plain = bare_model(model)
     kinds = attention_layers(plain)
     if not kinds:
         raise ValueError(f"{type(plain).__name__} has no Q-K or spiking self-attention to look into")

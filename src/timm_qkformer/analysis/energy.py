@@ -35,7 +35,7 @@ from torch.utils.hooks import RemovableHandle
 from ..layers import QKTokenAttention, SpikingNeuron, SpikingSelfAttention, SpikingStem
 from ..models._hst import HierarchicalSpikingTransformer
 from .names import place_of
-from .running import Data, observe, spiking_model
+from .running import Data, bare_model, observe
 
 __all__ = ["AC_PJ", "MAC_PJ", "Energy", "EnergyMeter", "LayerEnergy", "energy"]
 
@@ -129,7 +129,7 @@ def energy(model: nn.Module, data: Data, mac_pj: float = MAC_PJ, ac_pj: float = 
     Raises:
         ValueError: As `firing_rates`, and for layers that this module does not know how to count.
     """
-    model = spiking_model(model)
+    model = bare_model(model)
     meter = EnergyMeter()
     samples, shape = observe(model, data, [meter])
     return meter.result(samples, shape, mac_pj, ac_pj)

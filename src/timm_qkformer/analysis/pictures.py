@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._files import replacing
 from .attention import AttentionRecord
+from .names import place_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,7 +113,7 @@ def draw_token_masks(record: AttentionRecord, pictures: Array, sample: int = 0, 
         drawn,
         axes,
         {
-            "qkta": "token mask $A_t$: 1 keeps the token; means are the share of heads and time steps that do",
+            "qkta": "token mask $A_t$: 1 keeps the token",
             "qkca": "share of the head's channels that fire in $X'$",
             "ssa": "attention received by token j: mean of $s\\,q_i \\cdot k_j$ over all queries i",
         }[record.kind],
@@ -294,8 +295,7 @@ def draw_gallery(pictures: Sequence[Array], records: Sequence[Sequence[Attention
                 bar.ax.locator_params(nbins=2)
     axes[0, 0].set_title("input", fontsize=9)
     for column, layer in enumerate(layers, start=1):
-        stage = _stage_and_block(layer.name)
-        axes[0, column].set_title(f"{stage}\n{layer.kind.upper()}", fontsize=9)
+        axes[0, column].set_title(f"{place_of(layer.name)[0] or layer.name}\n{layer.kind.upper()}", fontsize=9)
     _titled(figure, title, "white: tokens that more heads keep at more time steps (SSA: that receive more attention)")
     return figure
 
@@ -352,16 +352,8 @@ def _picture(pictures: Array, step: Optional[int]) -> Array:
     return pictures.mean(0) if step is None or len(pictures) == 1 else pictures[step]
 
 
-def _stage_and_block(name: str) -> str:
-    """ "stages.0.blocks.1.attn" in the paper's counting: "stage 1, block 2"; other names as they are."""
-    parts = name.split(".")
-    if len(parts) > 3 and parts[0] == "stages" and parts[2] == "blocks":
-        return f"stage {int(parts[1]) + 1}, block {int(parts[3]) + 1}"
-    return name
-
-
 def _place(record: AttentionRecord) -> str:
-    return f"{_stage_and_block(record.name)}: {_KIND_NAMES[record.kind]}"
+    return f"{place_of(record.name)[0] or record.name}: {_KIND_NAMES[record.kind]}"
 
 
 def _left_out(record: AttentionRecord, steps: Sequence[int], heads: Sequence[int]) -> str:

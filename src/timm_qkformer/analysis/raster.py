@@ -5,14 +5,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..layers import SpikingNeuron
-from .capture import capture_outputs, plain_model
+from .capture import capture_outputs
+from .running import bare_model
 
 __all__ = ["neuron_layers", "pick_neurons", "record_layer"]
 
 
 def neuron_layers(model: nn.Module) -> list[str]:
     """Module names of a model's neurons, such as "stages.0.blocks.0.mlp.fc1.neuron", in the model's order."""
-    return [name for name, module in plain_model(model).named_modules() if isinstance(module, SpikingNeuron)]
+    return [name for name, module in bare_model(model).named_modules() if isinstance(module, SpikingNeuron)]
 
 
 def record_layer(model: nn.Module, x: Tensor, layer: str) -> NDArray[np.bool_]:

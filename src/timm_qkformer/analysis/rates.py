@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .names import SpikeSource, spike_sources
-from .running import Data, observe, spiking_model
+from .running import Data, bare_model, observe
 
 __all__ = ["PAPER_RATES", "FiringRates", "LayerRates", "RateMeter", "firing_rates"]
 
@@ -124,7 +124,7 @@ def firing_rates(model: nn.Module, data: Data) -> FiringRates:
         ValueError: For a model without neurons that can be watched or with weights that are not finite, no samples,
             samples of unequal shape, or values that are not finite.
     """
-    model = spiking_model(model)
+    model = bare_model(model)
     meter = RateMeter()
     samples, shape = observe(model, data, [meter])
     return meter.result(samples, shape)

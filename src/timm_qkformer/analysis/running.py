@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..layers import SpikingConv, SpikingNeuron
 
-__all__ = ["Data", "Instrument", "as_samples", "inference", "observe", "plain_model", "spiking_model"]
+__all__ = ["Data", "Instrument", "as_samples", "bare_model", "inference", "observe"]
 
 # A batch of images [B, C, H, W] or event clips [B, T, C, H, W], or an iterable of such batches, of single images
 # [C, H, W], or of tuples that begin with one of these, as loaders and data sets yield them.
@@ -33,35 +33,26 @@ class Instrument(Protocol):
         """Called after every sample's forward pass."""
 
 
-def plain_model(model: nn.Module) -> nn.Module:
+def bare_model(model: nn.Module) -> nn.Module:
     """The module inside the wrappers of `torch.compile`, DistributedDataParallel, DataParallel and timm's ModelEma.
 
     Raises:
-        ValueError: For what is no module, and for TorchScript and exported programs, whose layers cannot be told apart.
+        ValueError: For something whose neurons cannot be looked at: what is no module, TorchScript, an exported or
+            deployed program, or any other model without neurons of this package.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-    plain: nn.Module = unwrap_model(model)
-    if isinstance(plain, torch.jit.ScriptModule):
+    bare: nn.Module = unwrap_model(model)
+    if isinstance(bare, torch.jit.ScriptModule):
         raise ValueError(
             "the model is a TorchScript module, which keeps no layers to look into: give the model it was made from"
         )
-    return plain
-
-
-def spiking_model(model: nn.Module) -> nn.Module:
-    """`plain_model` of a model with neurons of this package.
-
-    Raises:
-        ValueError: As `plain_model`, and for a model without such neurons.
-    """
-    plain = plain_model(model)
-    if not any(isinstance(module, SpikingNeuron) for module in plain.modules()):
+    if not any(isinstance(module, SpikingNeuron) for module in bare.modules()):
         raise ValueError(
-            f"{type(plain).__name__} has no neurons of this package to look at. If it was exported or deployed, give "
+            f"{type(bare).__name__} has no neurons of this package to look at. If it was exported or deployed, give "
             "the model it was made from"
         )
-    return plain
+    return bare
 
 
 @contextmanager
@@ -99,7 +90,7 @@ def observe(
     stay and are called.
 
     Args:
-        model: What `spiking_model` returns.
+        model: What `bare_model` returns.
         data: Batches, see `Data`. All samples must have one shape.
         instruments: Watchers.
         on_sample: Called with every sample, a batch of one, before it runs.
