@@ -26,8 +26,8 @@ Data = Union[Tensor, Iterable[Any], Dataset[Any]]
 class Instrument(Protocol):
     """Watches layers through hooks while samples run one after the other."""
 
-    def attach(self, model: nn.Module) -> list[RemovableHandle]:
-        """Put hooks on the model; whoever calls this removes them."""
+    def attach(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        """Put hooks on the model, one after the other; who asks for them removes them."""
 
     def end_sample(self) -> None:
         """Called after every sample's forward pass."""
@@ -106,7 +106,8 @@ def observe(
     count, shape = 0, None
     try:
         for instrument in instruments:
-            handles += instrument.attach(model)
+            for handle in instrument.attach(model):  # not all at once: the next one may fail
+                handles.append(handle)
         with inference(model):
             for x in as_samples(data, model):
                 if shape is not None and x.shape[1:] != shape:
