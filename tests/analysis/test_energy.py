@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from test_rates import Constant
+from constant import Constant
 from timm_qkformer.analysis import energy, firing_rates
 from timm_qkformer.analysis.energy import AC_PJ, MAC_PJ
 from timm_qkformer.layers import SpikingSelfAttention, set_lif_backend
@@ -169,8 +169,8 @@ def test_additions_of_self_attention():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_spikingjelly_counts_the_same(name):
-    """spikingjelly 2.0 counts additions of binary inputs as we do. Where sums of spikes are not binary, and for
-    K^T V, which is not, either, it counts MACs where we count additions: the one difference, accounted for here."""
+    """spikingjelly 2.0 counts the additions of binary inputs as we do, K^T V and Q (K^T V) included. Sums of spikes are
+    not binary: there it counts MACs where we count additions. It does not look at the sum of Q and the mask."""
     from spikingjelly.activation_based.op_counter import DispatchCounterMode, MACCounter, SynOpCounter
 
     model, x = tiny(name), images(1)

@@ -13,23 +13,13 @@ from timm.data import create_loader
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from constant import Constant
 from golden import CASES, MEMBRANE_CASES, GoldenCase
 from timm_qkformer.analysis import firing_rates, record_spikes
-from timm_qkformer.layers import LIF, SpikingConv, SpikingNeuron, SpikingStem, set_lif_backend
+from timm_qkformer.layers import LIF, SpikingConv, SpikingStem, set_lif_backend
 from tiny import images, lively, tiny
 
 MODELS = ("test_qkformer", "test_qkformer_ms", "test_maxformer")
-
-
-class Constant(SpikingNeuron):
-    """Neurons that fire as they are told, not as they are driven."""
-
-    def __init__(self, value=1.0, v_threshold=1.0, device=None, dtype=None):
-        super().__init__(v_threshold)
-        self.value = value
-
-    def forward(self, x):
-        return torch.full_like(x, self.value)
 
 
 class FirstChannel(Constant):
