@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from planted import GREEN, RED, SIZE, planted_image, planted_model
-from tiny import images, tiny
 from torch import nn
 
 from timm_qkformer.analysis import attention_layers, record_attention, record_layer
 from timm_qkformer.analysis.capture import settle_norms
 from timm_qkformer.analysis.raster import neuron_layers, pick_neurons
 from timm_qkformer.layers import QKTokenAttention
+from tiny import images, tiny
 
 
 def expected(places):
