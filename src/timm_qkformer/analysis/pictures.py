@@ -90,7 +90,7 @@ def draw_token_masks(record: AttentionRecord, pictures: Array, sample: int = 0, 
     values = record.token_values()[:, sample]  # [T, heads, H, W]
     top = max(float(values.max()), 1e-6) if record.kind == "ssa" else 1.0
     steps, heads = _some(record.time_steps, MAX_STEPS), _some(record.heads, MAX_HEADS)
-    figure, axes = _grid(2 + len(heads), 1 + len(steps), cell=1.15)
+    figure, axes = _grid(2 + len(heads), 1 + len(steps), (1.15, 1.15 * _aspect(values)))
     extent = (-0.5, values.shape[3] - 0.5, values.shape[2] - 0.5, -0.5)  # in tokens, first row on top
     for column, step in enumerate([None, *steps]):
         shown = values.mean(0) if step is None else values[step]  # [heads, H, W]
@@ -111,7 +111,6 @@ def draw_token_masks(record: AttentionRecord, pictures: Array, sample: int = 0, 
     _colour_bar(
         figure,
         drawn,
-        axes,
         {
             "qkta": "token mask $A_t$: 1 keeps the token",
             "qkca": "share of the head's channels that fire in $X'$",
@@ -132,7 +131,7 @@ def draw_channel_masks(record: AttentionRecord, sample: int = 0, title: str = ""
     heads, channels = values.shape[1:]
     top = 1.0 if record.kind == "qkca" else max(float(values.max()), 1e-6)
     steps = _some(record.time_steps, MAX_STEPS)
-    figure, axes = _grid(1 + len(steps), 1, cell=0.25 + 0.13 * heads, width=7.0)
+    figure, axes = _grid(1 + len(steps), 1, (6.0, 0.2 + 0.1 * heads))
     for row, step in enumerate([None, *steps]):
         shown = values.mean(0) if step is None else values[step]
         drawn = axes[row, 0].imshow(
@@ -152,7 +151,7 @@ def draw_channel_masks(record: AttentionRecord, sample: int = 0, title: str = ""
     last.set_xticks([0, channels - 1] if channels > 1 else [0])
     last.tick_params(labelsize=8)
     label = "mask $A_c$: 1 keeps the channel" if record.kind == "qkca" else "share of tokens at which it fires in $X'$"
-    _colour_bar(figure, drawn, axes, label)
+    _colour_bar(figure, drawn, label)
     _titled(figure, title, f"{_place(record)}{_left_out(record, steps, range(heads))}")
     return figure
 
@@ -279,7 +278,7 @@ def draw_gallery(pictures: Sequence[Array], records: Sequence[Sequence[Attention
         title: First line of the title.
     """
     layers = records[0]
-    figure, axes = _grid(len(pictures), 1 + len(layers), cell=1.3)
+    figure, axes = _grid(len(pictures), 1 + len(layers), (1.3, 1.3 * _aspect(layers[0].k)), below=0.7)
     tops = [
         max(float(row[i].token_values().mean((0, 1, 2)).max()) for row in records) if layer.kind == "ssa" else 1.0
         for i, layer in enumerate(layers)
@@ -288,11 +287,11 @@ def draw_gallery(pictures: Sequence[Array], records: Sequence[Sequence[Attention
         axes[row, 0].imshow(_picture(picture, None), interpolation="nearest")
         for column, record in enumerate(own, start=1):
             values = record.token_values()[:, 0].mean((0, 1))
-            drawn = axes[row, column].imshow(values, cmap="gray", vmin=0.0, vmax=max(tops[column - 1], 1e-6))
-            if row == len(pictures) - 1:
-                bar = figure.colorbar(drawn, ax=axes[:, column], location="bottom", aspect=8, shrink=0.9, pad=0.01)
-                bar.ax.tick_params(labelsize=7)
-                bar.ax.locator_params(nbins=2)
+            axes[row, column].imshow(values, cmap="gray", vmin=0.0, vmax=max(tops[column - 1], 1e-6))
+    for column in range(1, 1 + len(layers)):
+        box = axes[-1, column].get_position()
+        drawn = axes[-1, column].images[0]
+        _colour_bar(figure, drawn, "", left=box.x0 + 0.1 * box.width, width=0.8 * box.width)
     axes[0, 0].set_title("input", fontsize=9)
     for column, layer in enumerate(layers, start=1):
         axes[0, column].set_title(f"{place_of(layer.name)[0] or layer.name}\n{layer.kind.upper()}", fontsize=9)
@@ -313,9 +312,30 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _grid(rows: int, columns: int, cell: float, width: Optional[float] = None) -> tuple["Figure", Any]:
-    figure = _figure(width or max(columns * cell + 0.8, 4.5), rows * cell + 1.8)
-    axes = figure.subplots(rows, columns, squeeze=False)
+def _grid(rows: int, columns: int, cell: tuple[float, float], below: float = 1.0) -> tuple["Figure", Any]:
+    """Axes of (width, height) inches each, with room for a title above and a colour bar of `below` inches underneath.
+
+    matplotlib's own layout of so many axes would take several seconds.
+    """
+    from matplotlib.figure import Figure
+
+    left, right, above, gap = 0.85, 0.2, 0.95, 0.08
+    width = left + columns * (cell[0] + gap) + right
+    height = above + rows * (cell[1] + gap) + below
+    figure = Figure(figsize=(max(width, 5.0), height))
+    axes = figure.subplots(
+        rows,
+        columns,
+        squeeze=False,
+        gridspec_kw={
+            "left": left / figure.get_figwidth(),
+            "right": (width - right) / figure.get_figwidth(),
+            "bottom": below / height,
+            "top": 1.0 - above / height,
+            "wspace": gap / cell[0],
+            "hspace": gap / cell[1],
+        },
+    )
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
@@ -325,14 +345,21 @@ def _grid(rows: int, columns: int, cell: float, width: Optional[float] = None) -
 def _titled(figure: "Figure", title: str, line: str) -> None:
     columns = int(13 * figure.get_figwidth())  # characters of this size that fit
     lines = [part for text in (title, line) for paragraph in text.split("\n") for part in wrap(paragraph, columns)]
-    figure.suptitle("\n".join(lines), fontsize=10)
+    if figure.get_layout_engine() is None:
+        figure.suptitle("\n".join(lines), fontsize=10, y=1.0 - 0.05 / figure.get_figheight(), va="top")
+    else:
+        figure.suptitle("\n".join(lines), fontsize=10)
 
 
-def _colour_bar(figure: "Figure", drawn: Any, axes: Any, label: str) -> None:
-    label = "\n".join(wrap(label, int(13 * figure.get_figwidth())))
-    bar = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.6, aspect=40, pad=0.02)
-    bar.set_label(label, fontsize=9)
+def _colour_bar(figure: "Figure", drawn: Any, label: str, left: float = 0.2, width: float = 0.6) -> None:
+    """A horizontal colour bar at the bottom; `left` and `width` are parts of the figure's width."""
+    height = figure.get_figheight()
+    bar = figure.colorbar(
+        drawn, cax=figure.add_axes((left, 0.45 / height, width, 0.1 / height)), orientation="horizontal"
+    )
+    bar.set_label("\n".join(wrap(label, int(14 * figure.get_figwidth()))), fontsize=9)
     bar.ax.tick_params(labelsize=8)
+    bar.ax.locator_params(nbins=5 if width > 0.4 else 2)
 
 
 def _ticks(axis: Any, size: tuple[int, ...]) -> None:
@@ -340,6 +367,11 @@ def _ticks(axis: Any, size: tuple[int, ...]) -> None:
     axis.set_yticks([0, size[0] - 1] if size[0] > 1 else [0])
     axis.set_xticks([0, size[1] - 1] if size[1] > 1 else [0])
     axis.tick_params(labelsize=8)
+
+
+def _aspect(maps: Array) -> float:
+    """Height over width of maps [..., H, W], within what is good for a grid of them."""
+    return float(np.clip(maps.shape[-2] / maps.shape[-1], 0.4, 2.0))
 
 
 def _some(total: int, limit: int) -> list[int]:
