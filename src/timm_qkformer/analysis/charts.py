@@ -29,7 +29,7 @@ def draw_rates(rates: FiringRates, title: str = "") -> "Figure":
     if 1 < rates.time_steps <= 16:
         steps = [(rate, place) for place in places for rate in rates.layers[place].step_means]
         axis.plot(*zip(*steps, strict=True), "o", markersize=2.5, color="tab:orange", label="single time steps")
-        axis.legend(loc="lower right", fontsize=8)
+        _legend(axis)
     _labels(axis, [f"{layer.place}: {layer.name}" for layer in rates.layers])
     axis.set_xlabel("spikes per neuron and time step (mean; line: standard deviation over samples)", fontsize=9)
     axis.set_xlim(0, min(1.0, 1.1 * max((max(layer.step_means) for layer in rates.layers), default=1.0) + 0.01))
@@ -54,7 +54,7 @@ def draw_energy(energy: Energy, title: str = "") -> "Figure":
         axis.barh(range(len(parts)), widths, left=start, height=0.75, color=shade, label=f"input: {kind}")
         start = [left + width for left, width in zip(start, widths, strict=True)]
     axis.plot(list(ann.values()), range(len(parts)), "|", markersize=14, color="tab:orange", label="ANN, once")
-    axis.legend(loc="lower right", fontsize=8)
+    _legend(axis)
     _labels(axis, list(parts))
     axis.set_xlabel(f"energy per sample in µJ ({energy.mac_pj} pJ per MAC, {energy.ac_pj} pJ per addition)", fontsize=9)
     return figure
@@ -65,10 +65,15 @@ def _rows(rows: int, title: str) -> tuple["Figure", Any]:
 
     figure = Figure(figsize=(8.5, 1.4 + 0.19 * rows), layout="constrained")
     axis = figure.subplots()
-    axis.set_title(title, fontsize=10)
+    if title:
+        figure.suptitle(title, fontsize=10)
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
     return figure, axis
+
+
+def _legend(axis: Any) -> None:
+    axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=6, fontsize=8, frameon=False)
 
 
 def _labels(axis: Any, names: Sequence[str]) -> None:
