@@ -13,10 +13,11 @@ from timm.data import create_loader
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import timm_qkformer
 from constant import Constant
 from golden import CASES, MEMBRANE_CASES, GoldenCase
 from timm_qkformer.analysis import firing_rates, record_spikes
-from timm_qkformer.layers import LIF, SpikingConv, SpikingStem, set_lif_backend
+from timm_qkformer.layers import LIF, MembraneReadout, SpikingConv, SpikingStem, set_lif_backend
 from tiny import images, lively, tiny
 
 MODELS = ("test_qkformer", "test_qkformer_ms", "test_maxformer")
@@ -355,6 +356,21 @@ def test_refusals_name_the_reason(spoil, data, message):
     spoiled = spoil(model)
     with pytest.raises(ValueError, match=message):
         firing_rates(spoiled, data)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_deployed_models_are_refused(name):
+    deploy = getattr(timm_qkformer, "deploy", None)
+    if deploy is None:
+        pytest.skip("this version has no timm_qkformer.deploy")
+    deployed = deploy(timm.create_model(name).eval(), precision="fp32")
+    with pytest.raises(ValueError, match="no neurons of this package .* deployed, give"):
+        firing_rates(deployed, torch.zeros(1, 3, 32, 32))
+
+
+def test_neurons_of_a_readout_alone_are_none():
+    with pytest.raises(ValueError, match="no neurons of this package to look at"):
+        firing_rates(nn.Sequential(nn.Conv2d(3, 8, 3), MembraneReadout()), torch.zeros(1, 3, 32, 32))
 
 
 def test_weights_that_are_not_finite_are_refused():

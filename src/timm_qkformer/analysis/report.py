@@ -21,11 +21,11 @@ _UNTRAINED = (
 )
 _COUNTING = (
     "Rates are spikes per neuron and time step, mean and standard deviation over the samples; X' of Q-K attention is "
-    "the mask times K, which no neuron fires. A dead channel never fired, a saturated one always did. SOP is rate x T "
-    "x FLOP, where FLOP counts the multiply-accumulates of a time step; sums of spikes count as that many additions. "
-    "The first convolution sees pixels and the classifier means: multiply-accumulates. Energy: 45 nm, M. Horowitz, ISSCC "
-    "2014, as used by Spikformer and QKFormer; batch norm is folded into convolutions; neurons, shortcut additions, "
-    "pooling and memory access are not counted."
+    "the mask times K, which no neuron fires. A dead channel never fired, a saturated one always did. "
+    "SOP is rate x T x FLOP, where FLOP counts the multiply-accumulates of a time step; sums of spikes count as that "
+    "many additions. The first convolution sees pixels and the classifier means: multiply-accumulates. "
+    "Energy: 45 nm, M. Horowitz, ISSCC 2014, as used by Spikformer and QKFormer; batch norm is folded into "
+    "convolutions; neurons, shortcut additions, pooling and memory access are not counted."
 )
 
 Row = Sequence[str]

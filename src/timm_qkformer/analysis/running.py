@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from torch.utils.hooks import RemovableHandle
 
-from ..layers import SpikingConv, SpikingNeuron
+from ..layers import MembraneReadout, SpikingConv, SpikingNeuron
 
 __all__ = ["Data", "Instrument", "as_samples", "bare_model", "inference", "observe"]
 
@@ -47,7 +47,9 @@ def bare_model(model: nn.Module) -> nn.Module:
         raise ValueError(
             "the model is a TorchScript module, which keeps no layers to look into: give the model it was made from"
         )
-    if not any(isinstance(module, SpikingNeuron) for module in bare.modules()):
+    # A deployed model with membrane shortcuts keeps the neurons of its readout as they were, and those alone.
+    inside = {id(part) for module in bare.modules() if isinstance(module, MembraneReadout) for part in module.modules()}
+    if not any(isinstance(module, SpikingNeuron) and id(module) not in inside for module in bare.modules()):
         raise ValueError(
             f"{type(bare).__name__} has no neurons of this package to look at. If it was exported or deployed, give "
             "the model it was made from"
