@@ -20,9 +20,9 @@ def test_visualize_says_that_weights_are_random_and_names_its_files(photo, tmp_p
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     assert "has random weights (seed 0)" in printed
-    assert [f"wrote {out / name}" for name in ("cat-stage1-block1-tokens.png", "cat-query-key.png", "cat-raster.png")] == (
-        printed.splitlines()[1:]
-    )
+    assert [
+        f"wrote {out / name}" for name in ("cat-stage1-block1-tokens.png", "cat-query-key.png", "cat-raster.png")
+    ] == (printed.splitlines()[1:])
     assert cli.main(command) == 2
     assert "exist already" in capsys.readouterr().err
 

@@ -8,9 +8,9 @@ from PIL import Image
 
 pytest.importorskip("matplotlib")
 
-from event_files import random_events, write_aedat4, write_npz
 from planted import SIZE, planted_image, planted_model
 
+from event_files import random_events, write_aedat4, write_npz
 from timm_qkformer.analysis.inputs import ModelInputs, find_files
 from timm_qkformer.analysis.visualize import select_layers, visualize
 

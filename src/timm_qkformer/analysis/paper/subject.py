@@ -62,8 +62,8 @@ def rates_section(subject: Subject) -> list[str]:
         *table(header, rows),
         "",
         "Spikes per neuron and time step, means over the blocks of a stage. Published: † the copy's Table 4; "
-        f"HST-10-768, ImageNet-1k test set, 224 px. Measured: {subject.title}; {subject.data}; T = {found.time_steps}; all "
-        f"neurons together {found.mean:.4f}.",
+        f"HST-10-768, ImageNet-1k test set, 224 px. Measured: {subject.title}; {subject.data}; T = {found.time_steps}; "
+        f"all neurons together {found.mean:.4f}.",
         *_caveat(subject),
     ]
 
