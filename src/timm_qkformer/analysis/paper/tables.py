@@ -212,6 +212,6 @@ def memory_section(picture: Path, quick: bool) -> list[str]:
         "",
         "MiB, 256 channels, T = 1, batch 1, float32. Published: † the copy's Table 9, on a GPU. Measured: the most "
         "bytes of tensors alive at once beyond Q, K and V; ‡ counted with tensors that have a shape and no storage, "
-        "which gives the same where both are possible. SSA is published as (Q K^T) V; the release and this package run it as "
-        "Q (K^T V), without a matrix of N x N.",
+        "which gives the same where both are possible. SSA is published as (Q K^T) V; the release and this package "
+        "run it as Q (K^T V), without a matrix of N x N.",
     ]
