@@ -1,59 +1,11 @@
 """`timm-qkformer visualize` and `timm-qkformer paper`: their arguments, and what they print."""
 
 import argparse
-import ast
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from ._cli_model import add_model_options, load
 
 __all__ = ["add_paper", "add_visualize", "paper", "visualize"]
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights for a registered MODEL")
-    parser.add_argument(
-        "--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the model, such as in_chans=1"
-    )
-    parser.add_argument("--random", action="store_true", help="random weights, even if there are pretrained ones")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (%(default)s)")
-    parser.add_argument("--time-steps", type=int, metavar="T", help="time steps (default: the model's)")
-
-
-def _load(args: argparse.Namespace, source: str) -> Any:
-    from .hub.loading import load_model
-    from .models._weights import WeightsError
-
-    try:
-        loaded = load_model(
-            source,
-            checkpoint=args.checkpoint,
-            random=args.random,
-            seed=args.seed,
-            time_steps=args.time_steps,
-            model_args=_keyword_arguments(args.model_kwargs),
-        )
-    except WeightsError as error:
-        raise OSError(f"{error} Or look at an untrained model with --random.") from error
-    if loaded.is_random:
-        print(
-            f"{loaded.name} has {loaded.weights}: what it attends to means nothing. Its batch norms take their "
-            "statistics from the inputs, since hardly a neuron would fire otherwise"
-        )
-    return loaded
-
-
-def _keyword_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE, where VALUE is a Python literal, else text."""
-    result: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise ValueError(f"--model-kwargs {pair}: give KEY=VALUE")
-        try:
-            result[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            result[key] = value
-    return result
 
 
 def add_visualize(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +26,7 @@ def add_visualize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sensor-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the event camera (.aedat4 states it)"
     )
-    _add_model_options(parser)
+    add_model_options(parser)
 
 
 def visualize(args: argparse.Namespace) -> None:
@@ -82,7 +34,12 @@ def visualize(args: argparse.Namespace) -> None:
 
     from .analysis.visualize import visualize as draw
 
-    loaded = _load(args, args.model)
+    loaded = load(args, args.model)
+    if loaded.is_random:
+        print(
+            f"{loaded.name} has {loaded.weights}: what it attends to means nothing. Its batch norms take their "
+            "statistics from the inputs, since hardly a neuron would fire otherwise"
+        )
     written = draw(
         loaded.model,
         args.paths,

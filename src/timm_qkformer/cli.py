@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from . import _cli_pictures
+from . import _cli_pictures, _cli_profile
 
 __all__ = ["main"]
 
@@ -140,6 +140,7 @@ COMMANDS: dict[str, Command] = {
     "demo": ("train a small model on handwritten digits and look inside", _add_demo, _demo),
     "convert": ("turn an upstream checkpoint into a folder for timm", _add_convert, _convert),
     "verify": ("measure top-1 and top-5 accuracy on labelled images", _add_verify, _verify),
+    "profile": ("firing rates, energy, memory and speed of a model", _cli_profile.add_profile, _cli_profile.profile),
     "visualize": ("draw a model's attention", _cli_pictures.add_visualize, _cli_pictures.visualize),
     "paper": ("remake the paper's tables and figures", _cli_pictures.add_paper, _cli_pictures.paper),
     "publish": ("upload a converted folder to the Hugging Face Hub", _add_publish, _publish),

@@ -24,8 +24,9 @@ SOP takes every input for equally connected. Near a border a 3x3 convolution con
 convolution connects some to none, and K^T V adds only where both spike. `additions` counts what is really added.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any, Optional
 
 import torch
@@ -129,6 +130,9 @@ def energy(model: nn.Module, data: Data, mac_pj: float = MAC_PJ, ac_pj: float = 
     Raises:
         ValueError: As `firing_rates`, and for layers that this module does not know how to count.
     """
+    for name, cost in (("mac_pj", mac_pj), ("ac_pj", ac_pj)):
+        if not (isfinite(cost) and cost >= 0):
+            raise ValueError(f"{name}={cost} must be a finite number of picojoules, not negative")
     model = bare_model(model)
     meter = EnergyMeter()
     samples, shape = observe(model, data, [meter])
@@ -173,19 +177,17 @@ class EnergyMeter:
         self._seen: set[tuple[str, str]] = set()
         self._keys: dict[str, Tensor] = {}  # of SSA, until its values fire
 
-    def attach(self, model: nn.Module) -> list[RemovableHandle]:
+    def attach(self, model: nn.Module) -> Iterator[RemovableHandle]:
         real = _real_inputs(model)
-        handles = []
         for path, module in model.named_modules():
             if isinstance(module, nn.Conv2d):
-                handles.append(module.register_forward_pre_hook(self._conv_hook(path, real.get(module, ""))))
+                yield module.register_forward_pre_hook(self._conv_hook(path, real.get(module, "")))
             elif isinstance(module, nn.Linear):
-                handles.append(module.register_forward_pre_hook(self._linear_hook(path, real.get(module, ""))))
+                yield module.register_forward_pre_hook(self._linear_hook(path, real.get(module, "")))
             elif isinstance(module, (QKTokenAttention, SpikingSelfAttention)):
-                handles += self._attend(path, module)
+                yield from self._attend(path, module)
             else:
                 _check_known(path, module)
-        return handles
 
     def end_sample(self) -> None:
         self._seen.clear()
@@ -242,7 +244,7 @@ class EnergyMeter:
 
         return hook
 
-    def _attend(self, path: str, attention: Any) -> list[RemovableHandle]:
+    def _attend(self, path: str, attention: Any) -> Iterator[RemovableHandle]:
         """Hooks on the Q, K and V of an attention, spikes [T, 1, C, H, W]."""
         head_dim: int = attention.head_dim
 
@@ -270,15 +272,12 @@ class EnergyMeter:
                 self._operations[path, "K^T V"].additions += round(both.item())
 
         if isinstance(attention, QKTokenAttention):
-            return [
-                attention.q.register_forward_hook(counter("sum of Q", 1)),
-                attention.k.register_forward_hook(counter("mask of K", 1)),
-            ]
-        return [
-            attention.q.register_forward_hook(counter("Q (K^T V)", head_dim)),
-            attention.k.register_forward_hook(keys),
-            attention.v.register_forward_hook(values),
-        ]
+            yield attention.q.register_forward_hook(counter("sum of Q", 1))
+            yield attention.k.register_forward_hook(counter("mask of K", 1))
+        else:
+            yield attention.q.register_forward_hook(counter("Q (K^T V)", head_dim))
+            yield attention.k.register_forward_hook(keys)
+            yield attention.v.register_forward_hook(values)
 
 
 def _real_inputs(model: nn.Module) -> dict[nn.Module, str]:

@@ -24,6 +24,8 @@ __all__ = ["SpikeSource", "place_of", "spike_sources"]
 
 _PLACE = re.compile(r"(?:^|\.)stages\.(\d+)\.(?:embed|blocks\.(\d+))(?:\.|$)")
 
+_PLACES = {"stem": "stem", "readout": "head", "head": "head"}
+
 # Ends of module paths and their names in the paper.
 _NAMES: tuple[tuple[str, str], ...] = (
     (r"attn\.q\.neuron", "Q"),
@@ -100,8 +102,8 @@ def place_of(path: str) -> tuple[str, Optional[int], Optional[int]]:
     """Part of the model that a module belongs to, stage and block: see `SpikeSource`."""
     match = _PLACE.search(path)
     if match is None:
-        first = path.partition(".")[0]
-        return {"stem": "stem", "readout": "head", "head": "head"}.get(first, ""), None, None
+        names = path.split(".")
+        return next((place for name, place in _PLACES.items() if name in names), ""), None, None
     stage = int(match[1]) + 1
     if match[2] is None:
         return f"stage {stage}, embedding", stage, None

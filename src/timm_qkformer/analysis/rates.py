@@ -5,6 +5,7 @@ deviation of that over the samples. Spikes are counted in whole numbers, so the 
 the samples nor on how they are batched, and nothing is kept but the counts.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from math import prod, sqrt
 from typing import Any, Optional
@@ -137,16 +138,13 @@ class RateMeter:
         self._sample: dict[SpikeSource, tuple[Tensor, int]] = {}
         self._counts: dict[SpikeSource, _Counts] = {}
 
-    def attach(self, model: nn.Module) -> list[RemovableHandle]:
-        handles = []
+    def attach(self, model: nn.Module) -> Iterator[RemovableHandle]:
         for source in spike_sources(model):
             module = model.get_submodule(source.path)
-            handles.append(
-                module.register_forward_hook(self._on_output(source))
-                if source.is_neuron
-                else module.register_forward_pre_hook(self._on_input(source))
-            )
-        return handles
+            if source.is_neuron:
+                yield module.register_forward_hook(self._on_output(source))
+            else:
+                yield module.register_forward_pre_hook(self._on_input(source))
 
     def _on_output(self, source: SpikeSource) -> Any:
         def hook(_module: nn.Module, _inputs: Any, spikes: Tensor) -> None:

@@ -4,50 +4,55 @@ Every sample runs alone: in float32 a convolution's last bit depends on the size
 through the layers behind it, and then the rates of a data set would depend on how it was batched.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
-from typing import Any, Optional, Protocol, Union
+from typing import Any, Optional, Protocol, Union, cast
 
 import torch
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 from torch.utils.hooks import RemovableHandle
 
-from ..layers import SpikingConv, SpikingNeuron
+from ..layers import MembraneReadout, SpikingConv, SpikingNeuron
 
 __all__ = ["Data", "Instrument", "as_samples", "bare_model", "inference", "observe"]
 
 # A batch of images [B, C, H, W] or event clips [B, T, C, H, W], or an iterable of such batches, of single images
 # [C, H, W], or of tuples that begin with one of these, as loaders and data sets yield them.
-Data = Union[Tensor, Iterable[Any]]
+Data = Union[Tensor, Iterable[Any], Dataset[Any]]
 
 
 class Instrument(Protocol):
     """Watches layers through hooks while samples run one after the other."""
 
-    def attach(self, model: nn.Module) -> list[RemovableHandle]:
-        """Put hooks on the model; whoever calls this removes them."""
+    def attach(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        """Put hooks on the model, one after the other; who asks for them removes them."""
 
     def end_sample(self) -> None:
         """Called after every sample's forward pass."""
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """The module inside the wrappers of torch.compile, DistributedDataParallel, DataParallel and timm's ModelEma.
+    """The module inside the wrappers of `torch.compile`, DistributedDataParallel, DataParallel and timm's ModelEma.
 
     Raises:
-        ValueError: For something whose neurons cannot be watched: no module, a scripted or exported model, a deployed
-            one, or one without neurons of this package.
+        ValueError: For something whose neurons cannot be looked at: what is no module, TorchScript, an exported or
+            deployed program, or any other model without neurons of this package.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}; give a torch.nn.Module with neurons of this package")
+        raise ValueError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     bare: nn.Module = unwrap_model(model)
     if isinstance(bare, torch.jit.ScriptModule):
-        raise ValueError("model is scripted or traced, which hides its layers: give the model that it was made from")
-    if not any(isinstance(module, SpikingNeuron) for module in bare.modules()):
         raise ValueError(
-            f"model ({type(bare).__name__}) has no neurons of this package that could be watched. If it was exported, "
-            "deployed or scripted, give the model that it was made from"
+            "the model is a TorchScript module, which keeps no layers to look into: give the model it was made from"
+        )
+    # A deployed model with membrane shortcuts keeps the neurons of its readout as they were, and those alone.
+    inside = {id(part) for module in bare.modules() if isinstance(module, MembraneReadout) for part in module.modules()}
+    if not any(isinstance(module, SpikingNeuron) and id(module) not in inside for module in bare.modules()):
+        raise ValueError(
+            f"{type(bare).__name__} has no neurons of this package to look at. If it was exported or deployed, give "
+            "the model it was made from"
         )
     return bare
 
@@ -103,7 +108,8 @@ def observe(
     count, shape = 0, None
     try:
         for instrument in instruments:
-            handles += instrument.attach(model)
+            for handle in instrument.attach(model):  # not all at once: the next one may fail
+                handles.append(handle)
         with inference(model):
             for x in as_samples(data, model):
                 if shape is not None and x.shape[1:] != shape:
@@ -134,6 +140,8 @@ def as_samples(data: Data, model: nn.Module) -> Iterator[Tensor]:
         ValueError: For something that is no batch.
     """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        data = map(data.__getitem__, range(len(cast(Sized, data))))  # not all of them can be iterated over
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise ValueError(
             f"data is a {type(data).__name__}; give a tensor, or an iterable of tensors or (input, target)"
