@@ -142,6 +142,7 @@ COMMANDS: dict[str, Command] = {
     "verify": ("measure top-1 and top-5 accuracy on labelled images", _add_verify, _verify),
     "profile": ("firing rates, energy, memory and speed of a model", _cli_profile.add_profile, _cli_profile.profile),
     "visualize": ("draw a model's attention", _cli_pictures.add_visualize, _cli_pictures.visualize),
+    "paper": ("remake the paper's tables and figures", _cli_pictures.add_paper, _cli_pictures.paper),
     "publish": ("upload a converted folder to the Hugging Face Hub", _add_publish, _publish),
 }
 

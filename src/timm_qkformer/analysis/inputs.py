@@ -94,13 +94,19 @@ class ModelInputs:
         if path.suffix.lower() in EVENT_SUFFIXES:
             clip = self._clip(path)
             return FileInput(path, clip, input_pictures(clip))
-        image = self._image(path)
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, for broken files
+            raise ValueError(f"{path} is not a readable image: {error}") from error
+        image = self.image(picture, str(path))
         return FileInput(path, image, input_pictures(image, self.mean, self.std))
 
-    def _image(self, path: Path) -> Tensor:
+    def image(self, picture: Image.Image, name: str) -> Tensor:
+        """A picture as the model takes it, [1, C, H, W]; `name` stands in the error for a model that takes none."""
         modes = {1: "L", 3: "RGB"}
         if self.channels not in modes:
-            raise ValueError(f"{path} is an image, and the model takes {self.channels} channels (events have 2)")
+            raise ValueError(f"{name} is an image, and the model takes {self.channels} channels (events have 2)")
         transform: Any = create_transform(
             self.config["input_size"],
             interpolation=self.config["interpolation"],
@@ -109,11 +115,7 @@ class ModelInputs:
             crop_pct=self.config["crop_pct"],
             crop_mode=self.config["crop_mode"],
         )
-        try:
-            with Image.open(path) as image:
-                x: Tensor = transform(image.convert(modes[self.channels]))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, for broken files
-            raise ValueError(f"{path} is not a readable image: {error}") from error
+        x: Tensor = transform(picture.convert(modes[self.channels]))
         return x.unsqueeze(0)
 
     def _clip(self, path: Path) -> Tensor:

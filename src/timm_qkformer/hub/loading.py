@@ -6,12 +6,12 @@ from typing import Any, Optional
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg, is_model
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 
 from .checkpoints import read_checkpoint
-from .recognise import fit_tensors, recognise
+from .recognise import architectures, fit_tensors, recognise
 
-__all__ = ["LoadedModel", "load_model"]
+__all__ = ["LoadedModel", "load_model", "shipped_models"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class LoadedModel:
 
     Attributes:
         model: The model, in eval mode.
-        name: Its registered name, with the tag if it has one.
+        name: Its registered name, with the tag if it has one, and arguments that were given.
         weights: Where its weights come from, for titles: "random weights (seed 0)", "weights of FILE", ...
         is_random: Whether nothing was loaded.
     """
@@ -94,11 +94,17 @@ def _create(source: str, random: bool, seed: int, args: dict[str, Any], name: st
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = timm.create_model(source, pretrained=not random, **args).eval()
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    tag = cfg.get("tag")
+    tag = (getattr(model, "pretrained_cfg", None) or {}).get("tag")
     if not random and tag and "." not in name:
         name = f"{name}.{tag}"
-    return LoadedModel(model, name, f"random weights (seed {seed})" if random else "pretrained weights", random)
+    weights = f"random weights (seed {seed})" if random else "pretrained weights"
+    return LoadedModel(model, _with_arguments(name, args), weights, random)
+
+
+def _with_arguments(name: str, args: dict[str, Any]) -> str:
+    """A model's name, with the arguments that make it another model than the registered one."""
+    shown = [f"{key}={value}" for key, value in args.items() if key != "pretrained_cfg_overlay"]
+    return f"{name} ({', '.join(shown)})" if shown else name
 
 
 def _recognised(path: Path, time_steps: Optional[int]) -> LoadedModel:
@@ -115,4 +121,14 @@ def _with_checkpoint(source: str, path: Path, args: dict[str, Any]) -> LoadedMod
         model.load_state_dict(fit_tensors(source.partition(".")[0], read.tensors, model))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return LoadedModel(model.eval(), source, f"weights of {path.name}", False)
+    return LoadedModel(model.eval(), _with_arguments(source, args), f"weights of {path.name}", False)
+
+
+def shipped_models() -> list[str]:
+    """Names, with tags, of the models whose weights come with the package."""
+    return [
+        f"{name}.{tag}"
+        for name in architectures()
+        for tag, cfg in get_arch_pretrained_cfgs(name).items()
+        if cfg.file and Path(cfg.file).is_file()
+    ]

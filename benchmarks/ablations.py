@@ -1,0 +1,146 @@
+"""The paper's ablations at a small scale: time steps (Table 5), attention (Table 6) and neurons (Table 9).
+
+Runs `timm-qkformer train -c cpu_ablation` for every variant and seed on a subset of CIFAR-10, each in one process with
+one thread, and keeps what is done, so that an interrupted run goes on. Prints means and spreads.
+
+    python benchmarks/ablations.py --data-dir CIFAR10        # CIFAR10/train/<class>/ and CIFAR10/test/<class>/
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+RESULTS = Path(__file__).parents[1] / "src" / "timm_qkformer" / "training" / "results" / "ablations.json"
+TRAIN_IMAGES = 1000  # of each class
+SEEDS = (0, 1, 2)
+BASE = "patch_embed=imagenet embed_dims=(32,64,128) depths=(1,1,1) num_heads=4"
+FULL = f"{BASE} time_steps=4"
+# The variant with T = 4, QKTA + SSA and LIF neurons belongs to all three experiments; it is trained once for each seed.
+EXPERIMENTS = {
+    "ablation_time_steps": {
+        "T = 1": f"{BASE} time_steps=1",
+        "T = 2": f"{BASE} time_steps=2",
+        "T = 4": FULL,
+    },
+    "ablation_attention": {
+        "QKTA + SSA": FULL,
+        "QKCA + SSA": f"{FULL} attn=('qkca','qkca','ssa')",
+        "QKTA + QKCA": f"{FULL} attn=('qkta','qkta','qkca')",
+    },
+    "ablation_neuron": {
+        "LIF": FULL,
+        "IF": f"{FULL} neuron=if",
+        "PLIF": f"{FULL} neuron=plif",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished training run."""
+
+    experiment: str
+    variant: str
+    seed: int
+    top1: float  # percent, after the last epoch
+    epochs: int
+    seconds: float  # wall time, training and evaluation
+    command: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="CIFAR-10 as train/<class>/ and test/<class>/")
+    parser.add_argument("--work-dir", type=Path, default=Path("output/ablations"), help="subset and training output")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to go on from and to write")
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
+    args = parser.parse_args()
+    subset = make_subset(args.data_dir, args.work_dir / "data")
+    results = [Result(**row) for row in json.loads(args.results.read_text())] if args.results.exists() else []
+    # Seed by seed, so that an interrupted run has whole experiments.
+    for seed in SEEDS:
+        for experiment, variants in EXPERIMENTS.items():
+            for variant, model_kwargs in variants.items():
+                if any((r.experiment, r.variant, r.seed) == (experiment, variant, seed) for r in results):
+                    continue
+                command = train_command(model_kwargs, seed, args.epochs)
+                twin = next((r for r in results if r.command == shlex.join(command)), None)
+                if twin is None:
+                    done = run(command, subset, args.work_dir, experiment, variant, seed)
+                else:
+                    done = Result(**{**asdict(twin), "experiment": experiment, "variant": variant})
+                results.append(done)
+                save(results, args.results)
+                print(
+                    f"{experiment:20s} {variant:12s} seed {seed}: {done.top1:.2f} % in {done.seconds:.0f} s", flush=True
+                )
+    print_tables(results)
+
+
+def make_subset(source: Path, target: Path) -> Path:
+    """Links to the first images of each class, in the order of their names, and to all test images."""
+    for split, count in (("train", TRAIN_IMAGES), ("test", None)):
+        classes = sorted(folder for folder in (source / split).glob("*") if folder.is_dir())
+        if len(classes) != 10:
+            raise SystemExit(f"--data-dir {source}: {split}/ has {len(classes)} class folders, expected CIFAR-10's 10")
+        for folder in classes:
+            (target / split / folder.name).mkdir(parents=True, exist_ok=True)
+            for image in sorted(folder.iterdir())[:count]:
+                link = target / split / folder.name / image.name
+                if not link.is_symlink():
+                    link.symlink_to(image.resolve())
+    return target
+
+
+def train_command(model_kwargs: str, seed: int, epochs: int | None) -> list[str]:
+    """The arguments that decide the result; folders come on top."""
+    command = ["timm-qkformer", "train", "-c", "cpu_ablation", "--seed", str(seed)]
+    if epochs is not None:
+        command += ["--epochs", str(epochs)]
+    return [*command, "--model-kwargs", *model_kwargs.split()]
+
+
+def run(command: list[str], data: Path, work_dir: Path, experiment: str, variant: str, seed: int) -> Result:
+    name = "-".join([experiment, *"".join(c if c.isalnum() else " " for c in variant).split(), str(seed)])
+    output = work_dir / "runs"
+    program = [sys.executable, "-m", "timm_qkformer.cli", *command[1:]]
+    folders = ["--data-dir", str(data), "--output", str(output), "--experiment", name, "--resume", "auto"]
+    start = time.perf_counter()
+    log = output / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as stream:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            [*program[:4], *folders, *program[4:]], check=True, env=env, stdout=stream, stderr=subprocess.STDOUT
+        )
+    with (output / name / "summary.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    seconds = time.perf_counter() - start
+    return Result(experiment, variant, seed, float(rows[-1]["eval_top1"]), len(rows), seconds, shlex.join(command))
+
+
+def save(results: list[Result], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+    temporary.replace(path)
+
+
+def print_tables(results: list[Result]) -> None:
+    for experiment, variants in EXPERIMENTS.items():
+        print(f"\n{experiment}: top-1 in %, mean ± standard deviation over {len(SEEDS)} seeds")
+        for variant in variants:
+            scores = [r.top1 for r in results if (r.experiment, r.variant) == (experiment, variant)]
+            print(f"  {variant:12s} {statistics.mean(scores):6.2f} ± {statistics.stdev(scores):.2f}")
+
+
+if __name__ == "__main__":
+    main()
