@@ -63,5 +63,5 @@ def test_paper_in_a_hurry(photo, tmp_path, capsys):
     assert f"wrote {out / 'paper.md'}" in capsys.readouterr().out
     page = (out / "paper.md").read_text()
     assert "`timm-qkformer paper --model test_qkformer --data cat.jpg --quick`" in page
-    assert "1 of 1 inputs in cat.jpg" in page
+    assert "1 files of cat.jpg" in page
     assert str(tmp_path) not in page

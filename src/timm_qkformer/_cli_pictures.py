@@ -1,6 +1,7 @@
 """`timm-qkformer visualize` and `timm-qkformer paper`: their arguments, and what they print."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 from ._cli_model import add_model_options, load
@@ -54,13 +55,8 @@ def visualize(args: argparse.Namespace) -> None:
     print("\n".join(f"wrote {path}" for path in written))
 
 
-# Where no trained model ships: small enough for a minute on one core, and like the paper's models in all but width.
-_UNTRAINED = "qkformer_hst10_384"
-_UNTRAINED_ARGS = {
-    "embed_dims": (48, 96, 192),
-    "depths": (1, 2, 2),
-    "pretrained_cfg_overlay": {"input_size": (3, 96, 96), "pool_size": (6, 6)},
-}
+# Of Table 7 and Fig. 3, where no trained model ships.
+_UNTRAINED = "qkformer_hst3_256"
 
 
 def add_paper(parser: argparse.ArgumentParser) -> None:
@@ -72,34 +68,27 @@ def add_paper(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sensor-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the event camera (.aedat4 states it)"
     )
-    _add_model_options(parser)
+    add_model_options(parser)
 
 
 def paper(args: argparse.Namespace) -> None:
     import matplotlib  # noqa: F401, missing: say so before anything is measured
     import torch
 
-    from .analysis.inputs import ModelInputs, find_files
+    from .analysis.inputs import ModelInputs
     from .analysis.paper import Subject, photographs, write_page
+    from .analysis.profile import file_data
     from .hub.loading import shipped_models
 
-    if args.limit < 1:
-        raise ValueError(f"--limit {args.limit} must be at least 1")
-    source = args.model or next(iter(shipped_models()), None)
-    if source is None:
-        args.random = True
-        args.model_kwargs = [*(f"{key}={value}" for key, value in _UNTRAINED_ARGS.items()), *args.model_kwargs]
-        source = _UNTRAINED
-    loaded = _load(args, source)
-    inputs = ModelInputs(loaded.model, tuple(args.sensor_size) if args.sensor_size else None)
+    loaded = load(args, args.model or next(iter(shipped_models()), _UNTRAINED))
+    sensor_size = tuple(args.sensor_size) if args.sensor_size else None
+    inputs = ModelInputs(loaded.model, sensor_size)
     if args.data is None:
         x = photographs(inputs)
         data = f"{len(x)} tiles of the photographs in scikit-learn"
     else:
-        found = find_files(args.data)
-        files = found[:: -(-len(found) // args.limit)]
-        x = torch.cat([inputs.read(file).x for file in files])
-        data = f"{len(x)} of {len(found)} inputs in {args.data.name}"
+        data, samples = file_data(loaded.model, args.data, args.limit, sensor_size)
+        x = torch.cat(list(samples))
     normalised = loaded.model.in_chans != 2
     subject = Subject(
         loaded.model,
@@ -110,7 +99,20 @@ def paper(args: argparse.Namespace) -> None:
         inputs.mean if normalised else (),
         inputs.std if normalised else (),
     )
-    command = "timm-qkformer paper" + (f" --model {args.model}" if args.model else "")
-    command += (f" --data {args.data.name}" if args.data else "") + (" --quick" if args.quick else "")
-    written = write_page(args.output, subject, command, quick=args.quick)
+    written = write_page(args.output, subject, _command(args), quick=args.quick)
     print("\n".join(f"wrote {path}" for path in written))
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What was typed for `paper`, but for options of no consequence and the folders that files are in."""
+    words = ["timm-qkformer", "paper"]
+    for option, default in (("model", None), ("checkpoint", None), ("data", None), ("limit", 64), ("seed", 0)):
+        value = getattr(args, option)
+        if value != default:
+            words += [f"--{option}", value.name if isinstance(value, Path) else str(value)]
+    if args.model_kwargs:
+        words += ["--model-kwargs", *args.model_kwargs]
+    if args.time_steps is not None:
+        words += ["--time-steps", str(args.time_steps)]
+    words += [f"--{option}" for option in ("random", "quick") if getattr(args, option)]
+    return shlex.join(words)
