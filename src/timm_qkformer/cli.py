@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from . import _cli_pictures, _cli_profile
+
 __all__ = ["main"]
 
 
@@ -81,8 +83,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
+    from ._files import write_atomically
     from .hub import verify
-    from .hub.files import write_atomically
 
     if args.output is not None and args.output.exists():
         raise FileExistsError(f"--output {args.output} exists already; choose another name")
@@ -138,6 +140,9 @@ COMMANDS: dict[str, Command] = {
     "demo": ("train a small model on handwritten digits and look inside", _add_demo, _demo),
     "convert": ("turn an upstream checkpoint into a folder for timm", _add_convert, _convert),
     "verify": ("measure top-1 and top-5 accuracy on labelled images", _add_verify, _verify),
+    "profile": ("firing rates, energy, memory and speed of a model", _cli_profile.add_profile, _cli_profile.profile),
+    "visualize": ("draw a model's attention", _cli_pictures.add_visualize, _cli_pictures.visualize),
+    "paper": ("remake the paper's tables and figures", _cli_pictures.add_paper, _cli_pictures.paper),
     "publish": ("upload a converted folder to the Hugging Face Hub", _add_publish, _publish),
 }
 
@@ -154,7 +159,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         args.run(args)
     except ModuleNotFoundError as error:
-        extra = {"sklearn": "demo", "matplotlib": "demo"}.get((error.name or "").partition(".")[0])
+        extra = {"sklearn": "demo", "matplotlib": "analysis"}.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
         return _fail(f"{error.name} is missing: pip install 'timm-qkformer[{extra}]'")

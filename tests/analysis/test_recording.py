@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from timm_qkformer.analysis import firing_rates, record_spikes
+from timm_qkformer.analysis import record_spikes
 from timm_qkformer.layers import SpikingNeuron
 
 
@@ -38,11 +38,3 @@ def test_hooks_are_gone_after_an_error(model):
     with pytest.raises(ValueError, match="channels"), record_spikes(model):
         model(torch.randn(1, 5, 32, 32))
     assert hooks(model) == 0
-
-
-def test_firing_rates(model):
-    x = torch.randn(3, 3, 32, 32)
-    rates = firing_rates(model, x)
-    expected = model.stem(x, 4).mean(dtype=torch.float64).item()
-    assert rates["stem.neuron"] == expected
-    assert all(0 <= rate <= 1 for rate in rates.values())

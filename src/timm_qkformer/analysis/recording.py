@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..layers import SpikingNeuron
 
-__all__ = ["firing_rates", "record_spikes"]
+__all__ = ["record_spikes"]
 
 
 @contextmanager
@@ -41,16 +41,3 @@ def record_spikes(model: nn.Module, suffix: str = "") -> Iterator[dict[str, Tens
     finally:
         for handle in handles:
             handle.remove()
-
-
-@torch.inference_mode()
-def firing_rates(model: nn.Module, x: Tensor) -> dict[str, float]:
-    """Mean firing rate of every neuron layer: spikes per neuron and time step, between 0 and 1.
-
-    Args:
-        model: Any model with neurons of this package, run as it is (train or eval mode).
-        x: Input batch of the model.
-    """
-    with record_spikes(model) as spikes:
-        model(x)
-    return {name: s.mean(dtype=torch.float64).item() for name, s in spikes.items()}

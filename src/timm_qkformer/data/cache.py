@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._files import replacing
 from ._npz import load_arrays
 
 __all__ = ["FrameCache"]
@@ -82,11 +81,5 @@ def _load(path: Path) -> Frames:
 def _save(path: Path, frames: Frames) -> None:
     smallest = np.min_scalar_type(int(frames.max(initial=0)))  # mostly uint8
     path.parent.mkdir(exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, frames=frames.astype(smallest))
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        np.savez_compressed(file, frames=frames.astype(smallest))

@@ -16,7 +16,7 @@ from ..models._checkpoint import check_against_model
 from .checkpoints import Checkpoint, CheckpointError
 from .releases import find_release
 
-__all__ = ["Recognised", "architectures", "find_asset", "recognise"]
+__all__ = ["Recognised", "architectures", "find_asset", "fit_tensors", "recognise"]
 
 _FIRST_STAGE = re.compile(r"(patch_embed1|stem)\..*weight")
 _MLP = re.compile(r".*mlp\.(?:fc|mlp)1[_.]conv\.weight")
@@ -123,11 +123,11 @@ def _fit(name: str, tensors: dict[str, Tensor], shapes: dict[str, list[int]], ar
     if ratio is not None and ratio != _mlp_ratio({key: list(value.shape) for key, value in model.state_dict().items()}):
         model_args["mlp_ratio"] = ratio
         model = timm.create_model(name, device="meta", mlp_ratio=ratio, **args)
-    state_dict = _filter(name, tensors, model)
+    state_dict = fit_tensors(name, tensors, model)
     return Recognised(name, model_args, state_dict, model.time_steps, "by default, the file does not say")
 
 
-def _filter(name: str, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def fit_tensors(name: str, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     module = sys.modules[model_entrypoint(name).__module__]
     state_dict: dict[str, Tensor] = module.checkpoint_filter_fn(dict(tensors), model)
     check_against_model(state_dict, model, original_names={}, adaptable={})
@@ -153,7 +153,7 @@ def _by_position(found: Recognised, tensors: dict[str, Tensor]) -> bool:
     """
     model = timm.create_model(found.model, device="meta", **found.model_args)
     try:
-        again = _filter(found.model, dict(reversed(tensors.items())), model)
+        again = fit_tensors(found.model, dict(reversed(tensors.items())), model)
     except ValueError:
         return True
     return any(again[name].data_ptr() != tensor.data_ptr() for name, tensor in found.state_dict.items())

@@ -19,8 +19,8 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .._files import write_atomically
 from ..layers import SpikingConv, SpikingSelfAttention
-from .files import write_atomically
 
 __all__ = ["coupled_layers", "find_samples", "verify"]
 

@@ -19,6 +19,7 @@ from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .._files import replacing
 from ..analysis import firing_rates, record_spikes
 from ..models import QKFormer
 
@@ -46,7 +47,7 @@ class DemoResult:
     """What a demo run measured on the held-out fifth."""
 
     accuracy: float  # top-1, percent
-    firing_rate: float  # mean over all neuron layers
+    firing_rate: float  # spikes per neuron and time step
     images_per_second: float  # classifying, batches of 64
     seconds: float  # training and evaluation
     picture: Path
@@ -78,8 +79,7 @@ def run_demo(output: Path, epochs: int = 12, seed: int = 42) -> DemoResult:
     seconds = time.perf_counter() - start
 
     top1 = 100.0 * (logits.argmax(1) == labels).float().mean().item()
-    rates = firing_rates(model, images[:64])
-    rate = sum(rates.values()) / len(rates)
+    rate = firing_rates(model, images[:64]).mean
     _print_table(labels, logits)
     picture = _draw(model, images, labels, logits, output / "digits.png")
     print(f"accuracy on {len(labels)} held-out digits: {top1:.1f} %")
@@ -197,8 +197,7 @@ def _draw(model: QKFormer, images: Tensor, labels: Tensor, logits: Tensor, path:
         axes[t + 1, 0].set_ylabel(f"mask, t = {t + 1}")
     figure.colorbar(shown, ax=axes[1:, :], label="share of heads that keep the token", shrink=0.6)
     figure.suptitle("Q-K token attention of the first block")
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, dpi=120, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     plt.close(figure)
-    temporary.replace(path)
     return path

@@ -1,0 +1,118 @@
+"""`timm-qkformer profile`: its arguments, and the order of its work."""
+
+import argparse
+import json
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._cli_model import add_model_options, load
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .analysis.profile import Profile
+
+__all__ = ["add_profile", "profile"]
+
+_NOISE = 4  # samples, where there are no data
+_SETTLING = 16  # samples that give an untrained model's batch norms their statistics
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="registered name, converted folder, local-dir:FOLDER, hf-hub:REPO or checkpoint"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="images or recordings of events (default: random noise, said so)"
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help=f"take N samples, drawn at random (default: all; {_NOISE} of noise)"
+    )
+    parser.add_argument(
+        "--sensor-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the event camera (.aedat4 states it)"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="for speed and memory (%(default)s)")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number, to a new file")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report with pictures, to a new file")
+    add_model_options(parser)
+
+
+def profile(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from ._files import refuse_existing, write_atomically
+    from .analysis.capture import settle_norms
+    from .analysis.profile import file_data, noise_data
+    from .analysis.profile import profile as measure
+    from .analysis.report import html_report, text_report
+
+    if args.html is not None:
+        import matplotlib  # noqa: F401, missing: say so before anything is measured
+    outputs = [path for path in (args.json, args.html) if path is not None]
+    refuse_existing(*outputs)
+    for path in outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    loaded = load(args, args.model)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = loaded.model.to(device)
+    except (RuntimeError, AssertionError) as error:  # how torch refuses devices
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+    def data() -> Any:
+        if args.data is None:
+            return noise_data(model, _NOISE if args.limit is None else args.limit)
+        return file_data(model, args.data, args.limit, tuple(args.sensor_size) if args.sensor_size else None)
+
+    data_name, samples = data()
+    with settle_norms(model, list(islice(data()[1], _SETTLING))) if loaded.is_random else nullcontext():
+        result = measure(
+            model,
+            tqdm(samples, desc="measuring", unit="sample", leave=False, disable=None),
+            name=loaded.name,
+            weights=f"{loaded.weights}, batch norms settled on the data" if loaded.is_random else loaded.weights,
+            is_random=loaded.is_random,
+            data_name=data_name,
+            batch_size=args.batch_size,
+        )
+        print(text_report(result))
+        if args.json is not None:
+            write_atomically(args.json, json.dumps(result.to_dict(), indent=1) + "\n")
+            print(f"wrote {args.json}")
+        if args.html is not None:
+            write_atomically(args.html, html_report(result, _figures(model, result, next(data()[1]))))
+            print(f"wrote {args.html}")
+
+
+def _figures(model: Any, result: "Profile", x: Any) -> dict[str, "Figure"]:
+    """Charts, and what the first layers with attention do with one sample."""
+    from timm.data.config import resolve_model_data_config
+
+    from .analysis.attention import attention_layers, record_attention
+    from .analysis.charts import draw_energy, draw_rates
+    from .analysis.pictures import draw_channel_masks, draw_query_key, draw_token_masks, input_pictures
+
+    figures = {
+        "Firing rates by layer": draw_rates(result.rates),
+        "Energy by part of the model": draw_energy(result.energy),
+    }
+    kinds = attention_layers(model)
+    masked = [name for name, kind in kinds.items() if kind != "ssa"] or list(kinds)[:1]
+    if not masked:
+        return figures
+    config = resolve_model_data_config(model)
+    pictures = input_pictures(x, config["mean"], config["std"])
+    records = record_attention(model, x, masked)
+    for record in records:
+        figures[f"Attention of {record.name}, first sample"] = (
+            draw_channel_masks(record) if record.kind == "qkca" else draw_token_masks(record, pictures)
+        )
+    with_mask = [record for record in records if record.mask is not None]
+    if with_mask:
+        step = with_mask[0].time_steps // 2
+        figures["Queries, mask, keys and what is left of them, first sample"] = draw_query_key(with_mask, step=step)
+    return figures

@@ -1,0 +1,186 @@
+"""A profile as text for the terminal and as a page of HTML that needs no other file and no network."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from .energy import Energy
+from .profile import Profile
+from .rates import FiringRates
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["html_report", "text_report"]
+
+_STEPS = 4  # columns of single time steps; longer clips are shown at evenly spaced ones
+_UNTRAINED = (
+    "The weights are random: rates and energy are those of an untrained model and say nothing about a trained one."
+)
+_COUNTING = (
+    "Rates are spikes per neuron and time step, mean and standard deviation over the samples; X' of Q-K attention is "
+    "the mask times K, which no neuron fires. A dead channel never fired, a saturated one always did. "
+    "SOP is rate x T x FLOP, where FLOP counts the multiply-accumulates of a time step; sums of spikes count as that "
+    "many additions. The first convolution sees pixels and the classifier means: multiply-accumulates. "
+    "Energy: 45 nm, M. Horowitz, ISSCC 2014, as used by Spikformer and QKFormer; batch norm is folded into "
+    "convolutions; neurons, shortcut additions, pooling and memory access are not counted."
+)
+
+Row = Sequence[str]
+Table = tuple[str, Row, Sequence[Row]]  # title, header, rows
+
+
+def text_report(profile: Profile) -> str:
+    """Tables for a terminal."""
+    lines = [*([f"NOTE: {_UNTRAINED}", ""] if profile.is_random else [])]
+    summary = _summary(profile)
+    width = max(len(name) for name, _ in summary)
+    lines += [f"{name:<{width}}  {value}" for name, value in summary]
+    for title, header, rows in (_rates_table(profile.rates), _energy_table(profile.energy)):
+        lines += ["", title, *_aligned(header, rows)]
+    return "\n".join(lines)
+
+
+def html_report(profile: Profile, figures: Mapping[str, "Figure"]) -> str:
+    """A page with the tables and with figures, by their captions, embedded as pictures."""
+    title = escape(f"{profile.model}: profile")
+    note = f'<p class="note">{escape(_UNTRAINED)}</p>' if profile.is_random else ""
+    tables = "".join(
+        f"<h2>{escape(heading)}</h2>{_html_table(header, rows)}"
+        for heading, header, rows in (_rates_table(profile.rates), _energy_table(profile.energy))
+    )
+    pictures = "".join(_html_figure(caption, figure) for caption, figure in figures.items())
+    summary = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in _summary(profile))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; }}
+table {{ border-collapse: collapse; font-size: 13px; }}
+th, td {{ border-bottom: 1px solid #ddd; padding: 2px 8px; text-align: left; white-space: nowrap; }}
+td.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
+.wide {{ overflow-x: auto; }}
+.note {{ background: #fff3cd; border-left: 5px solid #d39e00; padding: 0.6em 1em; }}
+img {{ max-width: 100%; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{note}
+<table>{summary}</table>
+<p>{escape(_COUNTING)}</p>
+{pictures}
+{tables}
+</body>
+</html>
+"""
+
+
+def _summary(profile: Profile) -> list[tuple[str, str]]:
+    rates, energy, speed = profile.rates, profile.energy, profile.speed
+    threads = f", {speed.threads} threads" if speed.device == "cpu" else ""
+    neurons = [layer for layer in rates.layers if layer.is_neuron]
+    channels, dead, saturated = (
+        sum(counts) for counts in zip(*((n.channels, len(n.dead), len(n.saturated)) for n in neurons), strict=True)
+    )
+    return [
+        ("model", profile.model),
+        ("weights", profile.weights),
+        ("data", profile.data),
+        ("samples", f"{rates.samples:,} of {'x'.join(map(str, rates.input_shape))}, T = {rates.time_steps}"),
+        ("parameters", f"{profile.parameters:,}"),
+        ("peak memory", f"{profile.peak_bytes / 2**20:,.1f} MiB, batch of {speed.batch_size}, eager mode"),
+        (
+            "speed",
+            f"{speed.per_second:.2f} samples/s ({speed.quartiles[0]:.2f} to {speed.quartiles[1]:.2f}), batch of "
+            f"{speed.batch_size}, {speed.dtype} on {speed.device}{threads}",
+        ),
+        ("firing rate", f"{rates.mean:.4f} spikes per neuron and time step"),
+        ("channels", f"{dead:,} dead and {saturated:,} saturated of {channels:,}"),
+        ("SOP", f"{energy.sops / 1e9:.4g} G (additions that take place: {energy.additions / 1e9:.4g} G)"),
+        ("MAC", f"{energy.macs / 1e9:.4g} G, first convolution and classifier"),
+        ("energy", f"{energy.pj * 1e-9:.4g} mJ ({energy.mac_pj} pJ per MAC, {energy.ac_pj} pJ per addition)"),
+        ("the same ANN", f"{energy.flops / 1e9:.4g} G MAC, {energy.ann_pj * 1e-9:.4g} mJ"),
+    ]
+
+
+def _rates_table(rates: FiringRates) -> Table:
+    count = min(rates.time_steps, _STEPS)
+    steps = sorted({round(i * (rates.time_steps - 1) / max(count - 1, 1)) for i in range(count)})
+    header = ["part", "name", "rate", "std", *(f"t={t + 1}" for t in steps), "dead", "saturated", "channels", "module"]
+    rows = [
+        [
+            layer.place,
+            layer.name,
+            f"{layer.mean:.4f}",
+            f"{layer.std:.4f}",
+            *(f"{layer.step_means[t]:.4f}" for t in steps),
+            str(len(layer.dead)),
+            str(len(layer.saturated)),
+            str(layer.channels),
+            layer.path,
+        ]
+        for layer in rates.layers
+    ]
+    return "Firing rates", header, rows
+
+
+def _energy_table(energy: Energy) -> Table:
+    header = ["part", "operation", "input", "rate", "steps", "MFLOP", "MSOP", "M additions", "MMAC", "µJ", "module"]
+    rows = [
+        [
+            layer.place,
+            layer.operation,
+            layer.input,
+            "" if layer.rate is None else f"{layer.rate:.4f}",
+            str(layer.steps),
+            f"{layer.flops / 1e6:.3f}",
+            f"{layer.sops / 1e6:.3f}",
+            f"{layer.additions / 1e6:.3f}",
+            f"{layer.macs / 1e6:.3f}",
+            f"{layer.pj * 1e-6:.3f}",
+            layer.path,
+        ]
+        for layer in energy.layers
+    ]
+    return "Operations and energy per sample", header, rows
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
+
+
+def _aligned(header: Row, rows: Sequence[Row]) -> list[str]:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    right = [all(_is_number(row[i]) or row[i] == "" for row in rows) for i in range(len(header))]
+
+    def line(row: Row) -> str:
+        cells = (
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(row, widths, right, strict=True)
+        )
+        return "  ".join(cells).rstrip()
+
+    return [line(header), *(line(row) for row in rows)]
+
+
+def _html_table(header: Row, rows: Sequence[Row]) -> str:
+    def cell(text: str) -> str:
+        return f'<td class="number">{text}</td>' if _is_number(text) else f"<td>{escape(text)}</td>"
+
+    head = "".join(f"<th>{escape(text)}</th>" for text in header)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _html_figure(caption: str, figure: "Figure") -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f'<h2>{escape(caption)}</h2><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'

@@ -1,0 +1,177 @@
+"""From files to pictures of what a model's attention does with them: what `timm-qkformer visualize` runs."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Optional
+
+from torch import nn
+from tqdm import tqdm
+
+from .._files import refuse_existing
+from .attention import attention_layers, record_attention
+from .capture import settle_norms
+from .inputs import FileInput, ModelInputs, find_files
+from .names import place_of
+from .pictures import (
+    draw_channel_masks,
+    draw_gallery,
+    draw_query_key,
+    draw_raster,
+    draw_token_masks,
+    save_picture,
+)
+from .raster import pick_neurons, record_layer
+from .running import bare_model
+
+__all__ = ["select_layers", "visualize"]
+
+_GALLERY_ROWS = 12  # inputs on one gallery picture
+_SETTLING = 16  # inputs that give an untrained model's batch norms their statistics
+
+
+def visualize(
+    model: nn.Module,
+    paths: Sequence[Path],
+    output: Path,
+    *,
+    stage: Optional[int] = None,
+    block: Optional[int] = None,
+    raster: Optional[str] = None,
+    sensor_size: Optional[tuple[int, int]] = None,
+    untrained: bool = False,
+    title: str = "",
+    quiet: bool = False,
+) -> list[Path]:
+    """Draw the attention of a model for images and recordings of events.
+
+    A file gets a picture for each attention layer (masks by head and time step), one of Q, mask, K and X' as in the
+    paper's Fig. 3, and a firing raster. A folder gets galleries of all that is in it, twelve to a picture.
+
+    Args:
+        model: A model of this package; it runs in eval mode and is left as it was.
+        paths: Images (anything that timm reads), recordings (.npz, .bin, .bs2, .aedat4) and folders of them.
+        output: Folder for the pictures, made if missing.
+        stage: Only this stage's layers, counted from 1 as in the paper. None: every layer with Q-K attention or, in a
+            model without it, every attention layer.
+        block: Only this block of each stage, counted from 1.
+        raster: Layer of neurons for the raster, such as "stages.0.blocks.0.mlp.fc1.neuron". None: the keys of the
+            first layer drawn.
+        sensor_size: (height, width) of the event camera, see `ModelInputs`.
+        untrained: Run with batch norm statistics of the first inputs instead of the model's own; without it hardly
+            anything fires in a model that was not trained, see `settle_norms`.
+        title: First line of every picture's title.
+        quiet: Show no progress bar.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileExistsError: If one of them is there already; nothing is written then.
+        ValueError: For a path, stage or block that is not there, or a file that the model cannot take.
+    """
+    plain: Any = bare_model(model)
+    layers = select_layers(plain, stage, block)
+    inputs = ModelInputs(plain, sensor_size)
+    single = [path for path in paths if not path.is_dir()]
+    files = [file for path in single for file in find_files(path)]
+    galleries = {folder: find_files(folder) for folder in paths if folder.is_dir()}
+    names = _names(files)
+    targets = {name: _targets(output, name, layers) for name in names}
+    pages = {
+        output / f"{folder.resolve().name}-gallery-{i + 1}.png": found[start : start + _GALLERY_ROWS]
+        for folder, found in galleries.items()
+        for i, start in enumerate(range(0, len(found), _GALLERY_ROWS))
+    }
+    written = [path for group in targets.values() for path in group.values()] + list(pages)
+    if not written:
+        raise ValueError("paths is empty: give an image, a recording of events or a folder of them")
+    if len(set(written)) < len(written):
+        raise ValueError("two of the folders have the same name, and so would their galleries: draw them one by one")
+    refuse_existing(*written)
+    output.mkdir(parents=True, exist_ok=True)
+    everything = [*files, *(file for found in pages.values() for file in found)]
+    samples = [inputs.read(file).x for file in everything[:_SETTLING]] if untrained else []
+    with (
+        settle_norms(plain, samples) if untrained else nullcontext(),
+        tqdm(total=len(everything), desc="drawing", unit="input", disable=quiet or None) as bar,
+    ):
+        for name, file in zip(names, files, strict=True):
+            heading = f"{title}: {file.name}" if title else file.name
+            _draw_file(plain, inputs.read(file), layers, raster, targets[name], heading)
+            bar.update()
+        for target, found in pages.items():
+            shown = [inputs.read(file) for file in found]
+            records = []
+            for item in shown:
+                records.append(record_attention(plain, item.x, list(layers)))
+                bar.update()
+            save_picture(draw_gallery([item.pictures[0] for item in shown], records, title), target)
+    return written
+
+
+def select_layers(model: nn.Module, stage: Optional[int] = None, block: Optional[int] = None) -> dict[str, str]:
+    """Attention layers, kinds by name, of one stage or block (counted from 1); see `visualize` for the defaults.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    layers = attention_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no Q-K or spiking self-attention to draw")
+    if stage is None and block is None:
+        return {name: kind for name, kind in layers.items() if kind != "ssa"} or layers
+
+    places = {name: place_of(name)[1:] for name in layers}
+    chosen = {
+        name: layers[name] for name, place in places.items() if stage in (None, place[0]) and block in (None, place[1])
+    }
+    if not chosen:
+        wanted = " and ".join(
+            f"{key}={value}" for key, value in (("stage", stage), ("block", block)) if value is not None
+        )
+        raise ValueError(f"{wanted} (counted from 1) has no attention layer; there are {', '.join(layers)}")
+    return chosen
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """A name for each file's pictures: its own, numbered if several have the same."""
+    stems = [file.stem for file in files]
+    repeated = len(set(stems)) < len(stems)
+    return [f"{i + 1:03}-{stem}" if repeated else stem for i, stem in enumerate(stems)]
+
+
+def _targets(output: Path, name: str, layers: dict[str, str]) -> dict[str, Path]:
+    """File of each picture of one input, by layer name, "query-key" or "raster"."""
+    targets = {}
+    for layer, kind in layers.items():
+        place = (place_of(layer)[0] or layer).replace(" ", "").replace(",", "-")
+        targets[layer] = output / f"{name}-{place}-{'channels' if kind == 'qkca' else 'tokens'}.png"
+    if any(kind != "ssa" for kind in layers.values()):
+        targets["query-key"] = output / f"{name}-query-key.png"
+    targets["raster"] = output / f"{name}-raster.png"
+    return targets
+
+
+def _draw_file(
+    model: nn.Module,
+    item: FileInput,
+    layers: dict[str, str],
+    raster: Optional[str],
+    targets: dict[str, Path],
+    title: str,
+) -> None:
+    records = record_attention(model, item.x, list(layers))
+    for record in records:
+        figure = (
+            draw_channel_masks(record, title=title)
+            if record.kind == "qkca"
+            else draw_token_masks(record, item.pictures, title=title)
+        )
+        save_picture(figure, targets[record.name])
+    with_mask = [record for record in records if record.mask is not None]
+    if with_mask:
+        step = with_mask[0].time_steps // 2  # at the first step, starting from rest, few neurons fire
+        save_picture(draw_query_key(with_mask, step=step, title=title), targets["query-key"])
+    layer = raster or f"{records[0].name}.k.neuron"
+    save_picture(draw_raster(*pick_neurons(record_layer(model, item.x, layer)), layer, title), targets["raster"])

@@ -1,0 +1,97 @@
+"""Models from names, folders and files, with their weights or, said so, without."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from timm_qkformer.hub import convert
+from timm_qkformer.hub.loading import load_model, shipped_models
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = timm.create_model("test_qkformer", num_classes=5)
+    path = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+def same_weights(model, path):
+    from safetensors.torch import load_file
+
+    state = model.state_dict()
+    return all(torch.equal(value, state[name]) for name, value in load_file(path).items())
+
+
+def test_a_name_without_weights_is_random_and_says_so():
+    loaded = load_model("test_qkformer", time_steps=2)
+    assert loaded.is_random
+    assert loaded.title == "test_qkformer (time_steps=2), random weights (seed 0)"
+    assert loaded.model.time_steps == 2
+    assert not loaded.model.training
+
+
+def test_random_weights_are_those_of_the_seed_and_leave_the_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first, second, other = (load_model("test_qkformer", seed=seed).model.head.weight for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_a_checkpoint_file_alone(checkpoint):
+    loaded = load_model(str(checkpoint))
+    assert (loaded.is_random, loaded.weights) == (False, "weights of weights.safetensors")
+    assert loaded.name == "test_qkformer"
+    assert same_weights(loaded.model, checkpoint)
+
+
+def test_a_checkpoint_of_a_model_with_arguments(tmp_path):
+    args = {"embed_dims": (8, 16, 32), "num_classes": 3}
+    path = tmp_path / "small.pth"
+    torch.save({"state_dict": timm.create_model("test_qkformer", **args).state_dict()}, path)
+    loaded = load_model("test_qkformer", checkpoint=path, model_args=args)
+    assert loaded.title == "test_qkformer (embed_dims=(8, 16, 32), num_classes=3), weights of small.pth"
+    with pytest.raises(ValueError, match=r"small\.pth: .*misshapen"):
+        load_model("test_qkformer", checkpoint=path)
+
+
+def test_a_converted_folder(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "folder", model="test_qkformer")
+    for source in (str(tmp_path / "folder"), f"local-dir:{tmp_path / 'folder'}"):
+        loaded = load_model(source)
+        assert (loaded.is_random, loaded.weights) == (False, "pretrained weights")
+        assert loaded.name == "folder.custom"
+        assert same_weights(loaded.model, checkpoint)
+    assert load_model(source, random=True).is_random
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("no_such_model", {}, "neither a registered model"),
+        ("FOLDER", {}, "no config.json"),
+        ("test_qkformer", {"random": True, "checkpoint": "x.pth"}, "exclude each other"),
+        ("FILE", {"random": True}, "stands for itself"),
+        ("local-dir:FOLDER", {"checkpoint": "x.pth"}, "weights of its own"),
+    ],
+)
+def test_what_does_not_go_together(source, options, message, checkpoint, tmp_path):
+    source = source.replace("FOLDER", str(tmp_path)).replace("FILE", str(checkpoint))
+    with pytest.raises(ValueError, match=message):
+        load_model(source, **options)
+
+
+def test_weights_that_are_nowhere(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(OSError, match="qkformer_hst10_384"):
+        load_model("qkformer_hst10_384")
+    assert load_model("qkformer_hst10_384", random=True).is_random
+
+
+def test_shipped_models_load():
+    for name in shipped_models():
+        assert not load_model(name).is_random

@@ -1,0 +1,56 @@
+"""Files are complete or not there, whatever happens while they are written."""
+
+import os
+import stat
+
+import pytest
+
+from timm_qkformer._files import refuse_existing, replacing, write_atomically
+
+
+def test_replaces_when_the_block_ends(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with replacing(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["file"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_error_leaves_the_old_file_alone(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write():
+        with replacing(path) as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_error_leaves_no_file_where_there_was_none(tmp_path):
+    with pytest.raises(ValueError, match="broken"), replacing(tmp_path / "file"):
+        raise ValueError("broken")
+    assert os.listdir(tmp_path) == []
+
+
+def test_text_is_utf8(tmp_path):
+    write_atomically(tmp_path / "page.md", "½ τ\n")
+    assert (tmp_path / "page.md").read_bytes() == "½ τ\n".encode()
+
+
+def test_existing_files_are_named(tmp_path):
+    names = [tmp_path / f"{i}.png" for i in range(5)]
+    refuse_existing(*names)
+    for name in names[1:]:
+        name.touch()
+    with pytest.raises(FileExistsError, match=r"1\.png.*2\.png.*3\.png and 1 more exist"):
+        refuse_existing(*names)
