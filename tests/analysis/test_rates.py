@@ -364,7 +364,7 @@ def test_deployed_models_are_refused(name):
     if deploy is None:
         pytest.skip("this version has no timm_qkformer.deploy")
     deployed = deploy(timm.create_model(name).eval(), precision="fp32")
-    with pytest.raises(ValueError, match="no neurons of this package .* deployed, give"):
+    with pytest.raises(ValueError, match=r"no neurons of this package .* deployed, give"):
         firing_rates(deployed, torch.zeros(1, 3, 32, 32))
 
 
