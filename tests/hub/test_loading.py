@@ -1,5 +1,7 @@
 """Models from names, folders and files, with their weights or, said so, without."""
 
+import argparse
+
 import pytest
 import timm
 import torch
@@ -57,6 +59,30 @@ def test_a_checkpoint_of_a_model_with_arguments(tmp_path):
     assert loaded.title == "test_qkformer (embed_dims=(8, 16, 32), num_classes=3), weights of small.pth"
     with pytest.raises(ValueError, match=r"small\.pth: .*misshapen"):
         load_model("test_qkformer", checkpoint=path)
+
+
+def test_a_training_checkpoint_says_what_it_is_of(tmp_path):
+    args = {"embed_dims": [8, 16, 32], "attn": ["qkca", "qkta", "ssa"], "patch_embed": "cifar", "time_steps": 3}
+    trained = timm.create_model("test_qkformer", num_classes=3, in_chans=1, **args)
+    written = argparse.Namespace(
+        model="test_qkformer", model_kwargs=args, num_classes=3, input_size=[1, 20, 24], mean=[0.3],
+        std=[0.35], crop_pct=None, interpolation="", lr=0.1,
+    )  # fmt: skip
+    path = tmp_path / "last.pth.tar"
+    torch.save({"state_dict": trained.state_dict(), "arch": "test_qkformer", "args": written, "epoch": 1}, path)
+    loaded = load_model(str(path))
+    assert loaded.title == "test_qkformer, weights of last.pth.tar"
+    state = loaded.model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in trained.state_dict().items())
+    assert loaded.model.time_steps == 3
+    config = timm.data.resolve_model_data_config(loaded.model)
+    assert (config["input_size"], config["mean"], config["std"]) == ((1, 20, 24), (0.3,), (0.35,))
+    assert load_model(str(path), time_steps=5).model.time_steps == 5
+
+    written.model_kwargs = dict(args, embed_dims=[10**6, 10**6, 10**6])
+    torch.save({"state_dict": trained.state_dict(), "args": written}, path)
+    with pytest.raises(ValueError, match="not the test_qkformer that its training's arguments describe"):
+        load_model(str(path))
 
 
 def test_a_converted_folder(checkpoint, tmp_path):

@@ -295,7 +295,13 @@ def draw_gallery(pictures: Sequence[Array], records: Sequence[Sequence[Attention
     axes[0, 0].set_title("input", fontsize=9)
     for column, layer in enumerate(layers, start=1):
         axes[0, column].set_title(f"{place_of(layer.name)[0] or layer.name}\n{layer.kind.upper()}", fontsize=9)
-    _titled(figure, title, "white: tokens that more heads keep at more time steps (SSA: that receive more attention)")
+    kinds = {layer.kind for layer in layers}
+    white = {
+        "qkta": "kept by more heads at more time steps",
+        "qkca": "firing in $X'$",
+        "ssa": "receiving more attention",
+    }
+    _titled(figure, title, "lighter tokens: " + " / ".join(text for kind, text in white.items() if kind in kinds))
     return figure
 
 

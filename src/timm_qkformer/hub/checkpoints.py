@@ -233,9 +233,13 @@ def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """A number, a word or a short row of numbers, such as a mean."""
+    """A number, a word, a short row of them, such as a mean, or some of these by name, such as a model's arguments."""
+    if isinstance(value, Mapping):
+        return len(value) <= 32 and all(
+            isinstance(key, str) and not isinstance(item, Mapping) and _is_plain(item) for key, item in value.items()
+        )
     if isinstance(value, (list, tuple)):
-        return len(value) <= 16 and all(isinstance(item, (int, float)) for item in value)
+        return len(value) <= 16 and all(isinstance(item, (str, int, float)) for item in value)
     return isinstance(value, (str, int, float))
 
 

@@ -6,12 +6,28 @@ from typing import Any, Optional
 
 import timm
 import torch
+from timm.data import resolve_data_config
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 
-from .checkpoints import read_checkpoint
+from .checkpoints import Checkpoint, read_checkpoint
 from .recognise import architectures, fit_tensors, recognise
 
 __all__ = ["LoadedModel", "load_model", "shipped_models"]
+
+# Of a training's arguments, those that make the model and those that prepare its input.
+_MODEL_ARGS = (
+    "attn",
+    "depths",
+    "embed_dims",
+    "membrane_shortcut",
+    "mixer",
+    "mlp_ratio",
+    "neuron",
+    "num_heads",
+    "patch_embed",
+    "time_steps",
+)
+_DATA_ARGS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
 @dataclass(frozen=True)
@@ -48,8 +64,9 @@ def load_model(
 
     Args:
         source: A registered name, with or without a tag: its pretrained weights where the tag has any, else random
-            ones. A folder that `convert` wrote, or "local-dir:FOLDER" or "hf-hub:REPOSITORY". A checkpoint file, whose
-            model is recognised from its tensors.
+            ones. A folder that `convert` wrote, or "local-dir:FOLDER" or "hf-hub:REPOSITORY". A checkpoint file: of a
+            training by timm's train.py or this package, which says what it is of; else the model is recognised from its
+            tensors.
         checkpoint: File with the weights for a registered name, for models that cannot be recognised because they
             have arguments of their own.
         random: Random weights, even where there are others.
@@ -108,10 +125,34 @@ def _with_arguments(name: str, args: dict[str, Any]) -> str:
 
 
 def _recognised(path: Path, time_steps: Optional[int]) -> LoadedModel:
-    found = recognise(read_checkpoint(path), time_steps=time_steps)
+    read = read_checkpoint(path)
+    if read.args.get("model") in architectures() and "num_classes" in read.args:
+        return _trained(read, time_steps)
+    found = recognise(read, time_steps=time_steps)
     model: Any = timm.create_model(found.model, time_steps=found.time_steps, **found.model_args)
     model.load_state_dict(found.state_dict)
     return LoadedModel(model.eval(), found.model, f"weights of {path.name}", False)
+
+
+def _trained(read: Checkpoint, time_steps: Optional[int]) -> LoadedModel:
+    """The model of a training checkpoint that says what it was created with, as timm's train.py writes it."""
+    name, stated = read.args["model"], read.args.get("model_kwargs") or {}
+    args = {key: stated[key] for key in _MODEL_ARGS if key in stated}
+    args |= {key: read.args[key] for key in ("num_classes", "in_chans") if key in read.args}
+    if "in_chans" not in args and read.args.get("input_size"):
+        args["in_chans"] = read.args["input_size"][0]
+    args |= {} if time_steps is None else {"time_steps": time_steps}
+    try:
+        # Before memory is spent on sizes that only the file states, they must be those of its tensors.
+        skeleton: Any = timm.create_model(name, device="meta", **args)
+        tensors = fit_tensors(name, read.tensors, skeleton)
+        config = resolve_data_config({key: read.args[key] for key in _DATA_ARGS if key in read.args}, model=skeleton)
+        overlay = {key: config[key] for key in _DATA_ARGS if key in config}
+        model: Any = timm.create_model(name, pretrained_cfg_overlay=overlay, **args)
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"{read.path}: not the {name} that its training's arguments describe: {error}") from error
+    model.load_state_dict(tensors)
+    return LoadedModel(model.eval(), name, f"weights of {read.path.name}", False)
 
 
 def _with_checkpoint(source: str, path: Path, args: dict[str, Any]) -> LoadedModel:
