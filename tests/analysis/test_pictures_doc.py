@@ -1,22 +1,19 @@
 """The Python examples of docs/pictures.md run as they stand; its pictures are there and small."""
 
 import re
-from pathlib import Path
 
 import pytest
 
+from doc_examples import DOCS, run_examples
+
 pytest.importorskip("matplotlib")
 
-DOC = Path(__file__).resolve().parents[2] / "docs" / "pictures.md"
+DOC = DOCS / "pictures.md"
 
 
 def test_examples(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", DOC.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
-    namespace: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "docs/pictures.md", "exec"), namespace)
+    assert run_examples(DOC) == 2
     out = capsys.readouterr().out
     assert "'stages.0.blocks.0.attn': 'qkta'" in out
     for shape in ("(4, 2, 4, 1, 16, 16)", "(4, 2, 4, 4, 16, 16)", "(2, 16, 16)", "(4, 2, 64, 16, 16)"):

@@ -1,21 +1,15 @@
 """The Python examples of docs/events.md run as they stand, one after the other."""
 
-import re
 import warnings
-from pathlib import Path
 
-DOC = Path(__file__).resolve().parents[2] / "docs" / "events.md"
+from doc_examples import DOCS, run_examples
 
 
 def test_examples(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", DOC.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
-    namespace: dict[str, object] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the skipped recording
-        for block in blocks:
-            exec(compile(block, "docs/events.md", "exec"), namespace)
+        assert run_examples(DOCS / "events.md") == 4
     out = capsys.readouterr().out
     for text in (
         "[4, 4, 2, 64, 64] torch.int64",
