@@ -14,7 +14,6 @@ import yaml
 from timm.models import clean_state_dict, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.utils import AverageMeter, NativeScaler, distribute_bn, random_seed
 from torch import nn
 
@@ -34,6 +33,7 @@ from .loaders import create_eval_loader, create_train_loader
 from .log import Progress, RunLog, use_tensorboard, write_summary
 from .loop import Parts, Update, learning_rate, train_epoch, updates_per_epoch
 from .network import autocast, build_model, build_task, data_config
+from .schedule import schedule_state, take_up_schedule
 
 __all__ = ["TrainResult", "train"]
 
@@ -229,7 +229,8 @@ class _Run:
             self._take_up_state(trainer, path, notes)
         if args.start_epoch is not None:
             self.state.epoch, self.state.consumed = args.start_epoch, 0
-        self._set_schedule(trainer)
+        updates = self.state.epoch * updates_per_epoch(self.parts) + self.state.consumed // args.grad_accum_steps
+        take_up_schedule(self.parts.scheduler, trainer and trainer["schedule"], self.state.epoch, updates)
         if _same(path.parent, self.folder) and "saver" in content:
             self.saver.load_state_dict(content["saver"])
         if path.name.startswith("recovery-"):
@@ -261,25 +262,6 @@ class _Run:
             if loader.num_workers and loader.persistent_workers:
                 # Their seed was drawn once: see ReplayableLoader.resume.
                 loader.generator = torch.Generator()
-
-    def _set_schedule(self, trainer: Optional[Mapping[str, Any]]) -> None:
-        epoch, scheduler = self.state.epoch, self.parts.scheduler
-        if isinstance(scheduler, PlateauLRScheduler):
-            if trainer is not None and trainer.get("scheduler"):
-                plateau = trainer["scheduler"]
-                scheduler.load_state_dict(plateau)
-                scheduler.lr_scheduler.num_bad_epochs = plateau["num_bad_epochs"]
-                scheduler.lr_scheduler.cooldown_counter = plateau["cooldown_counter"]
-                scheduler.restore_lr = plateau["restore_lr"]
-            return
-        # The others are functions of the epoch or update.
-        if scheduler.t_in_epochs:
-            if epoch > 0:
-                scheduler.step(epoch)
-        else:
-            updates = epoch * updates_per_epoch(self.parts) + self.state.consumed // self.args.grad_accum_steps
-            if updates > 0:
-                scheduler.step_update(updates)
 
     def _set_up_average(self, content: Optional[Mapping[str, Any]]) -> None:
         args, task = self.args, self.parts.task
@@ -410,16 +392,7 @@ class _Run:
 
     def _trainer_state(self, consumed: int) -> dict[str, Any]:
         """The checkpoint's entry "trainer"; every process has to call this."""
-        args, state, scheduler = self.args, self.state, self.parts.scheduler
-        plateau = None
-        if isinstance(scheduler, PlateauLRScheduler):
-            inner = scheduler.lr_scheduler
-            plateau = {
-                **scheduler.state_dict(),
-                "num_bad_epochs": inner.num_bad_epochs,
-                "cooldown_counter": inner.cooldown_counter,
-                "restore_lr": scheduler.restore_lr,
-            }
+        args, state = self.args, self.state
         return {
             "epoch": state.epoch,
             "consumed": consumed,
@@ -428,7 +401,7 @@ class _Run:
             "losses": {"sum": state.losses.sum, "count": state.losses.count},
             "eval_began": state.eval_began,
             "history": state.history,
-            "scheduler": plateau,
+            "schedule": schedule_state(self.parts.scheduler),
             "model": self.facts,
             "written": time.time(),
         }
