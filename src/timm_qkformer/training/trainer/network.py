@@ -65,12 +65,12 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         args.num_classes = model.num_classes
     _initialize_head(model, getattr(args, "head_init_scale", None), getattr(args, "head_init_bias", None))
     if getattr(args, "grad_checkpointing", False):
-        model.set_grad_checkpointing(enable=True)
+        model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
     return model
 
 
 def _initialize_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
-    head = model.get_classifier()
+    head: Any = model.get_classifier()  # type: ignore[operator]
     with torch.no_grad():
         if scale is not None:
             head.weight.mul_(scale)

@@ -171,7 +171,7 @@ class ReplayableLoader:
             first = consumed // workers * workers if workers else consumed
             restore_random_state(position["epoch"], self.device)
             here = position["pending"] or position["now"]
-            skip = first * self.loader.batch_size  # type: ignore[operator]
+            skip = first * self.loader.batch_size
             self._order.replay(skip, lambda: restore_random_state(here, self.device))
         self._at_epoch = random_state(self.device)
         self._restoring.states = list(self._workers)

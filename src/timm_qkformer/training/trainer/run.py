@@ -146,7 +146,7 @@ class _Run:
         self.eval_model: nn.Module = task.get_eval_model()
         if args.distributed:
             devices = [device] if device.type == "cuda" else None
-            task.prepare_distributed(device_ids=devices, broadcast_buffers=not args.no_ddp_bb)
+            task.prepare_distributed(device_ids=devices, **({"broadcast_buffers": False} if args.no_ddp_bb else {}))
         done = self.state.epoch * updates_per_epoch(self.parts) + self.state.consumed // args.grad_accum_steps
         self.log = RunLog(self.primary, self.folder if tensorboard else None, purge_step=done + 1)
         self._introduce(resume, notes)

@@ -108,9 +108,9 @@ def validate(args: argparse.Namespace, show: bool = True) -> dict[str, Any]:
     config = data_config(args, model)
     time_steps = getattr(model, "time_steps", 1)
     dataset = open_split(args, args.val_split, False, tuple(config["input_size"]), time_steps)
-    check_classes(dataset, model.num_classes, f"the split {args.val_split!r}")
+    check_classes(dataset, args.num_classes, f"the split {args.val_split!r}")
     loader = create_eval_loader(args, dataset, config, f"the split {args.val_split!r}")
-    runner = model
+    runner: Any = model
     if args.torchcompile:
         runner = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
     with tqdm(total=len(dataset), unit="image", disable=None if show else True) as bar:
