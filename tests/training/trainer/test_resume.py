@@ -7,33 +7,7 @@ import signal
 import pytest
 import torch
 import yaml
-from tiny_runs import PLAIN, command, flags, run, same_weights, weights, write_recipe
-
-from timm_qkformer.training.trainer import run as run_module
-
-
-class StopError(Exception):
-    pass
-
-
-@pytest.fixture
-def stop_after(monkeypatch):
-    """Break off after so many updates, as if nothing could be done any more."""
-
-    def arrange(updates):
-        real = run_module.Progress.update
-        seen = []
-
-        def update(self, *args):
-            real(self, *args)
-            seen.append(None)
-            if len(seen) > updates:
-                raise StopError
-
-        monkeypatch.setattr(run_module.Progress, "update", update)
-        return lambda: monkeypatch.setattr(run_module.Progress, "update", real)
-
-    return arrange
+from tiny_runs import PLAIN, StopError, command, flags, run, same_weights, weights, write_recipe
 
 
 def rows(folder):

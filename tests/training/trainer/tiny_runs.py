@@ -52,6 +52,10 @@ RECIPE = {
 PLAIN = {"no_aug": True, "mixup": 0.0, "reprob": 0.0, "drop_path": 0.0}
 
 
+class StopError(Exception):
+    """The end of a run that was broken off."""
+
+
 def make_images(root: Path, train: int = 8, test: int = 5, classes: tuple[str, ...] = CLASSES) -> Path:
     """root/{train,test}/<class>/<i>.png: noise, brighter in one colour for each class."""
     rng = np.random.default_rng(0)
