@@ -43,6 +43,7 @@ def half(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_halves_are_the_whole(tmp_path):
     mp.spawn(half, args=(tmp_path,), nprocs=2)
     by_sample, common = results(net().train(), *batch(), lambda _: None)
