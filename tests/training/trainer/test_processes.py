@@ -37,7 +37,7 @@ def test_two_processes_are_one_with_twice_the_batch(data, tmp_path):
     moved = [name for name, w in weights(fresh.folder).items() if not torch.allclose(w, b[name], rtol=1e-2, atol=1e-3)]
     assert len(moved) > len(a) / 3
     content = torch.load(tmp_path / "two" / "last.pth.tar", weights_only=True)
-    assert len(content["trainer"]["positions"]) == 2
+    assert len(content["trainer"]["processes"]) == 2
 
 
 @pytest.mark.parametrize(("size", "world_size", "batch"), [(24, 2, 4), (23, 2, 4), (31, 3, 2), (9, 4, 1)])

@@ -19,7 +19,7 @@ from .network import describe_misfit
 
 __all__ = ["DivergedError", "RunSaver", "check_same_model", "newest_checkpoint", "plain_settings", "read_checkpoint"]
 
-FORMAT = 1  # of the "trainer" entry
+FORMAT = 2  # of the "trainer" entry
 
 
 class DivergedError(ValueError):

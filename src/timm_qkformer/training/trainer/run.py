@@ -18,6 +18,7 @@ from timm.utils import AverageMeter, NativeScaler, distribute_bn, random_seed
 from torch import nn
 
 from ...hub.files import write_atomically
+from ...layers.fusion_progress import fusion_progress, resume_fusion
 from .checkpoint import (
     DivergedError,
     RunSaver,
@@ -252,10 +253,12 @@ class _Run:
                 f"checkpoint {path} is from within an epoch; [batches, batch_size, grad_accum_steps, processes] were "
                 f"{trainer['batches']} and are {here}. Resume with the same, or from last.pth.tar"
             )
-        if len(trainer["positions"]) != args.world_size:
-            notes.append(f"{args.world_size} processes instead of {len(trainer['positions'])}: new random numbers")
+        if len(trainer["processes"]) != args.world_size:
+            notes.append(f"{args.world_size} processes instead of {len(trainer['processes'])}: new random numbers")
             return
-        self.loader.replayable.resume(trainer["positions"][args.rank])
+        own = trainer["processes"][args.rank]
+        self.loader.replayable.resume(own["position"])
+        resume_fusion(own["fusion"])
         state.eval_began = trainer["eval_began"]
         if state.eval_began and self.eval_loader is not None:
             loader = getattr(self.eval_loader, "loader", self.eval_loader)
@@ -397,7 +400,9 @@ class _Run:
             "epoch": state.epoch,
             "consumed": consumed,
             "batches": [len(self.loader), args.batch_size, args.grad_accum_steps, args.world_size],
-            "positions": of_all(args, self.loader.replayable.position(consumed)),
+            "processes": of_all(
+                args, {"position": self.loader.replayable.position(consumed), "fusion": fusion_progress()}
+            ),
             "losses": {"sum": state.losses.sum, "count": state.losses.count},
             "eval_began": state.eval_began,
             "history": state.history,
