@@ -134,11 +134,46 @@ def _publish(args: argparse.Namespace) -> None:
     print(f"load it with timm.create_model('hf-hub:{args.repo}', pretrained=True)")
 
 
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    from .training.trainer.options import add_train_arguments
+
+    add_train_arguments(parser)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from .training.trainer.settings import resolve_train
+
+    settings = resolve_train(vars(args))
+    from .training.trainer.run import train
+
+    train(settings)
+
+
+def _add_validate(parser: argparse.ArgumentParser) -> None:
+    from .training.trainer.options import add_validate_arguments
+
+    add_validate_arguments(parser)
+
+
+def _validate(args: argparse.Namespace) -> None:
+    from .training.trainer.validation import resolve_validate, validate
+
+    results = validate(resolve_validate(vars(args)))
+    rate = results["firing_rate"]
+    print(
+        f"top-1 {results['top1']:.3f} %  top-5 {results['top5']:.3f} %  loss {results['loss']:.5f}  "
+        f"{results['samples']:,} samples, {results['images_per_second']:.1f} images/s"
+        + (f", firing rate {rate:.4f}" if rate is not None else "")
+    )
+
+
 # name: (help, add arguments, run)
 Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
 COMMANDS: dict[str, Command] = {
     "demo": ("train a small model on handwritten digits and look inside", _add_demo, _demo),
     "convert": ("turn an upstream checkpoint into a folder for timm", _add_convert, _convert),
+    "train": ("train a model on images or events, with timm's train.py's flags and recipes", _add_train, _train),
+    "validate": ("measure a model's accuracy on images or events", _add_validate, _validate),
     "verify": ("measure top-1 and top-5 accuracy on labelled images", _add_verify, _verify),
     "profile": ("firing rates, energy, memory and speed of a model", _cli_profile.add_profile, _cli_profile.profile),
     "visualize": ("draw a model's attention", _cli_pictures.add_visualize, _cli_pictures.visualize),
@@ -159,7 +194,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         args.run(args)
     except ModuleNotFoundError as error:
-        extra = {"sklearn": "demo", "matplotlib": "analysis"}.get((error.name or "").partition(".")[0])
+        extra = {"sklearn": "demo", "matplotlib": "analysis", "tensorboard": "train"}.get(
+            (error.name or "").partition(".")[0]
+        )
         if extra is None:
             raise
         return _fail(f"{error.name} is missing: pip install 'timm-qkformer[{extra}]'")

@@ -7,6 +7,7 @@ from .events import EVENT_SUFFIXES, EventFileError, Events, check_events, read_e
 from .frames import FrameSpec, events_to_frames
 from .loader import EventLoader, create_event_loader
 from .mixup import EventMixup
+from .sampling import SharedRandomSampler
 from .sources import EVENT_DATASETS, create_event_dataset
 from .splits import split_by_class
 
@@ -22,6 +23,7 @@ __all__ = [
     "Events",
     "FrameCache",
     "FrameSpec",
+    "SharedRandomSampler",
     "check_events",
     "create_event_dataset",
     "create_event_loader",

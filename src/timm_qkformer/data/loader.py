@@ -3,7 +3,10 @@
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from timm.data.distributed_sampler import OrderedDistributedSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .sampling import SharedRandomSampler
 
 __all__ = ["EventLoader", "create_event_loader"]
 
@@ -19,11 +22,15 @@ class EventLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch comes next: the same epoch gives the same batches, in a resumed run too."""
-        if isinstance(self.sampler, DistributedSampler):
-            self.sampler.set_epoch(epoch)
+        if isinstance(self.sampler, SharedRandomSampler):
+            self.sampler.draw_seed = lambda: _mixed(self.seed, epoch, 0)
         assert self.generator is not None
-        # Large odd factors keep (seed, epoch, rank) and (seed + 1, epoch - 1, rank) and the like apart.
-        self.generator.manual_seed((self.seed * 0x9E3779B1 + epoch * 0x85EBCA77 + self.rank * 0xC2B2AE3D) % 2**63)
+        self.generator.manual_seed(_mixed(self.seed, epoch, self.rank))
+
+
+def _mixed(seed: int, epoch: int, rank: int) -> int:
+    # Large odd factors keep (seed, epoch, rank) and (seed + 1, epoch - 1, rank) and the like apart.
+    return (seed * 0x9E3779B1 + epoch * 0x85EBCA77 + rank * 0xC2B2AE3D) % 2**63
 
 
 def create_event_loader(
@@ -48,8 +55,9 @@ def create_event_loader(
         is_training: Shuffle and drop the last batch.
         seed: The same in all processes.
         num_workers: Processes that load.
-        distributed: Each process of the torch.distributed group loads its part. In evaluation the parts may repeat a
-            few samples to be of one length, as timm's do.
+        distributed: Each process of the torch.distributed group loads its part: in training together what one process
+            with a batch that many times as large would. In evaluation the parts may repeat a few samples to be of one
+            length; `loader.sampler.num_valid_samples`, as timm's samplers have it, says how many count.
         pin_memory: Copy batches to page-locked memory, for a GPU.
 
     Raises:
@@ -58,11 +66,15 @@ def create_event_loader(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} needs to be at least 1")
     sampler: Sampler | None = None
-    rank = 0
+    rank, world_size = 0, 1
     if distributed:
-        rank = torch.distributed.get_rank()
-        sampler = DistributedSampler(dataset, shuffle=is_training, seed=seed)
-    share = len(dataset) if sampler is None else len(sampler)  # type: ignore[arg-type]
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    size = share = len(dataset)  # type: ignore[arg-type]
+    if is_training:
+        sampler = SharedRandomSampler(size, lambda: seed, rank, world_size)
+        share = len(sampler)
+    elif distributed:
+        sampler = OrderedDistributedSampler(dataset, world_size, rank)
     if is_training and share < batch_size:
         raise ValueError(f"batch_size={batch_size} is more than the {share} recordings to train on")
     return EventLoader(
@@ -70,7 +82,6 @@ def create_event_loader(
         seed=seed,
         rank=rank,
         batch_size=batch_size,
-        shuffle=is_training and sampler is None,
         sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,

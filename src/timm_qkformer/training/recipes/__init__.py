@@ -1,6 +1,7 @@
 """Training recipes: YAML files whose keys are those of timm's train.py.
 
-`train.py -c FILE` takes each of them as it stands. Where the values come from: docs/training.md.
+`timm-qkformer train -c NAME` and `train.py -c FILE` take each of them as it stands. Where the
+values come from: docs/training.md.
 """
 
 from importlib.resources import files

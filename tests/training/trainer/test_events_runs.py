@@ -1,0 +1,94 @@
+"""Training and validating on recordings of events."""
+
+import pytest
+import torch
+from tiny_runs import StopError, run, same_weights, weights
+
+from event_files import random_events, write_atis
+from timm_qkformer.training.trainer.validation import resolve_validate, validate
+
+CHANGES = {
+    "dataset": "events/folder",
+    "event_sensor_size": [34, 34],
+    "model": "qkformer_hst2_256",
+    "num_classes": 2,
+    "model_kwargs": {"embed_dims": [8, 16, 32], "num_heads": 4, "time_steps": 2},
+    "input_size": [2, 32, 32],
+    "scale": [0.08, 1.0],
+    "aa": "snn-wide",
+    "reprob": 0.0,
+    "crop_pct": None,
+    "mean": [0.0, 0.0],
+    "std": [1.0, 1.0],
+    "mixup": 0.5,
+    "mixup_off_epoch": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    root = tmp_path_factory.mktemp("events")
+    for split, number in (("train", 7), ("test", 3)):
+        for c, name in enumerate(("clap", "wave")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(number):
+                write_atis(root / split / name / f"{i}.bin", random_events(300 + 500 * c, seed=10 * i + c))
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_run_ends_with_the_same_weights(workers, recordings, tmp_path, stop_after):
+    changes = {**CHANGES, "workers": workers, "recovery_interval": 1}
+    whole = run(recordings, tmp_path, "whole", **changes)
+    proceed = stop_after(2)
+    with pytest.raises(StopError):
+        run(recordings, tmp_path, "stopped", **changes)
+    proceed()
+    resumed = run(recordings, tmp_path, "stopped", "--resume", "auto", **changes)
+    assert same_weights(weights(whole.folder), weights(resumed.folder))
+    assert 0 < whole.history[-1]["firing_rate"] < 1
+
+
+def test_validation_agrees_and_does_not_depend_on_batches(recordings, tmp_path):
+    result = run(recordings, tmp_path, "run", **CHANGES)
+    row = result.history[-1]
+    for batch_size in (1, 4):
+        given = {"model": CHANGES["model"], "data_dir": str(recordings), "device": "cpu", "workers": 0}
+        given |= {"checkpoint": str(result.folder / "last.pth.tar"), "batch_size": batch_size}
+        measured = validate(resolve_validate(given), show=False)
+        assert measured["samples"] == 6
+        assert measured["top1"] == pytest.approx(row["eval_top1"])
+        assert measured["loss"] == pytest.approx(row["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_classes": 3}, r"has 2 classes \(clap, wave\), but the model has num_classes=3"),
+        ({"in_chans": 3, "input_size": None, "mean": None, "std": None}, "has samples of 2 channels, but the model"),
+        ({"event_sensor_size": None}, "sensor_size"),
+        ({"dataset": "events/nothing"}, "name='nothing' is unknown"),
+    ],
+)
+def test_bad_settings(changes, message, recordings, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(recordings, tmp_path, "run", **{**CHANGES, **changes})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_recording_spoilt_while_training_is_named(workers, recordings, tmp_path):
+    import shutil
+
+    root = shutil.copytree(recordings, tmp_path / "spoilt")
+    real = torch.nn.Module.train
+
+    def spoil(self, mode=True):  # when the data set has been checked already
+        for path in (root / "train" / "wave").iterdir():
+            path.write_bytes(b"123")
+        return real(self, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("timm_qkformer.training.trainer.loop.TrainLoader.begin", lambda *_: spoil(torch.nn.Identity()))
+        with pytest.raises(ValueError, match=r"wave.*\.bin: has 3 bytes") as error:
+            run(root, tmp_path, "run", **{**CHANGES, "workers": workers})
+    assert "\n" not in str(error.value)

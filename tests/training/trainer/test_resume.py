@@ -1,0 +1,143 @@
+"""A run that was stopped anywhere ends with the weights of one that was not."""
+
+import csv
+import random
+import signal
+
+import pytest
+import torch
+import yaml
+from tiny_runs import PLAIN, StopError, command, flags, run, same_weights, weights, write_recipe
+
+
+def rows(folder):
+    """summary.csv without what depends on the clock."""
+    with (folder / "summary.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+
+
+def compare(data, output, stop_after, updates, more=(), **changes):
+    """Run whole, run with a stop and resume; the two folders."""
+    whole = run(data, output, "whole", *more, recovery_interval=2, **changes)
+    proceed = stop_after(updates)
+    with pytest.raises(StopError):
+        run(data, output, "stopped", *more, recovery_interval=2, **changes)
+    proceed()
+    resumed = run(data, output, "stopped", *more, "--resume", "auto", recovery_interval=2, **changes)
+    assert same_weights(weights(whole.folder), weights(resumed.folder))
+    assert rows(whole.folder) == rows(resumed.folder)
+    assert whole.best_metric == resumed.best_metric
+    assert not list(resumed.folder.glob("recovery*"))
+    return whole.folder, resumed.folder
+
+
+# Six batches in an epoch.
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
+@pytest.mark.parametrize(
+    ("updates", "changes"),
+    [
+        (9, {"workers": 2, "model_ema": True, "model_ema_warmup": True}),
+        (2, {"grad_accum_steps": 2, "no_prefetcher": True, "sched_on_updates": True, "clip_grad": 1.0}),
+        (7, {"sched": "plateau", "patience_epochs": 0, "amp": True, "amp_dtype": "bfloat16", "layer_decay": 0.7}),
+    ],
+)
+def test_resumed_run_ends_with_the_same_weights(updates, changes, data, tmp_path, stop_after, capsys):
+    whole, resumed = compare(data, tmp_path, stop_after, updates, **changes)
+    out = capsys.readouterr().out
+    assert "resumed from" in out
+    assert "not an exact continuation" not in out
+    if changes.get("model_ema"):
+        assert same_weights(weights(whole, "state_dict_ema"), weights(resumed, "state_dict_ema"))
+        assert not same_weights(weights(whole), weights(whole, "state_dict_ema"))
+
+
+@pytest.fixture
+def one_thread():
+    """As in the processes that `command` starts: sums are then in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_kill_9_at_a_random_step(data, tmp_path, capsys):
+    more = {"workers": 1, "recovery_interval": 1}
+    recipe = write_recipe(tmp_path / "recipe.yaml", **more)
+    number = random.SystemRandom().randrange(2, 12)
+    with command("-m", "timm_qkformer.cli", "train", *flags(data, tmp_path, "killed", recipe)) as process:
+        steps = 0
+        for line in process.stdout:
+            steps += line.startswith("epoch") and "[" in line
+            if steps == number:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.read()
+    assert process.returncode == -signal.SIGKILL, f"ended by itself before step {number}"
+    resumed = run(data, tmp_path, "killed", "--resume", "auto", **more)
+    assert "resumed from" in capsys.readouterr().out
+    whole = run(data, tmp_path, "whole", **more)
+    assert same_weights(weights(whole.folder), weights(resumed.folder)), f"killed at step {number}"
+    assert rows(whole.folder) == rows(resumed.folder)
+
+
+def test_a_path_and_a_new_folder(data, tmp_path, capsys):
+    first = run(data, tmp_path, "first", epochs=1)
+    second = run(data, tmp_path, "second", "--resume", str(first.folder / "last.pth.tar"), epochs=2, lr=0.02)
+    assert [row["epoch"] for row in second.history] == [0, 1]
+    assert sorted(path.name for path in first.folder.glob("*.pth.tar")) == [
+        "checkpoint-0.pth.tar",
+        "last.pth.tar",
+        "model_best.pth.tar",
+    ]
+    out = capsys.readouterr().out
+    assert "not an exact continuation: setting lr is 0.02, it was 0.01" in out
+    assert "setting epochs is 2, it was 1" in out
+
+
+def test_auto_without_anything_to_resume_begins(data, tmp_path, capsys):
+    result = run(data, tmp_path, "new", "--resume", "auto", epochs=1, **PLAIN)
+    assert len(result.history) == 1
+    assert "nothing to resume" in capsys.readouterr().out
+    again = run(data, tmp_path, "new", "--resume", "auto", epochs=1, **PLAIN)
+    assert len(again.history) == 1
+
+
+def test_auto_without_a_name_takes_the_newest_run(data, tmp_path):
+    run(data, tmp_path, "a", epochs=1, **PLAIN)
+    b = run(data, tmp_path, "b", epochs=1, **PLAIN)
+    result = run(data, tmp_path, "", "--resume", "auto", epochs=2, **PLAIN)
+    assert result.folder == b.folder
+    assert [row["epoch"] for row in result.history] == [0, 1]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, stop_after):
+    proceed = stop_after(5)
+    with pytest.raises(StopError):
+        run(data, tmp_path, "run", recovery_interval=2)
+    proceed()
+    newest = tmp_path / "run" / "recovery-0-4.pth.tar"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    with pytest.warns(UserWarning, match="passed over: checkpoint .*recovery-0-4.* cannot be read"):
+        resumed = run(data, tmp_path, "run", "--resume", "auto", recovery_interval=2)
+    assert same_weights(weights(resumed.folder), weights(run(data, tmp_path, "whole").folder))
+
+
+def test_within_an_epoch_the_batches_have_to_be_the_same(data, tmp_path, stop_after):
+    proceed = stop_after(3)
+    with pytest.raises(StopError):
+        run(data, tmp_path, "run", recovery_interval=2)
+    proceed()
+    with pytest.raises(ValueError, match=r"from within an epoch.* were \[6, 4, 1, 1\] and are \[12, 2, 1, 1\]"):
+        run(data, tmp_path, "run", "--resume", "auto", batch_size=2)
+
+
+def test_args_are_those_of_the_run(data, tmp_path):
+    folder = run(data, tmp_path, "run", epochs=1, **PLAIN).folder
+    args = yaml.safe_load((folder / "args.yaml").read_text())
+    assert args["model"] == "qkformer_hst4_384"
+    assert args["batch_size"] == 4
+    content = torch.load(folder / "last.pth.tar", weights_only=True)
+    assert content["args"]["lr"] == 0.01
+    assert content["arch"] == "qkformer_hst4_384"
+    assert content["epoch"] == 0

@@ -1,0 +1,269 @@
+"""What a run leaves behind, and what stops it."""
+
+import csv
+import re
+import resource
+import subprocess
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import load_checkpoint
+from tiny_runs import PLAIN, RECIPE, flags, make_images, run, same_weights, weights, write_recipe
+
+from timm_qkformer import cli
+from timm_qkformer.training.trainer import loop
+
+
+def fails(capsys, *arguments):
+    """The one line of an error, and exit status 2."""
+    assert cli.main(list(arguments)) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in err if line.startswith("timm-qkformer: error: ")]
+    assert len(errors) == 1
+    assert err[-1] == errors[0]
+    return errors[0].removeprefix("timm-qkformer: error: ")
+
+
+def test_files_and_columns(data, tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    result = run(data, tmp_path, "run", tensorboard=True, checkpoint_hist=1)
+    names = {path.name for path in result.folder.iterdir()}
+    assert {"args.yaml", "summary.csv", "last.pth.tar", "model_best.pth.tar"} < names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert len([name for name in names if name.startswith("checkpoint-")]) == 1
+    with (result.folder / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    train_py = ["epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"]
+    assert list(rows[0]) == [*train_py, "images_per_second", "firing_rate"]
+    assert len(rows) == 2
+    assert 0 < float(rows[1]["firing_rate"]) < 1
+    assert float(rows[1]["images_per_second"]) > 0
+    out = capsys.readouterr().out
+    assert "epoch 1 [6/6] loss" in out
+    assert "best top1" in out
+
+
+def test_curves_are_drawn(data, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = run(data, tmp_path, "run", **PLAIN).folder
+    with Image.open(folder / "curves.png") as picture:
+        assert picture.width > 1000
+        grey = picture.convert("L")
+        colours = {rgb[:3] for _, rgb in picture.convert("RGB").getcolors(1 << 20)}
+    assert len(grey.getcolors(256)) > 20
+    assert all(max(c) - min(c) <= 2 for c in colours), "readable in grey: there is nothing but grey"
+
+
+def test_it_learns(data, tmp_path):
+    small = {"model": "test_resnet", "model_kwargs": {}, "input_size": [3, 32, 32], "epochs": 6, "lr": 0.01}
+    result = run(data, tmp_path, "run", **{**PLAIN, **small})
+    assert result.history[-1]["train_loss"] < 0.75 * result.history[0]["train_loss"]
+    assert result.history[-1]["firing_rate"] is None
+    assert result.best_metric > 60
+
+
+def test_weights_load_in_timm(data, tmp_path):
+    folder = run(data, tmp_path, "run", epochs=1, model_ema=True, model_ema_decay=0.5).folder
+    model = timm.create_model(RECIPE["model"], num_classes=3, **RECIPE["model_kwargs"])
+    load_checkpoint(model, str(folder / "last.pth.tar"))
+    assert same_weights(dict(model.state_dict()), weights(folder, "state_dict_ema"))
+    again = run(data, tmp_path, "again", "--initial-checkpoint", str(folder / "last.pth.tar"), epochs=1, lr=1e-12)
+    old, new = weights(folder, "state_dict_ema"), weights(again.folder)
+    assert all(torch.allclose(old[n], new[n], atol=1e-6) for n, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bce_loss": True, "cutmix": 1.0},
+        {"bce_loss": True, "mixup": 0.0, "val_split": "", "grad_checkpointing": True},
+        {"clip_grad": 0.1, "clip_mode": "agc", "opt": "sgd", "lr_base": 0.1, "lr": None, "layer_decay": 0.5},
+    ],
+    ids=["cutmix", "no validation", "agc"],
+)
+def test_other_losses_and_optimizers(changes, data, tmp_path):
+    result = run(data, tmp_path, "run", epochs=1, **changes)
+    row = result.history[0]
+    assert 0 < row["train_loss"] < 10
+    if changes.get("val_split") == "":
+        assert "eval_top1" not in row
+        assert result.best_metric == row["train_loss"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_mixing_stops_at_its_epoch(workers, data, tmp_path, monkeypatch):
+    real_begin, real_prepare = loop.TrainLoader.begin, loop._prepare
+    mixed = {}  # epoch: whether a batch had targets of several classes
+
+    def begin(self, epoch, mix):
+        mixed[epoch] = False
+        real_begin(self, epoch, mix)
+
+    def prepare(parts, x, target):
+        x, target = real_prepare(parts, x, target)
+        mixed[max(mixed)] |= bool((target.sort(1).values[:, -2] > 0.02).any())
+        return x, target
+
+    monkeypatch.setattr(loop.TrainLoader, "begin", begin)
+    monkeypatch.setattr(loop, "_prepare", prepare)
+    changes = {"mixup": 5.0, "mixup_prob": 1.0, "mixup_off_epoch": 1, "smoothing": 0.03}
+    run(data, tmp_path, "run", workers=workers, **changes)
+    assert mixed == {0: True, 1: False}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys, monkeypatch):
+    recipe = write_recipe(tmp_path / "recipe.yaml", recovery_interval=2)
+    real, calls = torch.nn.functional.log_softmax, []
+
+    def log_softmax(*args, **kwargs):  # of the training loss
+        calls.append(None)
+        return real(*args, **kwargs) * (float("nan") if len(calls) == 9 else 1.0)
+
+    monkeypatch.setattr(torch.nn.functional, "log_softmax", log_softmax)
+    error = fails(capsys, "train", *flags(data, tmp_path, "run", recipe))
+    newest = tmp_path / "run" / "recovery-1-2.pth.tar"
+    assert error == f"the loss is nan at step 8 (epoch 1, learning rate 0.005); the last good checkpoint is {newest}"
+    assert all(w.isfinite().all() for w in torch.load(newest, weights_only=True)["state_dict"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, capsys, monkeypatch):
+    recipe = write_recipe(tmp_path / "recipe.yaml", recovery_interval=1, clip_grad=1.0)
+    calls = []
+
+    def clip(parameters, **_):
+        calls.append(None)
+        if len(calls) == 4:
+            next(iter(parameters)).grad.fill_(float("nan"))
+
+    monkeypatch.setattr(loop, "dispatch_clip_grad", clip)
+    error = fails(capsys, "train", *flags(data, tmp_path, "run", recipe))
+    assert "not finite" in error
+    assert error.endswith("recovery-0-3.pth.tar")
+
+
+def test_full_disk(data, tmp_path, capsys):
+    done = run(data, tmp_path, "run", epochs=1)
+    before = (done.folder / "last.pth.tar").read_bytes()
+    recipe = write_recipe(tmp_path / "recipe.yaml", epochs=3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        error = fails(capsys, "train", *flags(data, tmp_path, "run", recipe, "--resume", "auto"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "could not be written (File too large); those before it are intact" in error
+    assert (done.folder / "last.pth.tar").read_bytes() == before
+    assert not list(done.folder.glob("*tmp*"))
+    resumed = run(data, tmp_path, "run", "--resume", "auto", epochs=2)
+    assert [row["epoch"] for row in resumed.history] == [0, 1]
+
+
+def test_an_existing_run_is_not_overwritten(data, tmp_path, capsys):
+    folder = run(data, tmp_path, "run", epochs=1, **PLAIN).folder
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    error = fails(capsys, "train", *flags(data, tmp_path, "run", tmp_path / "recipe.yaml"))
+    assert error == f"{folder} holds a run already; --resume auto goes on with it, or choose another name"
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": "qkformer_hst2_256", "model_kwargs": {}, "in_chans": 3},
+            "is of the model qkformer_hst4_384, this run trains qkformer_hst2_256",
+        ),
+        ({"embed_dims": [8, 16, 48]}, "does not fit this run's qkformer_hst4_384: .* have another shape"),
+        ({"time_steps": 3}, "with time_steps=2, this run's qkformer_hst4_384 has time_steps=3"),
+    ],
+)
+def test_checkpoints_of_other_models(changes, message, data, tmp_path, capsys):
+    last = run(data, tmp_path, "run", epochs=1, **PLAIN).folder / "last.pth.tar"
+    if "model" not in changes:
+        changes = {"model_kwargs": {**RECIPE["model_kwargs"], **changes}}
+    recipe = write_recipe(tmp_path / "other.yaml", **changes)
+    error = fails(capsys, "train", *flags(data, tmp_path, "other", recipe, "--resume", str(last)))
+    assert re.search(message, error), error
+    assert str(last) in error
+    assert not (tmp_path / "other").exists()
+
+
+def test_checkpoint_with_another_number_of_classes(data, tmp_path, capsys):
+    last = run(data, tmp_path, "run", epochs=1, **PLAIN).folder / "last.pth.tar"
+    two = make_images(tmp_path / "two", 4, 2, classes=("ant", "bee"))
+    recipe = write_recipe(tmp_path / "other.yaml", num_classes=2)
+    error = fails(capsys, "train", *flags(two, tmp_path, "other", recipe, "--resume", str(last)))
+    assert "with num_classes=3, this run's qkformer_hst4_384 has num_classes=2" in error
+    error = fails(capsys, "train", *flags(two, tmp_path, "other", recipe, "--initial-checkpoint", str(last)))
+    assert "does not fit the model qkformer_hst4_384: 2 have another shape" in error
+
+
+def test_pickled_code_is_not_run(data, tmp_path, capsys):
+    path = tmp_path / "evil.pth.tar"
+    torch.save({"state_dict": {}, "args": subprocess.Popen}, path)
+    recipe = write_recipe(tmp_path / "recipe.yaml")
+    assert "cannot be read" in fails(capsys, "train", *flags(data, tmp_path, "run", recipe, "--resume", str(path)))
+
+
+def folder_without(tmp_path, what):
+    root = make_images(tmp_path / "images", 4, 2)
+    if what == "class":
+        for path in (root / "train" / "bee").iterdir():
+            path.unlink()
+    elif what == "test class":
+        for path in (root / "test" / "bee").iterdir():
+            path.unlink()
+        (root / "test" / "bee").rmdir()
+    elif what == "split":
+        (root / "test").rename(root / "elsewhere")
+    elif what == "image":
+        (root / "train" / "cat" / "2.png").write_bytes(b"not a picture")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("what", "changes", "message"),
+    [
+        ("class", {}, "no images in the class folders bee"),
+        ("test class", {}, "the split 'test' lacks bee, unlike the training split"),
+        ("split", {}, "has no folder 'test' for that split, only elsewhere, train"),
+        ("image", {"workers": 0}, "cat/2.png cannot be read as an image"),
+        ("image", {"workers": 2}, "cat/2.png cannot be read as an image"),
+        ("", {"num_classes": 4}, "the split 'train' has 3 classes (ant, bee, cat), but the model has num_classes=4"),
+        ("", {"in_chans": 5, "input_size": [5, 32, 32]}, "has samples of 1 channels, but the model takes 5"),
+        ("", {"mean": [0.1, 0.2]}, "mean=[0.1, 0.2] and std=None need one value, or one for each channel"),
+        ("", {"batch_size": 16}, "batch_size=16 is more than the 12 images that a process has to train on"),
+        ("", {"model": "qkformer_hst4_348"}, "did you mean qkformer_hst4_384"),
+        ("", {"model_kwargs": {"time_stepz": 2}}, "does not take these arguments"),
+        ("", {"device": "cuda:7"}, "device='cuda:7' is not available here"),
+        ("", {"initial_checkpoint": "nowhere.pt"}, "initial_checkpoint: there is no file nowhere.pt"),
+        ("", {"resume": "nowhere.pt"}, "there is no checkpoint nowhere.pt"),
+        ("", {"dataset": "torch/cifar10"}, "--dataset-download gets it"),
+    ],
+)
+def test_bad_data_and_settings(what, changes, message, tmp_path, capsys):
+    if changes.get("device") and torch.cuda.is_available():
+        pytest.skip("there is such a device")
+    root = folder_without(tmp_path, what)
+    recipe = write_recipe(tmp_path / "recipe.yaml", **changes)
+    assert message in fails(capsys, "train", *flags(root, tmp_path, "run", recipe))
+
+
+def test_missing_folder(tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "recipe.yaml")
+    error = fails(capsys, "train", *flags(tmp_path / "nowhere", tmp_path, "run", recipe))
+    assert error == f"data_dir='{tmp_path / 'nowhere'}' does not exist"
+
+
+def test_unreadable_images_can_be_skipped(tmp_path):
+    root = folder_without(tmp_path, "image")
+    assert run(root, tmp_path, "run", on_error="skip", epochs=1, **PLAIN).history[0]["train_loss"] > 0
+
+
+def test_tensorboard_asked_for_and_missing(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("timm_qkformer.training.trainer.log.importlib.util.find_spec", lambda name: None)
+    recipe = write_recipe(tmp_path / "recipe.yaml")
+    error = fails(capsys, "train", *flags(data, tmp_path, "run", recipe, "--tensorboard"))
+    assert "pip install 'timm-qkformer[train]'" in error
