@@ -3,8 +3,10 @@
 from .attention import QKChannelAttention, QKTokenAttention, SpikingSelfAttention
 from .backend import current_lif_backend, set_lif_backend
 from .conv import ConvNorm, SpikingConv
+from .counts import add_counts, move_note
 from .drop import TimeDropout, TimeDropPath
 from .dynamics import integrate_and_fire, integrate_and_fire_reference
+from .lean import is_lean_training, lean_training
 from .mixer import SpikingDepthwiseConv
 from .mlp import SpikingMlp
 from .neurons import IF, LIF, ParametricLIF, SpikingNeuron, get_neuron_layer
@@ -30,11 +32,15 @@ __all__ = [
     "SpikingStem",
     "TimeDropPath",
     "TimeDropout",
+    "add_counts",
     "as_sequence",
     "count_time_steps",
     "current_lif_backend",
     "get_neuron_layer",
     "integrate_and_fire",
     "integrate_and_fire_reference",
+    "is_lean_training",
+    "lean_training",
+    "move_note",
     "set_lif_backend",
 ]

@@ -32,6 +32,7 @@ from ..layers import (
     SpikingPatchEmbed,
     SpikingStem,
     TimeDropPath,
+    add_counts,
     get_neuron_layer,
 )
 from ..layers.neurons import NeuronLayer
@@ -101,8 +102,8 @@ class SpikingBlock(nn.Module):
         self.drop_path = TimeDropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.neuron1(x)))
-        return x + self.drop_path(self.mlp(self.neuron2(x)))
+        x = add_counts(x, self.drop_path(self.attn(self.neuron1(x))))
+        return add_counts(x, self.drop_path(self.mlp(self.neuron2(x))))
 
 
 class SpikingStage(nn.Module):
