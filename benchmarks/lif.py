@@ -7,23 +7,33 @@ of the rounds' ratios. See benchmarks/README.md.
 """
 
 import argparse
-import ctypes
-import json
-import os
-import platform
-import statistics
-import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from _common import (
+    OURS,
+    OURS_SLOWER,
+    PEER,
+    RESULTS,
+    Bar,
+    Spread,
+    draw_bars,
+    environment,
+    keep_freed_memory,
+    ratios,
+    take_turns,
+    write_json,
+)
 from timm_qkformer.layers import LIF, set_lif_backend
 
 EAGER, COMPILED, SPIKINGJELLY = "ours, eager", "ours, compiled", "spikingjelly 2.0"
+COLOURS = {EAGER: OURS_SLOWER, COMPILED: OURS, SPIKINGJELLY: PEER}
 # The claim: spikingjelly's time over that of our compiled op.
 TARGETS = {"forward": 9.0, "forward + backward": 6.0}
 
@@ -62,16 +72,6 @@ def passes(x: Tensor, grad: Tensor) -> dict[str, Callable[[Callable[[Tensor], Te
     return {"forward": forward, "forward + backward": forward_backward}
 
 
-def seconds(function: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def check_that_they_agree(neurons: dict[str, Callable[[Tensor], Tensor]], x: Tensor, grad: Tensor) -> None:
     step = passes(x, grad)
     spikes = {name: step["forward"](neuron) for name, neuron in neurons.items()}
@@ -82,19 +82,6 @@ def check_that_they_agree(neurons: dict[str, Callable[[Tensor], Tensor]], x: Ten
         torch.testing.assert_close(grads[name], grads[EAGER], rtol=1e-4, atol=1e-5)
 
 
-def keep_freed_memory() -> bool:
-    """Let the C library reuse freed memory instead of returning every large block to the kernel.
-
-    By default glibc maps and unmaps each tensor of this size anew, and filling the page tables takes longer than the
-    op. All contenders get the same treatment.
-    """
-    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
-        return False
-    libc = ctypes.CDLL(None)
-    trim_threshold, mmap_max = -1, -4
-    return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1))
-
-
 def measure(shape: tuple[int, ...], rounds: int, device: str) -> dict[str, dict[str, list[float]]]:
     """Seconds of every pass, contender and round."""
     torch.manual_seed(0)
@@ -102,79 +89,35 @@ def measure(shape: tuple[int, ...], rounds: int, device: str) -> dict[str, dict[
     grad = torch.randn(shape, device=device)
     neurons = contenders(device)
     check_that_they_agree(neurons, x, grad)
-    times: dict[str, dict[str, list[float]]] = {}
-    for name, step in passes(x, grad).items():
-        times[name] = {neuron: [] for neuron in neurons}
-        for i in range(rounds + 2):
-            for neuron, run in neurons.items():
-                elapsed = seconds(lambda step=step, run=run: step(run), device)
-                if i >= 2:  # the first rounds warm up
-                    times[name][neuron].append(elapsed)
-    return times
+    return {
+        name: take_turns({neuron: partial(step, run) for neuron, run in neurons.items()}, rounds, device)
+        for name, step in passes(x, grad).items()
+    }
 
 
-def summarise(times: dict[str, dict[str, list[float]]]) -> list[dict[str, object]]:
-    rows = []
-    for name, by_neuron in times.items():
-        for neuron, values in by_neuron.items():
-            ratios = [theirs / own for theirs, own in zip(by_neuron[SPIKINGJELLY], values, strict=True)]
-            lower, median, upper = statistics.quantiles(values, n=4)
-            ratio_lower, ratio, ratio_upper = statistics.quantiles(ratios, n=4)
-            rows.append(
-                {
-                    "pass": name,
-                    "neuron": neuron,
-                    "milliseconds": median * 1e3,
-                    "quartiles": [lower * 1e3, upper * 1e3],
-                    "speedup": ratio,
-                    "speedup_quartiles": [ratio_lower, ratio_upper],
-                }
-            )
-    return rows
+class Row(NamedTuple):
+    """What a table's line says."""
+
+    neuron: str
+    milliseconds: Spread
+    speedup: Spread  # against spikingjelly
 
 
-def print_table(rows: list[dict[str, object]]) -> None:
+def summarise(times: dict[str, list[float]]) -> list[Row]:
+    return [
+        Row(neuron, Spread.of(values).scaled(1e3), ratios(times[SPIKINGJELLY], values))
+        for neuron, values in times.items()
+    ]
+
+
+def print_table(passes: dict[str, list[Row]]) -> None:
     print(f"{'pass':20} {'neuron':18} {'ms (quartiles)':>28} {'against spikingjelly 2.0':>28}")
-    for row in rows:
-        low, high = row["quartiles"]
-        ratio_low, ratio_high = row["speedup_quartiles"]
-        spread = f"{row['milliseconds']:8.2f} ({low:.2f} to {high:.2f})"
-        speedup = f"{row['speedup']:6.2f} x ({ratio_low:.2f} to {ratio_high:.2f})"
-        print(f"{row['pass']:20} {row['neuron']:18} {spread:>28} {speedup:>28}")
+    for name, rows in passes.items():
+        for row in rows:
+            print(f"{name:20} {row.neuron:18} {f'{row.milliseconds:.2f}':>28} {f'{row.speedup:.2f}':>28}")
     for name, target in TARGETS.items():
-        reached = next(r["speedup"] for r in rows if r["pass"] == name and r["neuron"] == COMPILED)
+        reached = next(row.speedup.median for row in passes[name] if row.neuron == COMPILED)
         print(f"{name}: {reached:.1f} x, target {target:.0f} x: {'reached' if reached >= target else 'NOT reached'}")
-
-
-def draw(rows: list[dict[str, object]], title: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = list(TARGETS)
-    figure, axes = pyplot.subplots(1, len(names), figsize=(9, 3.2), layout="constrained")
-    for axis, name in zip(axes, names, strict=True):
-        own = [row for row in rows if row["pass"] == name]
-        values = [row["milliseconds"] for row in own]
-        errors = [[abs(row["quartiles"][i] - row["milliseconds"]) for row in own] for i in range(2)]
-        axis.barh([row["neuron"] for row in own], values, xerr=errors, color=["#9aa5b1", "#2166ac", "#b2182b"])
-        for i, row in enumerate(own):
-            axis.annotate(f" {row['speedup']:.1f} x", (values[i] + errors[1][i], i), va="center")
-        axis.set_title(name)
-        axis.set_xlabel("milliseconds (median, quartiles)")
-        axis.set_xlim(0, max(row["quartiles"][1] for row in own) * 1.25)
-        axis.invert_yaxis()
-    figure.suptitle(title)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
-
-
-def write_json(content: dict[str, object], path: Path) -> None:
-    temporary = path.with_suffix(".tmp.json")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
 
 
 def main() -> None:
@@ -183,7 +126,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="times that every contender takes its turn")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--plain-malloc", action="store_true", help="leave the C library's memory management alone")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for JSON and PNG")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and PNG")
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error(f"--rounds={args.rounds} must be at least 2")
@@ -192,7 +135,7 @@ def main() -> None:
 
     start = time.perf_counter()
     times = measure(shape, args.rounds, args.device)
-    rows = summarise(times)
+    rows = {name: summarise(by_neuron) for name, by_neuron in times.items()}
     threads = torch.get_num_threads()
     print(f"LIF {list(shape)}, float32, {args.device}, {threads} threads, {args.rounds} rounds, ", end="")
     print("freed memory reused" if reuse else "plain malloc")
@@ -204,17 +147,18 @@ def main() -> None:
         "shape": shape,
         "dtype": "float32",
         "device": args.device,
-        "threads": threads,
         "freed_memory_reused": reuse,
-        "load_average_at_the_end": os.getloadavg(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {package: version(package) for package in ("timm-qkformer", "spikingjelly")},
-        "rows": rows,
+        **environment("spikingjelly"),
+        "rows": {name: [row._asdict() for row in own] for name, own in rows.items()},
         "seconds": times,
         "total_seconds": time.perf_counter() - start,
     }
     write_json(content, args.out / f"{name}.json")
-    draw(rows, f"LIF {list(shape)}, float32, {threads} CPU threads", args.out / f"{name}.png")
+    bars = {
+        name: [Bar(row.neuron, row.milliseconds, f"{row.speedup.median:.1f} x", COLOURS[row.neuron]) for row in own]
+        for name, own in rows.items()
+    }
+    draw_bars(bars, "milliseconds", f"LIF {list(shape)}, float32, {threads} CPU threads", args.out / f"{name}.png")
 
 
 if __name__ == "__main__":
