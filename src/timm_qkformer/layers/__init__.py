@@ -12,6 +12,7 @@ from .mlp import SpikingMlp
 from .neurons import IF, LIF, ParametricLIF, SpikingNeuron, get_neuron_layer
 from .patch_embed import SpikingPatchEmbed, SpikingStem
 from .readout import MeanReadout, MembraneReadout
+from .recompute import checkpoint_once
 from .sequence import as_sequence, count_time_steps
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "TimeDropout",
     "add_counts",
     "as_sequence",
+    "checkpoint_once",
     "count_time_steps",
     "current_lif_backend",
     "get_neuron_layer",

@@ -95,9 +95,8 @@ class QKTokenAttention(_SpikingAttention):
 
     def gate(self, attn: Tensor, k: Tensor, H: int, W: int) -> Tensor:
         """a * K, for `attn` [T, B, heads, channels, tokens] with a 1 in place of what was summed over."""
-        if not torch.jit.is_scripting():
-            if lean.is_lean(k, self) and counts_bound(k) == 1:
-                return lean.gate_keeps_counts(attn, k, self.num_heads, self.sum_dim)
+        if not torch.jit.is_scripting() and lean.is_lean(k, self) and counts_bound(k) == 1:
+            return lean.gate_keeps_counts(attn, k, self.num_heads, self.sum_dim)
         return self.merge_heads(attn.to(k.dtype) * self.split_heads(k), H, W)
 
 
@@ -155,9 +154,8 @@ class SpikingSelfAttention(_SpikingAttention):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """scale * Q (K^T V), [T, B, C, H, W] each, to [T, B, heads, C / heads, H * W]."""
-        if not torch.jit.is_scripting():
-            if lean.is_lean(q, self) and counts_bound(q) == 1 and counts_bound(k) == 1 and counts_bound(v) == 1:
-                return lean.mix_keeps_counts(q, k, v, self.num_heads, self.scale)
+        if not torch.jit.is_scripting() and lean.is_lean(q, self) and all(counts_bound(s) == 1 for s in (q, k, v)):
+            return lean.mix_keeps_counts(q, k, v, self.num_heads, self.scale)
         q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
         # Heads are stored [channels, tokens], so (Q (K^T V))^T = (V K^T) Q.
         return (v @ k.transpose(-2, -1)) @ q * self.scale

@@ -47,9 +47,8 @@ class ConvNorm(nn.Module):
 
     def currents(self, x: Tensor) -> Tensor:
         T, B, _, _, _ = x.shape
-        if not torch.jit.is_scripting():
-            if lean.is_lean(x, self):
-                return self._pool_leanly(self.bn(self._conv_leanly(x))).unflatten(0, [T, B])
+        if not torch.jit.is_scripting() and lean.is_lean(x, self):
+            return self._pool_leanly(self.bn(self._conv_leanly(x))).unflatten(0, [T, B])
         return self.pool(self.bn(self.conv(x.flatten(0, 1)))).unflatten(0, [T, B])
 
     @torch.jit.unused
@@ -98,14 +97,17 @@ class SpikingConv(ConvNorm):
         self.batch_coupled = batch_coupled
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if lean.is_lean(x, self) and isinstance(self.pool, nn.Identity) and not self.batch_coupled:
-                return self._norm_and_fire(x)
+        if not torch.jit.is_scripting() and lean.is_lean(x, self) and self._may_fuse():
+            return self._norm_and_fire(x)
         x = self.currents(x)
         if self.batch_coupled:
             T, B, _, _, _ = x.shape
             return self.neuron(x.flatten(0, 1)).unflatten(0, [T, B])
         return self.neuron(x)
+
+    @torch.jit.unused
+    def _may_fuse(self) -> bool:
+        return isinstance(self.pool, nn.Identity) and not self.batch_coupled
 
     @torch.jit.unused
     def _norm_and_fire(self, x: Tensor) -> Tensor:

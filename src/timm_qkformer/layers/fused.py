@@ -299,7 +299,8 @@ def _kernel(key: _Key, elements: int, backend: str) -> Callable[..., Any] | None
 
 
 def _compile(key: _Key) -> Callable[..., Any]:
-    run = torch.compile(kernel_body(key), fullgraph=True, options=inductor_options(key.device.type))
+    options = inductor_options(key.device.type) | (_unsplit() if key.affine and key.steps <= _UNSPLIT_STEPS else {})
+    run = torch.compile(kernel_body(key), fullgraph=True, options=options)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(key.device.type, enabled=False):
         run(*example_operands(key))
     return run
@@ -320,6 +321,20 @@ def inductor_options(device_type: str) -> dict[str, str | int | bool | Callable[
         "max_complex_pointwise_cat_inputs": 0,
     }
     return {name: value for name, value in options.items() if hasattr(config, name)}
+
+
+def _unsplit() -> dict[str, int]:
+    """Keep Inductor from passing intermediate results of a long computation through memory.
+
+    It then writes the code of a result anew for each of its uses, three in every step, before it finds what is common.
+    """
+    from torch._inductor import config  # not at import: it takes seconds
+
+    names = ("realize_opcount_threshold", "realize_reads_threshold")
+    return {name: 10_000 for name in names if hasattr(config, name)}
+
+
+_UNSPLIT_STEPS = 4
 
 
 def kernel_body(key: _Key) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -319,8 +319,9 @@ def norm_fires(bn: nn.Module, neuron: nn.Module, y: Tensor) -> bool:
     return bn.weight is not None and bn.weight.dtype == membrane_dtype(y) and y.numel() > y.shape[1]
 
 
-def norm_and_fire(y: Tensor, bn: nn.BatchNorm2d, neuron: SpikingNeuron, steps: int) -> Tensor:
+def norm_and_fire(y: Tensor, bn: nn.BatchNorm2d, neuron: nn.Module, steps: int) -> Tensor:
     """neuron(bn(y)): convolution's output [T * B, C, H, W] to spikes [T, B, C, H, W] in channels-last memory."""
+    assert isinstance(neuron, SpikingNeuron)
     is_training = bn.training or bn.running_mean is None
     momentum = 0.0 if bn.momentum is None else bn.momentum
     mean, var = bn.running_mean, bn.running_var
@@ -442,9 +443,7 @@ class _MixKeepsCounts(torch.autograd.Function):
     """Spiking self-attention's product (V K^T) Q * scale, keeping packed spikes."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, data: list[Tensor], heads: _Heads, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, data: list[Tensor], heads: _Heads, scale: float) -> Tensor:
         dtype = _autocast_dtype(q)
         compute = _compute_dtype(q, dtype)
         ctx.save_for_backward(*data)

@@ -68,7 +68,7 @@ class SpikingNeuron(nn.Module):
                 "a neuron needs floating-point input currents [T, B, ...] with at least one time step, "
                 f"got {x.dtype} of shape {list(x.shape)}"
             )
-        return note_counts(integrate_and_fire(x, leak, *self.dynamics()), 1)
+        return note_counts(integrate_and_fire(x, leak, *self.dynamics()), 1)  # type: ignore[arg-type]
 
     def dynamics(self) -> Dynamics:
         """The hyper-parameters as the functional core has them, without the leak."""
