@@ -20,6 +20,7 @@ from timm_qkformer.layers import (
     SpikingMlp,
     SpikingPatchEmbed,
     SpikingSelfAttention,
+    fused,
     is_lean_training,
     lean,
     lean_training,
@@ -127,34 +128,23 @@ def test_memory_layouts(layout):
         check(lively(UNITS[unit]()), note_counts(x, 1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_compiled_kernels(dtype):
-    """One pair of kernels for all shapes."""
-    layer = lively(UNITS["1x1, bias"]()).to(dtype)
-    tolerance = TOLERANCE if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
-    for shape in [(4, 2, 6, 8, 8), (4, 1, 6, 5, 7), (4, 3, 6, 2, 3)]:
-        check(layer, spikes(*shape, dtype=dtype), "compile", **tolerance)
-        # Bit for bit what eager mode fires.
-        x = spikes(*shape, dtype=dtype)
-        assert torch.equal(train(layer, x, True, "compile")[0], train(layer, x, True, "eager")[0])
+def compiled_keys():
+    return {key for key, entry in fused._entries.items() if key.affine and entry.run is not None}
 
 
-def test_one_compiled_pair_serves_all_shapes():
-    layer, other = lively(UNITS["1x1"]()), lively(SpikingConv(5, 24, 3))
-    before = set(lean_keys())
-    train(layer, spikes(3, 2, 6, 8, 8), True, "compile")
-    for shape in [(3, 1, 6, 5, 7), (3, 4, 6, 2, 2)]:
-        train(layer, spikes(*shape), True, "compile")
-    train(other, spikes(3, 2, 5, 6, 6), True, "compile")
-    new = set(lean_keys()) - before
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
+def test_one_pair_of_compiled_kernels_for_all_shapes(dtype):
+    before = compiled_keys()
+    tolerance = TOLERANCE if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
+    for in_chs, out_chs, shape in [(6, 10, (2, 8, 8)), (6, 10, (1, 5, 7)), (5, 24, (3, 2, 3))]:
+        layer = lively(SpikingConv(in_chs, out_chs, 3)).to(dtype)
+        B, H, W = shape
+        x = spikes(3, B, in_chs, H, W, dtype=dtype)
+        spikes_fired = check(layer, x, "compile", same_spikes=dtype == torch.float64, **tolerance)[0]
+        assert torch.equal(spikes_fired, train(layer, x, True, "eager")[0])  # bit for bit
+    new = compiled_keys() - before
     assert len(new) == 2
     assert {key.backward for key in new} == {False, True}
-
-
-def lean_keys():
-    from timm_qkformer.layers import fused
-
-    return [key for key, entry in fused._entries.items() if key.affine and entry.run is not None]
 
 
 @pytest.mark.parametrize("attention", [QKTokenAttention, QKChannelAttention, SpikingSelfAttention])
@@ -397,7 +387,6 @@ def test_who_takes_the_lean_path(lean_calls):
         model(x)
     with set_lif_backend("spikingjelly"):
         model(x)
-    model(torch.rand(2, 3, 32, 32, device="meta")) if False else None
     torch.compile(model, fullgraph=True, backend="eager")(x)
     torch.jit.script(model)(x)
     torch.jit.trace(model, x, check_trace=False)
@@ -429,8 +418,9 @@ def test_replaced_modules_run():
     layer.bn = nn.Sequential(layer.bn, nn.Hardtanh(-1e9, -1e8))
     assert layer(x).sum() == 0
     layer = lively(UNITS["3x3"]()).float().train()
-    layer.conv = nn.Sequential(layer.conv, nn.Hardtanh(0.0, 0.0))
-    assert len(layer(x).unique(dim=1).flatten().unique()) <= 2
+    layer.conv = nn.Sequential(layer.conv, nn.Threshold(1e9, 0.0))
+    out = layer(x)
+    assert torch.equal(out.amax((1, 3, 4)), out.amin((1, 3, 4)))
     layer = nn.utils.parametrizations.weight_norm(lively(UNITS["3x3"]()).float().train().conv)
     assert not lean.runs_plainly(layer, nn.Conv2d)
     patched = nn.Conv2d(1, 1, 1)

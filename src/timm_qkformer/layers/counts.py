@@ -33,7 +33,7 @@ _notes = WeakTensorKeyDictionary()  # not an attribute of the tensor: that would
 
 def note_counts(x: Tensor, bound: int) -> Tensor:
     """Note that `x` holds integers from 0 to `bound` alone; returns `x`. Has no effect on what is being traced."""
-    if type(x) is Tensor and bound <= _MAX_BOUND and not x.is_inference() and not _is_traced():
+    if not _is_traced() and type(x) is Tensor and bound <= _MAX_BOUND and not x.is_inference():
         _notes[x] = _Note(bound, x._version)
     return x
 
@@ -73,7 +73,7 @@ def _note(x: Tensor) -> Optional[_Note]:
     if _is_traced() or type(x) is not Tensor:
         return None
     note: Optional[_Note] = _notes.get(x)
-    return note if note and note.version == x._version else None
+    return note if note is not None and note.version == x._version else None
 
 
 def packed(x: Tensor) -> Tensor:
