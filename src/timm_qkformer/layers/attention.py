@@ -30,7 +30,7 @@ def count_spikes(spikes: Tensor, dim: int) -> Tensor:
     return spikes.sum(dim, keepdim=True, dtype=membrane_dtype(spikes))
 
 
-class _SpikingAttention(nn.Module):
+class _SpikingAttention(lean.LeanModule):
     """What the three share: Q and K, the neurons that fire on the attention, and the output projection."""
 
     def __init__(
@@ -67,6 +67,10 @@ class _SpikingAttention(nn.Module):
             merged = move_note(x, merged)
         return merged
 
+    @torch.jit.unused
+    def _are_spikes(self, x: Tensor) -> bool:
+        return counts_bound(x) == 1
+
 
 class QKTokenAttention(_SpikingAttention):
     """Q-K token attention (QKTA), linear in tokens and channels.
@@ -95,9 +99,13 @@ class QKTokenAttention(_SpikingAttention):
 
     def gate(self, attn: Tensor, k: Tensor, H: int, W: int) -> Tensor:
         """a * K, for `attn` [T, B, heads, channels, tokens] with a 1 in place of what was summed over."""
-        if not torch.jit.is_scripting() and lean.is_lean(k, self) and counts_bound(k) == 1:
-            return lean.gate_keeps_counts(attn, k, self.num_heads, self.sum_dim)
+        if self.is_lean(k) and self._are_spikes(k):
+            return self._gate_leanly(attn, k)
         return self.merge_heads(attn.to(k.dtype) * self.split_heads(k), H, W)
+
+    @torch.jit.unused
+    def _gate_leanly(self, attn: Tensor, k: Tensor) -> Tensor:
+        return lean.gate_keeps_counts(attn, k, self.num_heads, self.sum_dim)
 
 
 class QKChannelAttention(QKTokenAttention):
@@ -154,8 +162,12 @@ class SpikingSelfAttention(_SpikingAttention):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """scale * Q (K^T V), [T, B, C, H, W] each, to [T, B, heads, C / heads, H * W]."""
-        if not torch.jit.is_scripting() and lean.is_lean(q, self) and all(counts_bound(s) == 1 for s in (q, k, v)):
-            return lean.mix_keeps_counts(q, k, v, self.num_heads, self.scale)
+        if self.is_lean(q) and self._are_spikes(q) and self._are_spikes(k) and self._are_spikes(v):
+            return self._mix_leanly(q, k, v)
         q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
         # Heads are stored [channels, tokens], so (Q (K^T V))^T = (V K^T) Q.
         return (v @ k.transpose(-2, -1)) @ q * self.scale
+
+    @torch.jit.unused
+    def _mix_leanly(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return lean.mix_keeps_counts(q, k, v, self.num_heads, self.scale)

@@ -11,7 +11,7 @@ from .neurons import LIF, NeuronLayer
 __all__ = ["ConvNorm", "SpikingConv"]
 
 
-class ConvNorm(nn.Module):
+class ConvNorm(lean.LeanModule):
     """Convolution, batch norm and (with `pool`) 3x3 max pooling of stride 2, on every time step alike.
 
     [T, B, C, H, W] to input currents [T, B, C', H', W'], where H' = ceil(H / stride), halved once more (rounding
@@ -47,7 +47,7 @@ class ConvNorm(nn.Module):
 
     def currents(self, x: Tensor) -> Tensor:
         T, B, _, _, _ = x.shape
-        if not torch.jit.is_scripting() and lean.is_lean(x, self):
+        if self.is_lean(x):
             return self._pool_leanly(self.bn(self._conv_leanly(x))).unflatten(0, [T, B])
         return self.pool(self.bn(self.conv(x.flatten(0, 1)))).unflatten(0, [T, B])
 
@@ -97,7 +97,7 @@ class SpikingConv(ConvNorm):
         self.batch_coupled = batch_coupled
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and lean.is_lean(x, self) and self._may_fuse():
+        if self.is_lean(x) and self._may_fuse():
             return self._norm_and_fire(x)
         x = self.currents(x)
         if self.batch_coupled:

@@ -37,6 +37,7 @@ from .recurrence import Affine, Dynamics, fire_steps, gradient_steps, membrane_d
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
+    "LeanModule",
     "conv_keeps_counts",
     "gate_keeps_counts",
     "is_lean",
@@ -95,6 +96,16 @@ def is_lean(x: Tensor, module: nn.Module) -> bool:
         and is_lean_training()
         and current_lif_backend() != "spikingjelly"
     )
+
+
+class LeanModule(nn.Module):
+    """A module that has a lean path besides its plain one."""
+
+    def is_lean(self, x: Tensor) -> bool:
+        """`is_lean`; never in TorchScript, which compiles neither it nor methods that are `torch.jit.unused`."""
+        if torch.jit.is_scripting():
+            return False
+        return is_lean(x, self)
 
 
 def runs_plainly(module: nn.Module, *classes: type[nn.Module]) -> bool:

@@ -43,19 +43,25 @@ class _Once:
 
 @contextmanager
 def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Let the batch norms that are in training mode normalise by the batch without updating anything."""
+    """Let the batch norms that are in training mode normalise by the batch without updating anything.
+
+    With a momentum of 0 the running statistics are overwritten by themselves. Not to pass them at all would change what
+    is saved for the backward pass, which must be the same in both passes.
+    """
     norms = [
-        norm
+        (norm, norm.momentum, norm.num_batches_tracked)
         for norm in module.modules()
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and norm.track_running_stats
     ]
-    for norm in norms:
-        norm.track_running_stats = False
+    for norm, _, _ in norms:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, batches in norms:
+            norm.momentum = momentum
+            norm.num_batches_tracked = batches
 
 
 def checkpoint_once(module: nn.Module, x: Tensor) -> Tensor:
