@@ -20,11 +20,11 @@ from torch import nn
 from _common import OURS, RESULTS, Spread, environment, keep_freed_memory, take_turns, write_json
 from _training import TrainingStep, batch
 
-BASE = {"time steps": 4, "batch": 2, "side": 64}
+BASE = {"time steps": 4, "batch": 2, "side": 48}
 SWEEPS: dict[str, Sequence[int]] = {
-    "time steps": (1, 2, 4, 8, 16),
-    "batch": (1, 2, 4, 8, 16),
-    "side": (32, 48, 64, 96, 128),
+    "time steps": (1, 2, 4, 8),
+    "batch": (1, 2, 4, 8),
+    "side": (32, 48, 64, 96),
 }
 # By how much a doubling may fall short of, or exceed, a doubling of the cost. Below: what does not grow (weights'
 # gradients, the optimizer, overhead). Memory has no such part to speak of.

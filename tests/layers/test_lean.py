@@ -453,3 +453,30 @@ def test_copies_of_a_trained_model():
     model(x).sum().backward()
     twin = copy.deepcopy(model)
     assert torch.equal(twin(x), model(x))
+
+
+def _half_of_the_batch(rank, folder, x, model):
+    """Two processes, each with half of the batch, in eval-mode batch norms so that halves add up to the whole."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        parallel.train()
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eval()
+        parallel(x[rank::2]).square().mean().backward()
+        if rank == 0:
+            torch.save([p.grad for p in model.parameters()], folder / "gradients.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes(tmp_path):
+    model = tiny.tiny("test_qkformer", depths=(1, 0, 1), time_steps=2)
+    x = tiny.images(4)
+    torch.multiprocessing.spawn(_half_of_the_batch, args=(tmp_path, x, model), nprocs=2)
+    with lean_training(False):
+        model.eval()(x).square().mean().backward()
+    grads = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-9, atol=1e-12)
