@@ -53,12 +53,10 @@ def sweep(model_name: str, name: str, sizes: Sequence[int], rounds: int) -> list
     # Per batch, not per image.
     megabytes = {label: step.megabytes_kept() * len(step.images) for label, step in steps.items()}
     times = take_turns(steps, rounds, warm_up=1)
-    reduction = 4 if name == "side" else 0
-    points = []
-    for size in sizes:
-        shown = -((-size // reduction) ** 2) if reduction else size
-        points.append(Point(shown, Spread.of(times[str(size)]), megabytes[str(size)]))
-    return points
+    return [
+        Point((size // 4) ** 2 if name == "side" else size, Spread.of(times[str(size)]), megabytes[str(size)])
+        for size in sizes
+    ]
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
