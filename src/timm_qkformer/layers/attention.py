@@ -12,7 +12,9 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+from . import lean
 from .conv import SpikingConv
+from .counts import counts_bound, move_note
 from .drop import TimeDropout
 from .neurons import LIF, NeuronLayer
 from .recurrence import membrane_dtype
@@ -28,7 +30,7 @@ def count_spikes(spikes: Tensor, dim: int) -> Tensor:
     return spikes.sum(dim, keepdim=True, dtype=membrane_dtype(spikes))
 
 
-class _SpikingAttention(nn.Module):
+class _SpikingAttention(lean.LeanModule):
     """What the three share: Q and K, the neurons that fire on the attention, and the output projection."""
 
     def __init__(
@@ -58,6 +60,17 @@ class _SpikingAttention(nn.Module):
         """[T, B, C, H, W] to [T, B, heads, C / heads, H * W]."""
         return x.flatten(3).unflatten(2, [self.num_heads, self.head_dim])
 
+    def merge_heads(self, x: Tensor, H: int, W: int) -> Tensor:
+        """[T, B, heads, C / heads, H * W] to [T, B, C, H, W]."""
+        merged = x.flatten(2, 3).unflatten(3, [H, W])
+        if not torch.jit.is_scripting():
+            merged = move_note(x, merged)
+        return merged
+
+    @torch.jit.unused
+    def _are_spikes(self, x: Tensor) -> bool:
+        return counts_bound(x) == 1
+
 
 class QKTokenAttention(_SpikingAttention):
     """Q-K token attention (QKTA), linear in tokens and channels.
@@ -80,10 +93,19 @@ class QKTokenAttention(_SpikingAttention):
     def forward(self, x: Tensor) -> Tensor:
         _, _, _, H, W = x.shape
         q = self.split_heads(self.q(x))
-        k = self.split_heads(self.k(x))
+        k = self.k(x)
         attn = self.attn_neuron(count_spikes(q, self.sum_dim))
-        x = (attn.to(k.dtype) * k).flatten(2, 3).unflatten(3, [H, W])
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(self.gate(attn, k, H, W)))
+
+    def gate(self, attn: Tensor, k: Tensor, H: int, W: int) -> Tensor:
+        """a * K, for `attn` [T, B, heads, channels, tokens] with a 1 in place of what was summed over."""
+        if self.is_lean(k) and self._are_spikes(k):
+            return self._gate_leanly(attn, k)
+        return self.merge_heads(attn.to(k.dtype) * self.split_heads(k), H, W)
+
+    @torch.jit.unused
+    def _gate_leanly(self, attn: Tensor, k: Tensor) -> Tensor:
+        return lean.gate_keeps_counts(attn, k, self.num_heads, self.sum_dim)
 
 
 class QKChannelAttention(QKTokenAttention):
@@ -135,10 +157,17 @@ class SpikingSelfAttention(_SpikingAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         _, _, _, H, W = x.shape
-        q = self.split_heads(self.q(x))
-        k = self.split_heads(self.k(x))
-        v = self.split_heads(self.v(x))
+        y = self.mix(self.q(x), self.k(x), self.v(x))
+        return self.proj_drop(self.proj(self.merge_heads(self.attn_neuron(y), H, W)))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """scale * Q (K^T V), [T, B, C, H, W] each, to [T, B, heads, C / heads, H * W]."""
+        if self.is_lean(q) and self._are_spikes(q) and self._are_spikes(k) and self._are_spikes(v):
+            return self._mix_leanly(q, k, v)
+        q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
         # Heads are stored [channels, tokens], so (Q (K^T V))^T = (V K^T) Q.
-        y = (v @ k.transpose(-2, -1)) @ q * self.scale
-        x = self.attn_neuron(y).flatten(2, 3).unflatten(3, [H, W])
-        return self.proj_drop(self.proj(x))
+        return (v @ k.transpose(-2, -1)) @ q * self.scale
+
+    @torch.jit.unused
+    def _mix_leanly(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return lean.mix_keeps_counts(q, k, v, self.num_heads, self.scale)

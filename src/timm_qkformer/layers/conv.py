@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from . import lean
 from .neurons import LIF, NeuronLayer
 
 __all__ = ["ConvNorm", "SpikingConv"]
 
 
-class ConvNorm(nn.Module):
+class ConvNorm(lean.LeanModule):
     """Convolution, batch norm and (with `pool`) 3x3 max pooling of stride 2, on every time step alike.
 
     [T, B, C, H, W] to input currents [T, B, C', H', W'], where H' = ceil(H / stride), halved once more (rounding
@@ -45,7 +47,21 @@ class ConvNorm(nn.Module):
 
     def currents(self, x: Tensor) -> Tensor:
         T, B, _, _, _ = x.shape
+        if self.is_lean(x):
+            return self._pool_leanly(self.bn(self._conv_leanly(x))).unflatten(0, [T, B])
         return self.pool(self.bn(self.conv(x.flatten(0, 1)))).unflatten(0, [T, B])
+
+    @torch.jit.unused
+    def _conv_leanly(self, x: Tensor) -> Tensor:
+        if lean.runs_plainly(self.conv, nn.Conv2d):
+            return lean.conv_keeps_counts(self.conv, x)
+        return self.conv(x.flatten(0, 1))
+
+    @torch.jit.unused
+    def _pool_leanly(self, x: Tensor) -> Tensor:
+        if lean.runs_plainly(self.pool, nn.MaxPool2d):
+            return lean.pool_keeps_places(x)
+        return self.pool(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.currents(x)
@@ -81,8 +97,22 @@ class SpikingConv(ConvNorm):
         self.batch_coupled = batch_coupled
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_lean(x) and self._may_fuse():
+            return self._norm_and_fire(x)
         x = self.currents(x)
         if self.batch_coupled:
             T, B, _, _, _ = x.shape
             return self.neuron(x.flatten(0, 1)).unflatten(0, [T, B])
         return self.neuron(x)
+
+    @torch.jit.unused
+    def _may_fuse(self) -> bool:
+        return isinstance(self.pool, nn.Identity) and not self.batch_coupled
+
+    @torch.jit.unused
+    def _norm_and_fire(self, x: Tensor) -> Tensor:
+        T, B, _, _, _ = x.shape
+        y = self._conv_leanly(x)
+        if lean.norm_fires(self.bn, self.neuron, y):
+            return lean.norm_and_fire(y, self.bn, self.neuron, T)
+        return self.neuron(self.bn(y).unflatten(0, [T, B]))

@@ -46,7 +46,9 @@ class TimeDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
             return x
-        return x * F.dropout(torch.ones_like(x[0]), self.p, training=True)
+        # Drawn in the order of the dimensions, whatever the memory format: a seed gives the same mask for all formats.
+        ones = torch.ones_like(x[0], memory_format=torch.contiguous_format)
+        return x * F.dropout(ones, self.p, training=True)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -5,7 +5,8 @@ sees memory, not shapes: an input [T, ...] whose steps lie densely one behind th
 own dimensions (contiguous, channels last, ...), is viewed as [T, M]; a step repeated by `expand` is viewed as [M].
 So one kernel serves every layer and every size. Thresholds, leaks and the surrogate's steepness are operands, not
 constants; the number of steps, dtype, device and the kind of reset and surrogate (`_Key`) are compiled in. Other
-inputs are copied together first.
+inputs are copied together first. Where a batch norm's scale and shift of each channel belong to the kernel (`Affine`),
+the input is [T, M, C], channels last.
 
 When does compiling pay? "compile" compiles a kernel when it is first asked for. "auto" keeps count, for each kernel,
 of the elements that eager mode has processed in its stead, and compiles once they exceed `AUTO_BUDGET` for the
@@ -26,9 +27,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .recurrence import Dynamics, fire_steps, gradient_steps, membrane_dtype
+from .recurrence import Affine, Dynamics, fire_steps, gradient_steps, membrane_dtype, scale_and_shift
 
-__all__ = ["AUTO_BUDGET", "MAX_STEPS", "fused_gradients", "fused_spikes", "like_steps", "step_strides"]
+__all__ = ["AUTO_BUDGET", "MAX_STEPS", "alias", "fused_gradients", "fused_spikes", "like_steps", "step_strides"]
 
 # Elements [T, ...] that "auto" lets eager mode process before it compiles the kernel. On a CPU eager mode loses about
 # 10 ns an element and compiling takes 5 to 10 s; on a GPU it loses launches rather than bandwidth.
@@ -49,6 +50,7 @@ _MIN_ELEMENTS = {"cpu": 2**15, "cuda": 0}
 
 # Elements of a step for which kernels are compiled: enough for Inductor to make use of all cores.
 _TYPICAL_SIZE = 2**18
+_TYPICAL_CHANNELS = 2**8
 
 
 class _Key(NamedTuple):
@@ -67,6 +69,8 @@ class _Key(NamedTuple):
     detach_reset: bool = True
     surrogate: str = ""
     leak_gradient: bool = False
+    # Both:
+    affine: bool = False  # each channel's current is scaled and shifted first
 
 
 class _Entry:
@@ -103,50 +107,66 @@ def like_steps(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, (_step_size(x), *strides), dtype=x.dtype, device=x.device)
 
 
-def fused_spikes(x: Tensor, leak: float | Tensor, dynamics: Dynamics, backend: str) -> Tensor | None:
-    """Spikes by a compiled kernel, or None where `backend` or the circumstances ask for eager mode."""
-    if not _can_fuse(x, leak):
+def fused_spikes(
+    x: Tensor, leak: float | Tensor, dynamics: Dynamics, backend: str, affine: Affine | None = None
+) -> Tensor | None:
+    """Spikes by a compiled kernel, or None where `backend` or the circumstances ask for eager mode.
+
+    With `affine`, x is [T, M, C], contiguous, and becomes x * scale + shift first.
+    """
+    if not _can_fuse(x, leak, affine):
         return None
     x, strides = _dense(x)
-    key = _key(x, leak, dynamics, backward=False)
+    key = _key(x, leak, dynamics, backward=False, affine=affine is not None)
     run = _kernel(key, x.numel(), backend)
     if run is None:
         return None
-    flat = _call(run, key.row, [x], _operands(leak, dynamics.threshold, dtype=membrane_dtype(x)))
-    return _alias(flat, x.shape, (_step_size(x), *strides))
+    operands = [*(affine or ()), *_operands(leak, dynamics.threshold, dtype=membrane_dtype(x))]
+    flat = _call(run, key, [x], operands)
+    return alias(flat, x.shape, (_step_size(x), *strides))
 
 
 def fused_gradients(
-    grad_spikes: Tensor, x: Tensor, leak: float | Tensor, dynamics: Dynamics, leak_gradient: bool, backend: str
+    grad_spikes: Tensor,
+    x: Tensor,
+    leak: float | Tensor,
+    dynamics: Dynamics,
+    leak_gradient: bool,
+    backend: str,
+    affine: Affine | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """dL/dx and dL/dleak by a compiled kernel, or None where `backend` or the circumstances ask for eager mode."""
-    if not _can_fuse(x, leak) or not _is_plain(grad_spikes):
+    """dL/dx and dL/dleak by a compiled kernel, or None where `backend` or the circumstances ask for eager mode.
+
+    With `affine` as in `fused_spikes`, and dL/dx with respect to the scaled and shifted x.
+    """
+    if not _can_fuse(x, leak, affine) or not _is_plain(grad_spikes):
         return None
     x, strides = _dense(x)
-    key = _key(x, leak, dynamics, backward=True, leak_gradient=leak_gradient)
+    key = _key(x, leak, dynamics, backward=True, leak_gradient=leak_gradient, affine=affine is not None)
     run = _kernel(key, x.numel(), backend)
     if run is None:
         return None
     layout = (_step_size(x), *strides)
     if grad_spikes.stride() != layout:
         grad_spikes = torch.empty_strided(x.shape, layout, dtype=x.dtype, device=x.device).copy_(grad_spikes)
-    operands = _operands(leak, dynamics.threshold, dynamics.alpha, dtype=membrane_dtype(x))
-    flat, leak_shares = _call(run, key.row, [grad_spikes, x], operands)
-    return _alias(flat, x.shape, layout), leak_shares.sum() if leak_gradient else None
+    operands = [*(affine or ()), *_operands(leak, dynamics.threshold, dynamics.alpha, dtype=membrane_dtype(x))]
+    flat, leak_shares = _call(run, key, [grad_spikes, x], operands)
+    return alias(flat, x.shape, layout), leak_shares.sum() if leak_gradient else None
 
 
 def _is_plain(x: Tensor) -> bool:
     return type(x) is Tensor or type(x) is torch.nn.Parameter
 
 
-def _can_fuse(x: Tensor, leak: float | Tensor) -> bool:
+def _can_fuse(x: Tensor, leak: float | Tensor, affine: Affine | None) -> bool:
     # What compiled code cannot stand in for: subclasses (fake tensors, DTensor), modes that watch every operation
     # (make_fx, FLOP counters, selective checkpointing), graphs being recorded.
     return (
         x.device.type in AUTO_BUDGET
         and x.dtype in _DTYPES
         and 1 <= x.shape[0] <= MAX_STEPS
-        and x[0].numel() > 1  # torch.compile would make sizes 0 and 1 kernels of their own
+        # torch.compile would make sizes 0 and 1 kernels of their own
+        and (x[0].numel() > 1 if affine is None else min(x.shape[1:]) > 1)
         and _is_plain(x)
         and (isinstance(leak, float) or (_is_plain(leak) and leak.dim() == 0))
         and torch._C._len_torch_dispatch_stack() == 0
@@ -173,24 +193,33 @@ def _is_constant(x: Tensor) -> bool:
     return x.shape[0] > 1 and x.stride(0) == 0
 
 
-def _flat(x: Tensor, row: int) -> Tensor:
+def _flat(x: Tensor, key: _Key) -> Tensor:
     """The memory of dense steps as [T, M], of a constant step as [M]; M in rows, if there are rows."""
-    size = _step_size(x)
+    if key.affine:
+        return alias(x, x.shape, x.stride())
+    size, row = _step_size(x), key.row
     shape, strides = ((size,), (1,)) if row == 1 else ((size // row, row), (row, 1))
     if not _is_constant(x):
         shape, strides = (x.shape[0], *shape), (size, *strides)
-    return _alias(x, shape, strides)
+    return alias(x, shape, strides)
 
 
-def _alias(x: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+def alias(x: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     """x's memory as another shape. Not a view: torch.compile guards on what views are views of, and autograd forbids
     to modify a view that comes out of a Function in place."""
     alias = torch.empty(0, dtype=x.dtype, device=x.device)
     return alias.set_(x.untyped_storage(), x.storage_offset(), shape, strides)
 
 
-def _key(x: Tensor, leak: float | Tensor, dynamics: Dynamics, backward: bool, leak_gradient: bool = False) -> _Key:
-    row = _ROW[x.device.type]
+def _key(
+    x: Tensor,
+    leak: float | Tensor,
+    dynamics: Dynamics,
+    backward: bool,
+    leak_gradient: bool = False,
+    affine: bool = False,
+) -> _Key:
+    row = 1 if affine else _ROW[x.device.type]
     key = _Key(
         backward,
         x.shape[0],
@@ -201,6 +230,7 @@ def _key(x: Tensor, leak: float | Tensor, dynamics: Dynamics, backward: bool, le
         leak.device if isinstance(leak, Tensor) else _CPU,
         dynamics.soft_reset,
         dynamics.decay_input,
+        affine=affine,
     )
     if backward:
         key = key._replace(
@@ -226,16 +256,16 @@ def _constant_operand(place: int, value: float, dtype: torch.dtype) -> Tensor:
         return torch.tensor(value, dtype=dtype, device=_CPU)
 
 
-def _call(run: Callable[..., Any], row: int, sequences: Sequence[Tensor], operands: Sequence[Tensor]) -> Any:
+def _call(run: Callable[..., Any], key: _Key, sequences: Sequence[Tensor], operands: Sequence[Tensor]) -> Any:
     # torch.compile would compile once more for each of these states, though none changes the result.
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
-            return _call(run, row, sequences, operands)
+            return _call(run, key, sequences, operands)
     device_type = sequences[0].device.type
     if torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
-            return _call(run, row, sequences, operands)
-    return run(*(_flat(x, row) for x in sequences), *operands)
+            return _call(run, key, sequences, operands)
+    return run(*(_flat(x, key) for x in sequences), *operands)
 
 
 def _kernel(key: _Key, elements: int, backend: str) -> Callable[..., Any] | None:
@@ -269,7 +299,8 @@ def _kernel(key: _Key, elements: int, backend: str) -> Callable[..., Any] | None
 
 
 def _compile(key: _Key) -> Callable[..., Any]:
-    run = torch.compile(kernel_body(key), fullgraph=True, options=inductor_options(key.device.type))
+    options = inductor_options(key.device.type) | (_unsplit() if key.affine and key.steps <= _UNSPLIT_STEPS else {})
+    run = torch.compile(kernel_body(key), fullgraph=True, options=options)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(key.device.type, enabled=False):
         run(*example_operands(key))
     return run
@@ -292,21 +323,38 @@ def inductor_options(device_type: str) -> dict[str, str | int | bool | Callable[
     return {name: value for name, value in options.items() if hasattr(config, name)}
 
 
+def _unsplit() -> dict[str, int]:
+    """Keep Inductor from passing intermediate results of a long computation through memory.
+
+    It then writes the code of a result anew for each of its uses, three in every step, before it finds what is common.
+    """
+    from torch._inductor import config  # not at import: it takes seconds
+
+    names = ("realize_opcount_threshold", "realize_reads_threshold")
+    return {name: 10_000 for name in names if hasattr(config, name)}
+
+
+_UNSPLIT_STEPS = 4
+
+
 def kernel_body(key: _Key) -> Callable[..., Any]:
-    """What is compiled: (x, leak, threshold) to spikes, or (grad_spikes, x, leak, threshold, alpha) to gradients."""
+    """What is compiled: (x, leak, threshold) to spikes, or (grad_spikes, x, leak, threshold, alpha) to gradients; with
+    `key.affine`, scale and shift follow x."""
 
-    def steps_of(x: Tensor) -> Sequence[Tensor]:
-        return [x] * key.steps if key.constant else x.unbind(0)
+    def steps_of(x: Tensor, affine: Sequence[Tensor]) -> Sequence[Tensor]:
+        steps = [x] * key.steps if key.constant else x.unbind(0)
+        return scale_and_shift(steps, Affine(*affine)) if affine else steps
 
-    def forward(x: Tensor, leak: Tensor, threshold: Tensor) -> Tensor:
+    def forward(x: Tensor, *operands: Tensor) -> Tensor:
+        *affine, leak, threshold = operands
         dynamics = Dynamics(threshold, key.soft_reset, key.decay_input, True, "", 1.0)
-        return torch.stack([fired.to(x.dtype) for fired in fire_steps(steps_of(x), leak, dynamics)])
+        return torch.stack([fired.to(x.dtype) for fired in fire_steps(steps_of(x, affine), leak, dynamics)])
 
-    def backward(
-        grad_spikes: Tensor, x: Tensor, leak: Tensor, threshold: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def backward(grad_spikes: Tensor, x: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor | None]:
+        *affine, leak, threshold, alpha = operands
         dynamics = Dynamics(threshold, key.soft_reset, key.decay_input, key.detach_reset, key.surrogate, alpha)
-        grads, leak_shares = gradient_steps(grad_spikes.unbind(0), steps_of(x), leak, dynamics, key.leak_gradient)
+        steps = steps_of(x, affine)
+        grads, leak_shares = gradient_steps(grad_spikes.unbind(0), steps, leak, dynamics, key.leak_gradient)
         if leak_shares is not None and key.row > 1:
             # Summed over rows only: a sum over everything would take a kernel of its own and read x again.
             leak_shares = leak_shares.sum(-1)
@@ -321,7 +369,9 @@ def kernel_body(key: _Key) -> Callable[..., Any]:
 
 def example_operands(key: _Key, size: int = _TYPICAL_SIZE) -> list[Tensor]:
     """Operands for `kernel_body(key)` with `size` elements a step, a size that torch.compile is to leave open."""
-    shape = (size,) if key.row == 1 else (size // key.row, key.row)
+    shape: tuple[int, ...] = (size,) if key.row == 1 else (size // key.row, key.row)
+    if key.affine:
+        shape = (size // _TYPICAL_CHANNELS, _TYPICAL_CHANNELS)
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
 
     def scalar(device: torch.device = _CPU) -> Tensor:
@@ -330,11 +380,18 @@ def example_operands(key: _Key, size: int = _TYPICAL_SIZE) -> list[Tensor]:
     def sequence(steps: tuple[int, ...] = (key.steps,)) -> Tensor:
         x = torch.zeros((*steps, *shape), dtype=key.dtype, device=key.device)
         for dim in range(x.dim()):
-            mark = torch._dynamo.mark_dynamic if dim == len(steps) else torch._dynamo.mark_static
+            is_open = dim == len(steps) or (key.affine and dim > len(steps))
+            mark = torch._dynamo.mark_dynamic if is_open else torch._dynamo.mark_static
             mark(x, dim)
         return x
 
+    def channels() -> Tensor:
+        x = torch.zeros(_TYPICAL_CHANNELS, dtype=dtype, device=key.device)
+        torch._dynamo.mark_dynamic(x, 0)
+        return x
+
     x = sequence(()) if key.constant else sequence()
+    affine = [channels(), channels()] if key.affine else []
     if not key.backward:
-        return [x, scalar(key.leak_device), scalar()]
-    return [sequence(), x, scalar(key.leak_device), scalar(), scalar()]
+        return [x, *affine, scalar(key.leak_device), scalar()]
+    return [sequence(), x, *affine, scalar(key.leak_device), scalar(), scalar()]

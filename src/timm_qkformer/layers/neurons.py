@@ -12,8 +12,9 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from .counts import note_counts
 from .dynamics import integrate_and_fire, integrate_and_fire_reference
-from .recurrence import membrane_dtype
+from .recurrence import Dynamics, membrane_dtype
 from .surrogate import DEFAULT_ALPHA
 
 __all__ = ["IF", "LIF", "NEURONS", "NeuronLayer", "ParametricLIF", "SpikingNeuron", "get_neuron_layer"]
@@ -67,16 +68,17 @@ class SpikingNeuron(nn.Module):
                 "a neuron needs floating-point input currents [T, B, ...] with at least one time step, "
                 f"got {x.dtype} of shape {list(x.shape)}"
             )
-        return integrate_and_fire(
-            x,
-            leak,
-            self.threshold,
-            self.soft_reset,
-            self.decay_input,
-            self.detach_reset,
-            self.surrogate,
-            self.alpha,
+        return note_counts(integrate_and_fire(x, leak, *self.dynamics()), 1)  # type: ignore[arg-type]
+
+    def dynamics(self) -> Dynamics:
+        """The hyper-parameters as the functional core has them, without the leak."""
+        return Dynamics(
+            self.threshold, self.soft_reset, self.decay_input, self.detach_reset, self.surrogate, self.alpha
         )
+
+    def leak_at(self, dtype: torch.dtype) -> Union[Tensor, float]:
+        """1 / tau for potentials of `dtype`."""
+        raise NotImplementedError
 
     def _fire_scripted(self, x: Tensor, leak: Tensor) -> Tensor:
         # TorchScript knows no autograd.Function: there the reference runs.
@@ -134,6 +136,9 @@ class LIF(SpikingNeuron):
             return self._fire_scripted(x, torch.tensor(self.leak, dtype=torch.float64))
         return self._fire(x, self.leak)
 
+    def leak_at(self, dtype: torch.dtype) -> float:
+        return self.leak
+
     def extra_repr(self) -> str:
         return f"tau={self.tau}, {super().extra_repr()}"
 
@@ -164,6 +169,9 @@ class IF(SpikingNeuron):
         if torch.jit.is_scripting():
             return self._fire_scripted(x, torch.tensor(0.0, dtype=torch.float64))
         return self._fire(x, 0.0)
+
+    def leak_at(self, dtype: torch.dtype) -> float:
+        return 0.0
 
 
 @register_notrace_module
@@ -203,14 +211,14 @@ class ParametricLIF(SpikingNeuron):
     def reset_parameters(self) -> None:
         nn.init.constant_(self.w, -math.log(self.init_tau - 1.0))
 
-    def _leak(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.w.to(membrane_dtype(x)))
+    def leak_at(self, dtype: torch.dtype) -> Tensor:
+        return torch.sigmoid(self.w.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Input currents [T, B, ...] to spikes [T, B, ...]."""
         if torch.jit.is_scripting():
-            return self._fire_scripted(x, self._leak(x))
-        return self._fire(x, self._leak(x))
+            return self._fire_scripted(x, self.leak_at(membrane_dtype(x)))
+        return self._fire(x, self.leak_at(membrane_dtype(x)))
 
     def extra_repr(self) -> str:
         return f"init_tau={self.init_tau}, {super().extra_repr()}"

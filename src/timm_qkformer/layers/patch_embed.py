@@ -9,6 +9,7 @@ from typing import Any, Optional
 from torch import Tensor, nn
 
 from .conv import SpikingConv
+from .counts import add_counts
 from .neurons import LIF, NeuronLayer
 from .sequence import as_sequence, count_time_steps
 
@@ -139,5 +140,5 @@ class SpikingPatchEmbed(nn.Module):
         x = self.neuron(x)
         y = self.main(x)
         if self.shortcut is not None:
-            y = y + self.shortcut(x)
+            y = add_counts(y, self.shortcut(x))
         return y

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from .surrogate import surrogate_derivative
 
-__all__ = ["Dynamics", "charge", "fire_steps", "gradient_steps", "membrane_dtype", "reset"]
+__all__ = [
+    "Affine",
+    "Dynamics",
+    "charge",
+    "fire_steps",
+    "gradient_steps",
+    "membrane_dtype",
+    "reset",
+    "scale_and_shift",
+]
 
 
 class Dynamics(NamedTuple):
@@ -24,6 +33,18 @@ class Dynamics(NamedTuple):
     detach_reset: bool
     surrogate: str
     alpha: float | Tensor
+
+
+class Affine(NamedTuple):
+    """What a batch norm does to each channel: x * scale + shift, both [C] in the membrane's precision."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+def scale_and_shift(steps: Sequence[Tensor], affine: Affine) -> list[Tensor]:
+    """Steps [..., C] to the input currents that their batch norm makes of them, in the membrane's precision."""
+    return [x.to(affine.scale.dtype) * affine.scale + affine.shift for x in steps]
 
 
 def membrane_dtype(x: Tensor) -> torch.dtype:

@@ -21,7 +21,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
-from timm.models._manipulate import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
 from ..layers import (
@@ -32,6 +31,8 @@ from ..layers import (
     SpikingPatchEmbed,
     SpikingStem,
     TimeDropPath,
+    add_counts,
+    checkpoint_once,
     get_neuron_layer,
 )
 from ..layers.neurons import NeuronLayer
@@ -101,8 +102,8 @@ class SpikingBlock(nn.Module):
         self.drop_path = TimeDropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.neuron1(x)))
-        return x + self.drop_path(self.mlp(self.neuron2(x)))
+        x = add_counts(x, self.drop_path(self.attn(self.neuron1(x))))
+        return add_counts(x, self.drop_path(self.mlp(self.neuron2(x))))
 
 
 class SpikingStage(nn.Module):
@@ -146,7 +147,10 @@ class SpikingStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, checkpoint(self.embed, x))
+            x = checkpoint_once(self.embed, x)
+            for block in self.blocks:
+                x = checkpoint_once(block, x)
+            return x
         return self.blocks(self.embed(x))
 
 
@@ -281,6 +285,10 @@ class HierarchicalSpikingTransformer(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep the embeddings' and blocks' inputs alone and compute the rest again in the backward pass.
+
+        Gradients, running statistics and batch counts are those without checkpointing.
+        """
         for stage in self.stages:
             assert isinstance(stage, SpikingStage)
             stage.grad_checkpointing = enable

@@ -1,0 +1,89 @@
+"""What the benchmarks of training share: a training step, and what it keeps for its backward pass."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_qkformer.layers import lean_training, set_lif_backend
+
+
+@contextmanager
+def counting_what_is_kept() -> Iterator[list[int]]:
+    """Yields the bytes of each piece of memory that autograd keeps for the backward pass, parameters aside."""
+    kept: dict[int, Tensor] = {}  # by address; the tensors stay, so that no address is used twice
+    sizes: list[int] = []
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if not isinstance(x, nn.Parameter) and storage.data_ptr() not in kept:
+            kept[storage.data_ptr()] = x
+            sizes.append(storage.nbytes())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield sizes
+
+
+class TrainingStep:
+    """Forward pass, cross-entropy, backward pass and AdamW, each call on the same batch.
+
+    Args:
+        model: Maps `images` to logits.
+        images, labels: The batch.
+        half: bfloat16 autocast.
+        backend: Of the neurons, see `set_lif_backend`.
+        lean: Whether our models may take the lean path.
+        stateful: The model has stateful neurons of spikingjelly, to be reset before each forward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        half: bool = False,
+        backend: str = "auto",
+        lean: bool = True,
+        stateful: bool = False,
+    ) -> None:
+        self.model = model.train()
+        self.images, self.labels = images, labels
+        self.half, self.backend, self.lean, self.stateful = half, backend, lean, stateful
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(set_lif_backend(self.backend))
+            stack.enter_context(lean_training(self.lean))
+            yield
+
+    def loss(self) -> Tensor:
+        if self.stateful:
+            from spikingjelly.activation_based import functional
+
+            functional.reset_net(self.model)
+        with self._settings(), torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.half):
+            return F.cross_entropy(self.model(self.images), self.labels)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        with self._settings():
+            loss.backward()
+        self.optimizer.step()
+
+    def megabytes_kept(self) -> float:
+        """MB (10^6 bytes) that one image's forward pass keeps for the backward pass."""
+        with counting_what_is_kept() as sizes:
+            self.loss()
+        return sum(sizes) / len(self.images) / 1e6
+
+
+def batch(size: int, side: int, channels: int = 3, classes: int = 10, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Random images and labels."""
+    images = torch.randn(size, channels, side, side, device=device)
+    return images, torch.randint(0, classes, (size,), device=device)
