@@ -10,6 +10,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ...analysis import firing_rates
+from ...layers import SpikingNeuron
 from .loaders import readable
 
 __all__ = ["Evaluation", "evaluate", "mean_firing_rate"]
@@ -88,6 +89,7 @@ def evaluate(
 
 
 def mean_firing_rate(model: nn.Module, x: Tensor) -> Optional[float]:
-    """Mean over the neuron layers of the spikes per neuron and time step; None without neurons."""
-    rates = firing_rates(model, x)
-    return sum(rates.values()) / len(rates) if rates else None
+    """Spikes per neuron and time step, over all neurons; None without neurons."""
+    if not any(isinstance(module, SpikingNeuron) for module in model.modules()):
+        return None
+    return firing_rates(model, x).mean
