@@ -1,7 +1,7 @@
 """The parts of a deployed model, from stem to last block. Each is built from the part of the model it stands for.
 
-Tensors are channels last, [T, B, H, W, C]. `spikes` is the dtype of spikes and spike sums, and with it the arithmetic of
-the convolutions that take them. What shortcuts carry (spike sums, or membrane potentials in a model with membrane
+Tensors are channels last, [T, B, H, W, C]. `spikes` is the dtype of spikes and spike sums, and with it the arithmetic
+of the convolutions that take them. What shortcuts carry (spike sums, or membrane potentials in a model with membrane
 shortcuts) is updated in place; tokens that do not see each other run in portions that stay in the processor's cache.
 """
 
@@ -30,8 +30,8 @@ from .weights import fold
 
 __all__ = ["DeployedStage", "DeployedUnit"]
 
-# Input currents, elements [T, tokens, C], that a portion of tokens may have in its widest layer: 8 MB in float32.
-PORTION = 2**21
+# Input currents, elements [T, tokens, C], that a portion of tokens may have in its widest layer: 16 MB in float32.
+PORTION = 2**22
 
 
 class DeployedUnit(nn.Module):

@@ -13,6 +13,10 @@
 #include <limits>
 #include <vector>
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("tree-loop-vectorize")  // Inductor, whose flags these are, writes out vectors itself
+#endif
+
 #ifdef _MSC_VER
 #define EXPORT extern "C" __declspec(dllexport)
 #else
@@ -77,32 +81,31 @@ struct Neuron {
 
 namespace {
 
-// One time step of n <= BLOCK neurons: advances v, tells in `fired` who fires.
-template <class V>
-inline void step(const V* __restrict x, V* __restrict v, std::uint8_t* __restrict fired, Int n, const Neuron& neuron) {
-    const V leak = static_cast<V>(neuron.leak);
-    const V threshold = static_cast<V>(neuron.threshold);
-    if (neuron.decay_input) {
-        for (Int i = 0; i < n; ++i) v[i] = v[i] + (x[i] - v[i]) * leak;
-    } else {
-        for (Int i = 0; i < n; ++i) v[i] = v[i] - v[i] * leak + x[i];
-    }
-    for (Int i = 0; i < n; ++i) fired[i] = v[i] >= threshold;
-    if (neuron.soft_reset) {
-        for (Int i = 0; i < n; ++i) v[i] = v[i] >= threshold ? v[i] - threshold : v[i];
-    } else {
-        for (Int i = 0; i < n; ++i) v[i] = v[i] >= threshold ? V(0) : v[i];
+// One time step of n neurons: advances v, tells in `fired` who fires. As wide as a float, flags cost no conversion.
+template <bool decay_input, bool soft_reset, class X, class V>
+inline void step_as(const X* __restrict x, V* __restrict v, std::int32_t* __restrict fired, Int n, V leak, V threshold) {
+    for (Int i = 0; i < n; ++i) {
+        const V current = load(x[i]);
+        const V h = decay_input ? v[i] + (current - v[i]) * leak : v[i] - v[i] * leak + current;
+        const V reset = soft_reset ? h - threshold : V(0);
+        fired[i] = h >= threshold ? 1 : 0;
+        v[i] = h >= threshold ? reset : h;
     }
 }
 
 template <class X, class V>
-inline void step_from(const X* __restrict x, V* __restrict v, std::uint8_t* __restrict fired, Int n,
-                      const Neuron& neuron) {
-    for (Int start = 0; start < n; start += BLOCK) {
-        const Int size = std::min(BLOCK, n - start);
-        V currents[BLOCK];
-        for (Int i = 0; i < size; ++i) currents[i] = load(x[start + i]);
-        step(currents, v + start, fired + start, size, neuron);
+inline void step(const X* x, V* v, std::int32_t* fired, Int n, const Neuron& neuron) {
+    const V leak = static_cast<V>(neuron.leak), threshold = static_cast<V>(neuron.threshold);
+    if (neuron.decay_input) {
+        if (neuron.soft_reset)
+            step_as<true, true>(x, v, fired, n, leak, threshold);
+        else
+            step_as<true, false>(x, v, fired, n, leak, threshold);
+    } else {
+        if (neuron.soft_reset)
+            step_as<false, true>(x, v, fired, n, leak, threshold);
+        else
+            step_as<false, false>(x, v, fired, n, leak, threshold);
     }
 }
 
@@ -117,9 +120,9 @@ void fire(const X* x, Int x_step, const S* sums, Int sums_step, S* out, Int out_
         const Int start = block * BLOCK;
         const Int n = std::min(BLOCK, M - start);
         V v[BLOCK] = {};
-        std::uint8_t fired[BLOCK];
+        std::int32_t fired[BLOCK];
         for (Int t = 0; t < T; ++t) {
-            step_from(x + t * x_step + start, v, fired, n, neuron);
+            step(x + t * x_step + start, v, fired, n, neuron);
             S* to = out + t * out_step + start;
             if (sums == nullptr) {
                 for (Int i = 0; i < n; ++i) to[i] = whole<S>(fired[i]);
@@ -147,7 +150,7 @@ void pool_fire(const X* x, Int x_step, S* out, Int T, Int B, Int H, Int W, Int C
             for (Int start = 0; start < C; start += BLOCK) {
                 const Int n = std::min(BLOCK, C - start);
                 V v[BLOCK] = {}, currents[BLOCK];
-                std::uint8_t fired[BLOCK];
+                std::int32_t fired[BLOCK];
                 for (Int t = 0; t < T; ++t) {
                     if (t == 0 || x_step != 0) {
                         const X* image = x + t * x_step + b * H * W * C + start;
@@ -179,7 +182,7 @@ void token_attention(const X* x, S* out, Int T, Int M, Int C, Int heads, const N
 #pragma omp parallel num_threads(threads)
     {
         std::vector<V> q(C), k(C), potentials(heads), counts(heads);
-        std::vector<std::uint8_t> fired(C), mask(heads);
+        std::vector<std::int32_t> fired(C), mask(heads);
 #pragma omp for schedule(static)
         for (Int m = 0; m < M; ++m) {
             std::fill(q.begin(), q.end(), V(0));
@@ -187,17 +190,17 @@ void token_attention(const X* x, S* out, Int T, Int M, Int C, Int heads, const N
             std::fill(potentials.begin(), potentials.end(), V(0));
             for (Int t = 0; t < T; ++t) {
                 const X* from = x + (t * M + m) * 2 * C;
-                step_from(from, q.data(), fired.data(), C, neuron_q);
+                step(from, q.data(), fired.data(), C, neuron_q);
                 for (Int head = 0; head < heads; ++head) {
                     std::int32_t sum = 0;
                     for (Int i = head * dim; i < (head + 1) * dim; ++i) sum += fired[i];
                     counts[head] = static_cast<V>(sum);
                 }
-                step_from(counts.data(), potentials.data(), mask.data(), heads, neuron_attn);
-                step_from(from + C, k.data(), fired.data(), C, neuron_k);
+                step(counts.data(), potentials.data(), mask.data(), heads, neuron_attn);
+                step(from + C, k.data(), fired.data(), C, neuron_k);
                 S* to = out + (t * M + m) * C;
                 for (Int head = 0; head < heads; ++head) {
-                    const std::uint8_t kept = mask[head];
+                    const std::int32_t kept = mask[head];
                     for (Int i = head * dim; i < (head + 1) * dim; ++i) to[i] = whole<S>(fired[i] & kept);
                 }
             }
@@ -225,17 +228,17 @@ void channel_attention(const X* x, S* out, Int T, Int B, Int N, Int C, const Neu
             for (Int t = 0; t < T; ++t) {
                 std::int32_t sums[width] = {};
                 V counts[width] = {};
-                std::uint8_t fired[width], mask[width];
+                std::int32_t fired[width], mask[width];
                 const X* from = x + (t * B + b) * N * 2 * C + start;
                 for (Int token = 0; token < N; ++token) {
-                    step_from(from + token * 2 * C, q.data() + token * width, fired, n, neuron_q);
+                    step(from + token * 2 * C, q.data() + token * width, fired, n, neuron_q);
                     for (Int i = 0; i < n; ++i) sums[i] += fired[i];
                 }
                 for (Int i = 0; i < n; ++i) counts[i] = static_cast<V>(sums[i]);
                 step(counts, potentials, mask, n, neuron_attn);
                 S* to = out + (t * B + b) * N * C + start;
                 for (Int token = 0; token < N; ++token) {
-                    step_from(from + token * 2 * C + C, k.data() + token * width, fired, n, neuron_k);
+                    step(from + token * 2 * C + C, k.data() + token * width, fired, n, neuron_k);
                     for (Int i = 0; i < n; ++i) to[token * C + i] = whole<S>(fired[i] & mask[i]);
                 }
             }
@@ -243,57 +246,71 @@ void channel_attention(const X* x, S* out, Int T, Int B, Int N, Int C, const Neu
     }
 }
 
-// Rows of `table` [dim, dim] whose spike fires, summed up: the product of a row of spikes with a matrix. Exact.
-template <class Table>
-inline void sum_rows(const std::uint8_t* __restrict spikes, const Table* table, Int dim, std::int32_t* __restrict sum) {
-    std::fill_n(sum, dim, 0);
-    for (Int d = 0; d < dim; ++d) {
-        if (!spikes[d]) continue;
-        const Table* __restrict row = table + d * dim;
-        for (Int i = 0; i < dim; ++i) sum[i] += row[i];
+template <class Sum>
+inline void add(Sum* __restrict to, const Sum* __restrict from, Int n) {
+    for (Int i = 0; i < n; ++i) to[i] = static_cast<Sum>(to[i] + from[i]);
+}
+
+// Who fires, without a branch for each neuron: which ones do cannot be predicted.
+inline Int indices_of(const std::int32_t* fired, Int n, Int* indices) {
+    Int found = 0;
+    for (Int i = 0; i < n; ++i) {
+        indices[found] = i;
+        found += fired[i];
     }
+    return found;
 }
 
 // Spiking self-attention: currents [T, B, N, 3 C] of queries, keys and values to spikes [T, B, N, C] of
-// scale * Q (K^T V). Spikes select which rows are summed, so nothing is multiplied and nothing rounded.
-template <class X, class S>
-void self_attention(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, double scale, const Neuron& neuron_q,
-                    const Neuron& neuron_k, const Neuron& neuron_v, const Neuron& neuron_attn, int threads) {
+// scale * Q (K^T V). Spikes select which rows are summed, so nothing is multiplied and nothing rounded. Sums reach
+// N * C / heads, which must fit Sum.
+template <class Sum, class X, class S>
+void self_attention_as(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, double scale, const Neuron& neuron_q,
+                       const Neuron& neuron_k, const Neuron& neuron_v, const Neuron& neuron_attn, int threads) {
     using V = typename Membrane<X>::type;
     const Int dim = C / heads;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<V> q(N * dim), k(N * dim), v(N * dim), attn(N * dim), currents(dim);
-        std::vector<std::uint8_t> fired_k(dim), fired_v(dim), fired(dim);
-        std::vector<std::int32_t> product(dim * dim), sum(dim);
+        std::vector<std::int32_t> fired(dim);
+        std::vector<Int> indices(dim);
+        std::vector<Sum> product(dim * dim), values(dim), sum(dim);
 #pragma omp for schedule(static)
         for (Int item = 0; item < B * heads; ++item) {
             const Int b = item / heads, start = item % heads * dim;
             for (auto* potentials : {&q, &k, &v, &attn}) std::fill(potentials->begin(), potentials->end(), V(0));
             for (Int t = 0; t < T; ++t) {
                 const X* from = x + (t * B + b) * N * 3 * C + start;
-                std::fill(product.begin(), product.end(), 0);
+                std::fill(product.begin(), product.end(), Sum(0));
                 for (Int token = 0; token < N; ++token) {
                     const X* row = from + token * 3 * C;
-                    step_from(row + C, k.data() + token * dim, fired_k.data(), dim, neuron_k);
-                    step_from(row + 2 * C, v.data() + token * dim, fired_v.data(), dim, neuron_v);
-                    for (Int d = 0; d < dim; ++d) {
-                        if (!fired_k[d]) continue;
-                        std::int32_t* __restrict to = product.data() + d * dim;
-                        for (Int i = 0; i < dim; ++i) to[i] += fired_v[i];
-                    }
+                    step(row + 2 * C, v.data() + token * dim, fired.data(), dim, neuron_v);
+                    for (Int i = 0; i < dim; ++i) values[i] = static_cast<Sum>(fired[i]);
+                    step(row + C, k.data() + token * dim, fired.data(), dim, neuron_k);
+                    const Int found = indices_of(fired.data(), dim, indices.data());
+                    for (Int j = 0; j < found; ++j) add(product.data() + indices[j] * dim, values.data(), dim);
                 }
                 S* to = out + (t * B + b) * N * C + start;
                 for (Int token = 0; token < N; ++token) {
-                    step_from(from + token * 3 * C, q.data() + token * dim, fired.data(), dim, neuron_q);
-                    sum_rows(fired.data(), product.data(), dim, sum.data());
+                    step(from + token * 3 * C, q.data() + token * dim, fired.data(), dim, neuron_q);
+                    const Int found = indices_of(fired.data(), dim, indices.data());
+                    std::fill(sum.begin(), sum.end(), Sum(0));
+                    for (Int j = 0; j < found; ++j) add(sum.data(), product.data() + indices[j] * dim, dim);
                     for (Int i = 0; i < dim; ++i) currents[i] = static_cast<V>(sum[i]) * static_cast<V>(scale);
-                    step_from(currents.data(), attn.data() + token * dim, fired.data(), dim, neuron_attn);
+                    step(currents.data(), attn.data() + token * dim, fired.data(), dim, neuron_attn);
                     for (Int i = 0; i < dim; ++i) to[token * C + i] = whole<S>(fired[i]);
                 }
             }
         }
     }
+}
+
+template <class X, class S>
+void self_attention(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, double scale, const Neuron* neurons,
+                    int threads) {
+    const bool fits = N * (C / heads) <= std::numeric_limits<std::uint16_t>::max();
+    (fits ? self_attention_as<std::uint16_t, X, S> : self_attention_as<std::int32_t, X, S>)(
+        x, out, T, B, N, C, heads, scale, neurons[0], neurons[1], neurons[2], neurons[3], threads);
 }
 
 }  // namespace
@@ -318,5 +335,5 @@ void self_attention(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, d
     }                                                                                                                 \
     EXPORT void self_attention_##SUFFIX(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, double scale,      \
                                         const Neuron* neurons, int threads) {                                         \
-        self_attention(x, out, T, B, N, C, heads, scale, neurons[0], neurons[1], neurons[2], neurons[3], threads);    \
+        self_attention(x, out, T, B, N, C, heads, scale, neurons, threads);                                            \
     }

@@ -22,7 +22,7 @@ _TOKENS = 1024
 # bits, saturating: 2 * 129 * 127 is the most that fits.
 _MAX_SUM = 129
 
-_ATTRIBUTES = ("pretrained_cfg", "default_cfg", "_model_args", "_traits", "feature_info", "in_chans", "num_classes")
+_ATTRIBUTES = ("pretrained_cfg", "default_cfg", "_model_args", "_traits")
 
 
 class DeployedModel(nn.Module):
@@ -49,9 +49,11 @@ class DeployedModel(nn.Module):
         self.precision = precision
         self.time_steps = model.time_steps
         self.min_size = model.stem.min_size
+        self.feature_info: list[dict[str, Any]] = deepcopy(model.feature_info)
         for name in _ATTRIBUTES:
             if hasattr(model, name):
                 setattr(self, name, deepcopy(getattr(model, name)))
+        self.in_chans, self.num_classes = model.in_chans, model.num_classes
         self.num_features, self.head_hidden_size = model.num_features, model.head_hidden_size
 
         stages: list[Any] = list(model.stages)
@@ -62,7 +64,7 @@ class DeployedModel(nn.Module):
         self.head = deepcopy(model.head).to(stem_dtype)
         self.requires_grad_(False)
         self.eval()
-        self.reduction = self.feature_info[len(stages) - 1]["reduction"]
+        self.reduction: int = self.feature_info[len(stages) - 1]["reduction"]
         # Sequences that run across samples cannot be cut between them.
         self.batch_coupled = any(getattr(module, "batch_coupled", False) for module in self.modules())
         if precision == "int8":

@@ -43,7 +43,7 @@ _compiling = Lock()
 
 
 class _Neuron(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012, ctypes wants a list
+    _fields_ = [
         ("leak", ctypes.c_double),
         ("threshold", ctypes.c_double),
         ("soft_reset", ctypes.c_int32),
@@ -53,7 +53,7 @@ class _Neuron(ctypes.Structure):
 
 def neuron_operand(*neurons: NeuronSpec) -> ctypes.Array:
     """Neurons as the kernels take them."""
-    return (_Neuron * len(neurons))(*neurons)
+    return (_Neuron * len(neurons))(*(_Neuron(*neuron) for neuron in neurons))
 
 
 def kernel(name: str, x: Tensor, out: Tensor) -> Callable[..., None] | None:

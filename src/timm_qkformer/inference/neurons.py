@@ -42,5 +42,5 @@ class NeuronSpec(NamedTuple):
         return cls(leak, neuron.threshold, neuron.soft_reset, neuron.decay_input)
 
     def fire(self, currents: Tensor) -> Tensor:
-        """Input currents [T, ...] to spikes of the same shape and dtype, on the backend that `set_lif_backend` chose."""
+        """Input currents [T, ...] to spikes of the same shape and dtype, as `set_lif_backend` says."""
         return integrate_and_fire(currents, self.leak, self.threshold, self.soft_reset, self.decay_input)

@@ -56,7 +56,7 @@ def fold(unit: ConvNorm, name: str) -> Folded:
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [C', ...] as int8 and one float32 scale per output channel: weight = int8 * scale, to within scale / 2."""
+    """Weights [C', ...] as int8 and one float32 scale per output channel: int8 * scale, to within scale / 2."""
     scale = weight.abs().flatten(1).amax(1).to(torch.float32) / _MAX_WEIGHT
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a channel of zeros
     steps = weight / scale.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
