@@ -156,7 +156,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         else:
             runs[name] = partial(timm.create_model(name).eval(), images)
     products = {f"peak {dtype}": matrix_product(dtype, args.peak_size) for dtype in set(arithmetic.values())}
-    times = take_turns(runs | products, args.rounds, warm_up=1)
+    times = take_turns(runs | products, args.rounds, warm_up=args.warm_up)
 
     peaks = {precision: 2 * args.peak_size**3 / min(times[f"peak {dtype}"]) for precision, dtype in arithmetic.items()}
     rows = []
@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--rounds", type=int, default=5, help="times that every contender takes its turn")
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before those that count")
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
     parser.add_argument("--peak-size", type=int, default=2048, help="side of the matrices for the matrix peak")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and PNG")

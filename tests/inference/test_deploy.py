@@ -45,10 +45,9 @@ def kind(request):
     return request.param
 
 
-@pytest.fixture(params=["auto", "eager"])
-def _backend(request):
-    with set_lif_backend(request.param):
-        yield
+@pytest.fixture(params=["sew", "ms, cifar, qkca", "maxformer"])
+def one_of_each(request):
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +77,6 @@ def assert_same(deployed, model, x):
     return expected
 
 
-@pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize(
     ("batch", "size", "steps"), [(3, (32, 32), 4), (1, (37, 45), 4), (2, (19, 16), 1), (2, (16, 21), 17)], ids=str
 )
@@ -86,17 +84,15 @@ def test_equals_the_plain_model_in_float64(kind, batch, size, steps):
     model = make(kind, time_steps=steps)
     x = images(batch, model.in_chans, size)
     features = assert_same(deploy(model), model, x)
-    assert features.abs().mean() > 0.01  # spikes arrive at the end
-    assert 0 < sum(rates(model, x)) / len(rates(model, x)) < 1
+    assert steps == 1 or features.abs().mean() > 0.01  # spikes arrive at the end
 
 
-def rates(model, x):
-    from timm_qkformer.analysis import firing_rates
+def test_equals_the_plain_model_in_torch_operations(kind):
+    model = make(kind)
+    with set_lif_backend("eager"):
+        assert_same(deploy(model), model, images(2, model.in_chans, (37, 19)))
 
-    return list(firing_rates(model, x).values())
 
-
-@pytest.mark.usefixtures("_backend")
 def test_clips_bring_their_own_time_steps(kind):
     model = make(kind)
     clip = torch.randn(2, 6, model.in_chans, 32, 27, dtype=torch.float64)
@@ -109,18 +105,19 @@ def test_any_memory_layout(kind):
     x = images(2, model.in_chans, (24, 32))
     assert_same(deployed, model, x.contiguous(memory_format=torch.channels_last))
     assert_same(deployed, model, x.transpose(2, 3))
-    assert_same(deployed, model, torch.cat([x, x], 3)[:, :, ::2, 1::2])
+    assert_same(deployed, model, torch.cat([x, x], 3)[:, :, 1:20, 1::2])
     assert_same(deployed, model, torch.randn(6, 2, model.in_chans, 16, 16, dtype=torch.float64).transpose(0, 1))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_empty_batches(kind, precision):
     model = make(kind)
     deployed = deploy(model, precision)
     for x in (images(0, model.in_chans, (37, 45)), torch.zeros(0, 5, model.in_chans, 16, 33, dtype=torch.float64)):
-        with torch.no_grad():
-            assert deployed.forward_features(x).shape == model.forward_features(x).shape
-            assert deployed(x).shape == (0, 7)
+        one = x.new_zeros(1, *x.shape[1:])
+        assert deployed.forward_features(x).shape == (0, *deployed.forward_features(one).shape[1:])
+        assert deployed(x).shape == (0, 7)
+        assert deployed(x).dtype == deployed(one).dtype
 
 
 def test_batches_are_cut_into_portions_without_a_trace(kind, monkeypatch):
@@ -152,10 +149,10 @@ def test_pruned_models_and_models_without_a_classifier(kind):
     x = images(2, model.in_chans)
     model.reset_classifier(0)
     assert_same(deploy(model), model, x)
-    model.prune_intermediate_layers(1)
+    model.prune_intermediate_layers([1])
     assert len(model.stages) == 2
     assert_same(deploy(model), model, x)
-    assert deploy(model)(x[:0]).shape == model(x[:0]).shape
+    assert deploy(model)(x[:0]).shape == (0, *model(x).shape[1:])
 
 
 @pytest.mark.parametrize("reset", [None, 0.1])
@@ -191,7 +188,7 @@ def similarity(a, b):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_low_precision_rounds_weights_alone(kind, precision, monkeypatch):
+def test_low_precision_rounds_weights_alone(kind, precision):
     """The model whose weights are those rounded ones, in float64, is the yardstick: nothing else was lost."""
     model = make(kind)
     x = images(2, model.in_chans)
@@ -267,8 +264,8 @@ def test_without_the_arithmetic_full_precision_stands_in_after_one_warning(monke
     assert similarity(deployed.forward_features(x), deploy(model, precision).forward_features(x)) == pytest.approx(1.0)
 
 
-def test_without_onednn_the_same_answers(kind, monkeypatch):
-    model = make(kind).float()
+def test_without_onednn_the_same_answers(one_of_each, monkeypatch):
+    model = make(one_of_each).float()
     x = images(2, model.in_chans).float()
     expected = deploy(model).forward_features(x)
     monkeypatch.setattr(projection_module, "has_onednn", lambda *_: False)
@@ -279,8 +276,8 @@ def test_without_onednn_the_same_answers(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_original_is_left_untouched(kind, precision):
-    model = make(kind).float().train()
+def test_the_original_is_left_untouched(one_of_each, precision):
+    model = make(one_of_each).float().train()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     before = copy.deepcopy(model.state_dict())
@@ -305,19 +302,19 @@ def test_the_original_is_left_untouched(kind, precision):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_saved_and_loaded(kind, precision, tmp_path):
-    model = make(kind).float()
+def test_saved_and_loaded(one_of_each, precision, tmp_path):
+    model = make(one_of_each).float()
     x = images(2, model.in_chans).float()
     deployed = deploy(model, precision)
     expected = deployed(x)
     path = tmp_path / "deployed.pt"
     torch.save(deployed.state_dict(), path)
-    fresh = deploy(make(kind).float(), precision)
+    fresh = deploy(make(one_of_each).float(), precision)
     assert not torch.equal(fresh(x), expected)
     fresh.load_state_dict(torch.load(path, weights_only=True))
     assert torch.equal(fresh(x), expected)
     with torch.inference_mode():
-        other = deploy(make(kind).float(), precision)
+        other = deploy(make(one_of_each).float(), precision)
         other(x)
         other.load_state_dict(deployed.state_dict())
         assert torch.equal(other(x), expected)

@@ -24,7 +24,7 @@ from ..layers import (
 )
 from ..models._hst import SpikingBlock, SpikingStage
 from . import ops, reference
-from .neurons import NeuronSpec
+from .neurons import DeployedNeuron, NeuronSpec
 from .projection import Projection
 from .weights import fold
 
@@ -49,7 +49,7 @@ class DeployedUnit(nn.Module):
             raise TypeError(f"{name} is a {type(unit).__name__}, expected a SpikingConv")
         assert isinstance(unit, SpikingConv)
         self.projection = Projection([fold(unit, name)], unit.conv.stride[0], unit.conv.groups, dtype)
-        self.neuron = NeuronSpec.of(unit.neuron, f"{name}.neuron")
+        self.neuron = DeployedNeuron.of(unit.neuron, f"{name}.neuron")
         self.pool = _pools(unit, name)
         self.batch_coupled = unit.batch_coupled
 
@@ -70,8 +70,8 @@ class DeployedUnit(nn.Module):
         if self.neuron is None:
             return currents
         if self.pool:
-            return ops.pool_fire(currents, self.neuron, spikes)
-        return ops.fire(currents, self.neuron, spikes)
+            return ops.pool_fire(currents, self.neuron.spec, spikes)
+        return ops.fire(currents, self.neuron.spec, spikes)
 
     def add_to(self, sums: Tensor, x: Tensor) -> None:
         """Add this unit's spikes (or potentials) for x to `sums`."""
@@ -88,14 +88,14 @@ def _pools(unit: ConvNorm, name: str) -> bool:
     raise TypeError(f"{name}.pool is {pool}, expected max pooling of 3x3, stride 2, padding 1, or none")
 
 
-def _add(sums: Tensor, currents: Tensor, neuron: NeuronSpec | None, batch_coupled: bool = False) -> None:
+def _add(sums: Tensor, currents: Tensor, neuron: DeployedNeuron | None, batch_coupled: bool = False) -> None:
     if neuron is None:
         sums.add_(currents)
     elif batch_coupled:  # one sequence, sample after sample within a step
         joined = sums.view(-1, *sums.shape[2:])
-        ops.fire(currents.flatten(0, 1), neuron, sums.dtype, sums=joined, out=joined)
+        ops.fire(currents.flatten(0, 1), neuron.spec, sums.dtype, sums=joined, out=joined)
     else:
-        ops.fire(currents, neuron, sums.dtype, sums=sums, out=sums)
+        ops.fire(currents, neuron.spec, sums.dtype, sums=sums, out=sums)
 
 
 class DeployedEmbed(nn.Module):
@@ -104,13 +104,13 @@ class DeployedEmbed(nn.Module):
     def __init__(self, embed: SpikingPatchEmbed, name: str, dtype: torch.dtype) -> None:
         super().__init__()
         units: list[Any] = list(embed.main)
-        self.neuron = NeuronSpec.of(embed.neuron, f"{name}.neuron")
+        self.neuron = DeployedNeuron.of(embed.neuron, f"{name}.neuron")
         self.main = nn.ModuleList(DeployedUnit(unit, f"{name}.main.{i}", dtype) for i, unit in enumerate(units))
         self.shortcut = DeployedUnit(embed.shortcut, f"{name}.shortcut", dtype) if embed.shortcut is not None else None
 
     def forward(self, x: Tensor, spikes: torch.dtype) -> Tensor:
         if self.neuron is not None:
-            x = ops.fire(x, self.neuron, spikes)
+            x = ops.fire(x, self.neuron.spec, spikes)
         y = x
         for unit in self.main:
             y = unit(y, spikes)
@@ -134,11 +134,16 @@ class _Attention(nn.Module):
                 raise TypeError(f"{name}.{part} is {unit}, expected a SpikingConv of 1x1 without pooling")
         self.num_heads = attn.num_heads
         self.inputs = Projection([fold(unit, f"{name}.{part}") for part, unit in units.items()], 1, 1, dtype)
-        self.neurons = [_of(unit.neuron, f"{name}.{part}.neuron") for part, unit in units.items()]
-        self.neurons.append(_of(attn.attn_neuron, f"{name}.attn_neuron"))
+        neurons = [_of(unit.neuron, f"{name}.{part}.neuron") for part, unit in units.items()]
+        self.neurons = nn.ModuleList([*neurons, _of(attn.attn_neuron, f"{name}.attn_neuron")])
         self.proj = Projection([fold(attn.proj, f"{name}.proj")], 1, 1, dtype)
-        self.neuron = NeuronSpec.of(attn.proj.neuron, f"{name}.proj.neuron")
+        self.neuron = DeployedNeuron.of(attn.proj.neuron, f"{name}.proj.neuron")
         self.batch_coupled = attn.proj.batch_coupled
+
+    @property
+    def specs(self) -> list[NeuronSpec]:
+        """Of the neurons of queries, keys, values if there are any, and attention."""
+        return [neuron.spec for neuron in self.neurons if isinstance(neuron, DeployedNeuron)]
 
     def attend(self, x: Tensor, spikes: torch.dtype) -> Tensor:
         raise NotImplementedError
@@ -147,11 +152,11 @@ class _Attention(nn.Module):
         return _tokens(self.proj, self.attend(_tokens(self.inputs, x), spikes))
 
 
-def _of(neuron: nn.Module, name: str) -> NeuronSpec:
-    spec = NeuronSpec.of(neuron, name)
-    if spec is None:
+def _of(neuron: nn.Module, name: str) -> DeployedNeuron:
+    deployed = DeployedNeuron.of(neuron, name)
+    if deployed is None:
         raise TypeError(f"{name} is nn.Identity, expected neurons")
-    return spec
+    return deployed
 
 
 def _tokens(projection: Projection, x: Tensor) -> Tensor:
@@ -163,14 +168,14 @@ class _TokenAttention(_Attention):
     per_token = True
 
     def attend(self, x: Tensor, spikes: torch.dtype) -> Tensor:
-        return ops.token_attention(x, self.num_heads, self.neurons, spikes)
+        return ops.token_attention(x, self.num_heads, self.specs, spikes)
 
 
 class _ChannelAttention(_Attention):
     per_token = False
 
     def attend(self, x: Tensor, spikes: torch.dtype) -> Tensor:
-        return ops.channel_attention(x, self.num_heads, self.neurons, spikes)
+        return ops.channel_attention(x, self.num_heads, self.specs, spikes)
 
 
 class _SelfAttention(_Attention):
@@ -182,7 +187,7 @@ class _SelfAttention(_Attention):
         self.scale = attn.scale
 
     def attend(self, x: Tensor, spikes: torch.dtype) -> Tensor:
-        return ops.self_attention(x, self.num_heads, self.scale, self.neurons, spikes)
+        return ops.self_attention(x, self.num_heads, self.scale, self.specs, spikes)
 
 
 class _DepthwiseConv(nn.Module):
@@ -191,8 +196,11 @@ class _DepthwiseConv(nn.Module):
     def __init__(self, mixer: SpikingDepthwiseConv, name: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.dw = DeployedUnit(mixer.dw, f"{name}.dw", dtype)
-        self.neuron = self.dw.neuron
         self.batch_coupled = self.dw.batch_coupled
+
+    @property
+    def neuron(self) -> DeployedNeuron | None:
+        return self.dw.neuron
 
     def forward(self, x: Tensor, spikes: torch.dtype) -> Tensor:
         return self.dw.currents(x)
@@ -207,11 +215,15 @@ class _Mlp(nn.Module):
         super().__init__()
         self.fc1 = DeployedUnit(mlp.fc1, f"{name}.fc1", dtype)
         self.fc2 = DeployedUnit(mlp.fc2, f"{name}.fc2", dtype)
-        self.neuron = self.fc2.neuron
-        self.hidden = _of(mlp.fc1.neuron, f"{name}.fc1.neuron")
+        _of(mlp.fc1.neuron, f"{name}.fc1.neuron")
+
+    @property
+    def neuron(self) -> DeployedNeuron | None:
+        return self.fc2.neuron
 
     def forward(self, x: Tensor, spikes: torch.dtype) -> Tensor:
-        return _tokens(self.fc2.projection, ops.fire(_tokens(self.fc1.projection, x), self.hidden, spikes))
+        assert self.fc1.neuron is not None
+        return _tokens(self.fc2.projection, ops.fire(_tokens(self.fc1.projection, x), self.fc1.neuron.spec, spikes))
 
 
 _MIXERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
@@ -235,9 +247,9 @@ class DeployedBlock(nn.Module):
             raise TypeError(f"{name}.attn is a {type(mixer).__name__}, of which no deployed form is known: {known}")
         if type(mlp) is not SpikingMlp:
             raise TypeError(f"{name}.mlp is a {type(mlp).__name__}, expected a SpikingMlp")
-        self.neuron1 = NeuronSpec.of(block.neuron1, f"{name}.neuron1")
+        self.neuron1 = DeployedNeuron.of(block.neuron1, f"{name}.neuron1")
         self.attn = _MIXERS[type(mixer)](mixer, f"{name}.attn", dtype)
-        self.neuron2 = NeuronSpec.of(block.neuron2, f"{name}.neuron2")
+        self.neuron2 = DeployedNeuron.of(block.neuron2, f"{name}.neuron2")
         self.mlp = _Mlp(mlp, f"{name}.mlp", dtype)
         self.widest = max(p.out_channels for p in self.modules() if isinstance(p, Projection))
 
@@ -254,8 +266,8 @@ class DeployedBlock(nn.Module):
             self._branch(self.mlp, self.neuron2, portion, spikes)
 
     @staticmethod
-    def _branch(branch: Any, neuron: NeuronSpec | None, x: Tensor, spikes: torch.dtype) -> None:
-        s = x.contiguous() if neuron is None else ops.fire(x, neuron, spikes)
+    def _branch(branch: Any, neuron: DeployedNeuron | None, x: Tensor, spikes: torch.dtype) -> None:
+        s = x.contiguous() if neuron is None else ops.fire(x, neuron.spec, spikes)
         _add(x, branch(s, spikes), branch.neuron, branch.batch_coupled)
 
     def _portions(self, tokens: Tensor) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""What a deployed neuron consists of."""
+"""Neurons of deployed models: without what only training needs."""
 
 from typing import NamedTuple
 
@@ -8,26 +8,37 @@ from torch import Tensor, nn
 from ..layers import IF, LIF, ParametricLIF, integrate_and_fire
 from ..layers.recurrence import membrane_dtype
 
-__all__ = ["NeuronSpec"]
+__all__ = ["DeployedNeuron", "NeuronSpec"]
 
 
 class NeuronSpec(NamedTuple):
-    """A layer's neurons without what only training needs, see `layers.dynamics`."""
+    """What the dynamics of a layer's neurons depend on, see `layers.dynamics`."""
 
     leak: float
     threshold: float
     soft_reset: bool
     decay_input: bool
 
-    @classmethod
-    def of(cls, neuron: nn.Module, name: str) -> "NeuronSpec | None":
-        """From a neuron layer; None for `nn.Identity`, which stands for no neuron.
+    def fire(self, currents: Tensor) -> Tensor:
+        """Input currents [T, ...] to spikes of the same shape and dtype, as `set_lif_backend` says."""
+        return integrate_and_fire(currents, self.leak, self.threshold, self.soft_reset, self.decay_input)
 
-        Raises:
-            TypeError: For another layer.
-        """
-        if type(neuron) is nn.Identity:
-            return None
+
+class DeployedNeuron(nn.Module):
+    """Holds a `NeuronSpec`. The leak, which parametric LIF neurons learn, is saved with the model.
+
+    Args:
+        neuron: What it stands for.
+        name: What to call it in errors.
+
+    Raises:
+        TypeError: For another layer than IF, LIF and ParametricLIF.
+    """
+
+    leak: Tensor
+
+    def __init__(self, neuron: nn.Module, name: str) -> None:
+        super().__init__()
         if type(neuron) is LIF:
             leak = neuron.leak
         elif type(neuron) is IF:
@@ -39,8 +50,17 @@ class NeuronSpec(NamedTuple):
                 f"{name} is a {type(neuron).__name__}, of which no deployed form is known: neurons must be LIF, IF or "
                 "ParametricLIF"
             )
-        return cls(leak, neuron.threshold, neuron.soft_reset, neuron.decay_input)
+        self.register_buffer("leak", torch.tensor(leak, dtype=torch.float64))
+        self.fixed = (neuron.threshold, neuron.soft_reset, neuron.decay_input)
 
-    def fire(self, currents: Tensor) -> Tensor:
-        """Input currents [T, ...] to spikes of the same shape and dtype, as `set_lif_backend` says."""
-        return integrate_and_fire(currents, self.leak, self.threshold, self.soft_reset, self.decay_input)
+    @classmethod
+    def of(cls, neuron: nn.Module, name: str) -> "DeployedNeuron | None":
+        """None for `nn.Identity`, which stands for no neuron."""
+        return None if type(neuron) is nn.Identity else cls(neuron, name)
+
+    @property
+    def spec(self) -> NeuronSpec:
+        return NeuronSpec(self.leak.item(), *self.fixed)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.spec._asdict().items())
