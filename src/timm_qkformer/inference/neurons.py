@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..layers import IF, LIF, ParametricLIF, integrate_and_fire
 from ..layers.recurrence import membrane_dtype
+from .derived import DerivedState
 
 __all__ = ["DeployedNeuron", "NeuronSpec"]
 
@@ -24,7 +25,7 @@ class NeuronSpec(NamedTuple):
         return integrate_and_fire(currents, self.leak, self.threshold, self.soft_reset, self.decay_input)
 
 
-class DeployedNeuron(nn.Module):
+class DeployedNeuron(DerivedState):
     """Holds a `NeuronSpec`. The leak, which parametric LIF neurons learn, is saved with the model.
 
     Args:
@@ -60,7 +61,10 @@ class DeployedNeuron(nn.Module):
 
     @property
     def spec(self) -> NeuronSpec:
-        return NeuronSpec(self.leak.item(), *self.fixed)
+        spec: NeuronSpec | None = self.derived.get("spec")
+        if spec is None:  # read once: on a GPU, reading waits for all that is under way
+            spec = self.derived["spec"] = NeuronSpec(self.leak.item(), *self.fixed)
+        return spec
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.spec._asdict().items())

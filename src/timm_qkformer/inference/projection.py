@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from .derived import DerivedState
 from .precision import has_onednn
 from .weights import Folded, quantise
 
@@ -22,7 +23,7 @@ class _Packed(NamedTuple):
     run: Callable[[Tensor], Tensor]
 
 
-class Projection(nn.Module):
+class Projection(DerivedState):
     """Convolution with its batch norm folded in, channels last: [N, H, W, C] to input currents [N, H', W', C'].
 
     Products are int8 x uint8 with int32 sums for uint8 input, bfloat16 with float32 sums for bfloat16 input, and of the
@@ -51,7 +52,6 @@ class Projection(nn.Module):
         self.register_buffer("weight", weight.to(dtype))
         self.register_buffer("bias", bias.to(torch.float64 if dtype == torch.float64 else torch.float32))
         self.register_buffer("scale", scale)
-        self._packed: dict[torch.dtype, _Packed] = {}
 
     @property
     def in_channels(self) -> int:
@@ -67,10 +67,10 @@ class Projection(nn.Module):
         return self.kernel_size == 1 and self.groups == 1
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = self._packed.get(x.dtype)
+        packed: _Packed | None = self.derived.get(x.dtype)
         key = tuple((tensor.data_ptr(), tensor._version) for tensor in (self.weight, self.bias))
         if packed is None or packed.key != key:
-            packed = self._packed[x.dtype] = _Packed(key, self._pack(x))
+            packed = self.derived[x.dtype] = _Packed(key, self._pack(x))
         if self.is_matrix:
             if self.stride > 1:
                 x = x[:, :: self.stride, :: self.stride]
@@ -123,17 +123,6 @@ class Projection(nn.Module):
         kernel = ops.qconv_prepack(self.weight, scale, *spikes, stride, padding, dilation, groups, shape)
         args = (stride, padding, dilation, groups)
         return lambda x: ops.qconv_pointwise(x, *spikes, kernel, scale, zeros, bias, *args, *result)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Projection":
-        self._packed = {}
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed = {}
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": {}}
 
     def extra_repr(self) -> str:
         return (
