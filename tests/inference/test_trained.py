@@ -1,4 +1,4 @@
-"""What rounded weights cost a model that has been trained, on real images: scikit-learn's digits."""
+"""What rounded weights cost a model that has been trained, on real images: the demo's, on scikit-learn's digits."""
 
 import pytest
 import timm
@@ -6,42 +6,27 @@ import torch
 import torch.nn.functional as F
 
 import timm_qkformer
+from timm_qkformer.training import demo
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-def digits():
-    """Training images and labels, held-out images and labels: scans of 8x8 pixels as [N, 1, 32, 32]."""
-    datasets = pytest.importorskip("sklearn.datasets")
-    from sklearn.model_selection import train_test_split
-
-    scans, labels = datasets.load_digits(return_X_y=True)
-    x = torch.tensor(scans, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    x = F.interpolate(x, size=(32, 32), mode="bilinear").sub(0.3).div(0.35)
-    y = torch.tensor(labels)
-    train, test = train_test_split(range(len(y)), test_size=0.2, random_state=0, stratify=y)
-    return x[train], y[train], x[test], y[test]
-
-
 @pytest.fixture(scope="module")
-def trained():
-    torch.manual_seed(0)
-    x, y, *held_out = digits()
-    model = timm.create_model("test_qkformer", in_chans=1, num_classes=10, depths=(1, 1, 1))
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
-    batches = [part for _ in range(6) for part in torch.randperm(len(x)).split(64)]
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=len(batches))
-    for part in batches:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x[part]), y[part], label_smoothing=0.1).backward()
-        optimizer.step()
-        scheduler.step()
-    return model.eval(), *held_out
+def trained(tmp_path_factory):
+    """The model, held-out images and their labels."""
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("digits")
+    timm.utils.random_seed(42)
+    demo._write_digits(folder, seed=42)
+    model = timm.create_model(demo.MODEL, **demo.MODEL_ARGS)
+    demo._train(model, folder, epochs=12)
+    images, labels = (torch.cat(parts) for parts in zip(*demo._loader(folder, "test", 64), strict=True))
+    return model.eval(), images, labels
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(("precision", "least_similarity"), [("fp32", 0.999), ("bf16", 0.95), ("int8", 0.95)])
 @torch.inference_mode()
-def test_answers_as_the_plain_model(trained, precision, capsys):
+def test_answers_as_the_plain_model(trained, precision, least_similarity, capsys):
     model, images, labels = trained
     features = model.forward_features(images)
     answers = model.forward_head(features).argmax(1)
@@ -49,11 +34,20 @@ def test_answers_as_the_plain_model(trained, precision, capsys):
     found = deployed.forward_features(images)
     similarity = F.cosine_similarity(found.flatten(), features.flatten(), 0).item()
     same = (deployed.forward_head(found).argmax(1) == answers).float().mean().item()
-    accuracy = (answers == labels).float().mean().item()
+    right = (answers == labels).float().mean().item()
     with capsys.disabled():
         print(
-            f"\n{precision}: cosine similarity {similarity:.5f}, same top-1 {same:.2%}, plain accuracy {accuracy:.2%}"
+            f"\n{precision}: cosine similarity {similarity:.5f}, same top-1 {same:.2%}; plain model right {right:.2%}"
         )
-    assert accuracy > 0.9  # it has learned
-    assert similarity > 0.99
+    assert right > 0.95  # it has learned
     assert same >= 0.98
+    assert similarity > least_similarity
+
+
+@torch.inference_mode()
+def test_in_float64_spike_for_spike(trained):
+    model, images, _ = trained
+    exact = timm.create_model(demo.MODEL, **demo.MODEL_ARGS).double().eval()
+    exact.load_state_dict(model.state_dict())
+    images = images.double()
+    assert torch.equal(timm_qkformer.deploy(exact).forward_features(images), exact.forward_features(images))
