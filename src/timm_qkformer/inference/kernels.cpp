@@ -325,15 +325,15 @@ void self_attention(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, d
                                    const Neuron* neuron, int threads) {                                               \
         pool_fire(x, x_step, out, T, B, H, W, C, *neuron, threads);                                                   \
     }                                                                                                                 \
-    EXPORT void token_attention_##SUFFIX(const X* x, S* out, Int T, Int M, Int C, Int heads, const Neuron* neurons,   \
-                                         int threads) {                                                               \
-        token_attention(x, out, T, M, C, heads, neurons[0], neurons[1], neurons[2], threads);                         \
+    EXPORT void token_attention_##SUFFIX(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads,                   \
+                                         const Neuron* neurons, int threads) {                                        \
+        token_attention(x, out, T, B * N, C, heads, neurons[0], neurons[1], neurons[2], threads);                     \
     }                                                                                                                 \
-    EXPORT void channel_attention_##SUFFIX(const X* x, S* out, Int T, Int B, Int N, Int C, const Neuron* neurons,     \
-                                           int threads) {                                                             \
+    EXPORT void channel_attention_##SUFFIX(const X* x, S* out, Int T, Int B, Int N, Int C, Int /* heads */,           \
+                                           const Neuron* neurons, int threads) {                                      \
         channel_attention(x, out, T, B, N, C, neurons[0], neurons[1], neurons[2], threads);                           \
     }                                                                                                                 \
     EXPORT void self_attention_##SUFFIX(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, double scale,      \
                                         const Neuron* neurons, int threads) {                                         \
-        self_attention(x, out, T, B, N, C, heads, scale, neurons, threads);                                            \
+        self_attention(x, out, T, B, N, C, heads, scale, neurons, threads);                                           \
     }

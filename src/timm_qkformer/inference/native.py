@@ -33,8 +33,8 @@ _POINTER, _INT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS: dict[str, list[Any]] = {
     "fire": [_POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _INT, _INT, _POINTER, _THREADS],
     "pool_fire": [_POINTER, _INT, _POINTER, *[_INT] * 5, _POINTER, _THREADS],
-    "token_attention": [_POINTER, _POINTER, *[_INT] * 4, _POINTER, _THREADS],
-    "channel_attention": [_POINTER, _POINTER, *[_INT] * 4, _POINTER, _THREADS],
+    "token_attention": [_POINTER, _POINTER, *[_INT] * 5, _POINTER, _THREADS],
+    "channel_attention": [_POINTER, _POINTER, *[_INT] * 5, _POINTER, _THREADS],
     "self_attention": [_POINTER, _POINTER, *[_INT] * 5, ctypes.c_double, _POINTER, _THREADS],
 }
 

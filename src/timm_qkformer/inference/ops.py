@@ -62,24 +62,21 @@ def pool_fire(x: Tensor, neuron: NeuronSpec, dtype: torch.dtype) -> Tensor:
 
 def token_attention(x: Tensor, heads: int, neurons: Sequence[NeuronSpec], dtype: torch.dtype) -> Tensor:
     """Q-K token attention: currents x [T, B, N, 2 C] of queries and keys to masked keys [T, B, N, C]."""
-    x, out = _attended(x, 2, dtype)
-    run = kernel("token_attention", x, out)
-    if run is None:
-        reference.token_attention(x, heads, neurons, out)
-    else:
-        T, B, N, C = out.shape
-        run(x.data_ptr(), out.data_ptr(), T, B * N, C, heads, neuron_operand(*neurons), torch.get_num_threads())
-    return out
+    return _masked_keys("token_attention", x, heads, neurons, dtype)
 
 
 def channel_attention(x: Tensor, heads: int, neurons: Sequence[NeuronSpec], dtype: torch.dtype) -> Tensor:
     """Q-K channel attention: currents x [T, B, N, 2 C] of queries and keys to masked keys [T, B, N, C]."""
+    return _masked_keys("channel_attention", x, heads, neurons, dtype)
+
+
+def _masked_keys(name: str, x: Tensor, heads: int, neurons: Sequence[NeuronSpec], dtype: torch.dtype) -> Tensor:
     x, out = _attended(x, 2, dtype)
-    run = kernel("channel_attention", x, out)
+    run = kernel(name, x, out)
     if run is None:
-        reference.channel_attention(x, heads, neurons, out)
+        getattr(reference, name)(x, heads, neurons, out)
     else:
-        run(x.data_ptr(), out.data_ptr(), *out.shape, neuron_operand(*neurons), torch.get_num_threads())
+        run(x.data_ptr(), out.data_ptr(), *out.shape, heads, neuron_operand(*neurons), torch.get_num_threads())
     return out
 
 
