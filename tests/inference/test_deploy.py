@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 import warnings
+from functools import partial
 
 import pytest
 import timm
@@ -15,7 +16,7 @@ import timm_qkformer
 from golden import CASES, MEMBRANE_CASES, GoldenCase
 from timm_qkformer.inference import precision as precision_module
 from timm_qkformer.inference import projection as projection_module
-from timm_qkformer.layers import LIF, SpikingNeuron, get_neuron_layer, set_lif_backend
+from timm_qkformer.layers import LIF, ParametricLIF, SpikingNeuron, set_lif_backend
 from timm_qkformer.models import maxformer, qkformer
 from tiny import images, tiny
 
@@ -157,11 +158,9 @@ def test_pruned_models_and_models_without_a_classifier(kind):
 
 @pytest.mark.parametrize("reset", [None, 0.1])
 def test_neurons_of_every_kind(reset):
-    from functools import partial
-
     model = make("ms", neuron=partial(LIF, tau=3.0, v_threshold=0.8, v_reset=reset, decay_input=False))
     assert_same(deploy(model), model, images())
-    model = make("sew", neuron=partial(get_neuron_layer("plif"), init_tau=1.5, v_reset=reset))
+    model = make("sew", neuron=partial(ParametricLIF, init_tau=1.5, v_reset=reset))
     assert_same(deploy(model), model, images())
 
 
@@ -318,6 +317,17 @@ def test_saved_and_loaded(one_of_each, precision, tmp_path):
         other(x)
         other.load_state_dict(deployed.state_dict())
         assert torch.equal(other(x), expected)
+
+
+def test_learned_time_constants_are_saved():
+    plif = partial(ParametricLIF, init_tau=1.3)
+    deployed, fresh = (deploy(make(neuron=neuron).float()) for neuron in (plif, "plif"))
+    x = images().float()
+    deployed(x)
+    fresh(x)  # the neurons have been asked for their time constants
+    fresh.load_state_dict(deployed.state_dict())
+    assert torch.equal(fresh(x), deployed(x))
+    assert fresh.stages[0].embed.main[0].neuron.spec.leak == pytest.approx(1 / 1.3)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

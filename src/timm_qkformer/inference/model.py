@@ -62,7 +62,7 @@ class DeployedModel(nn.Module):
         self.readout = deepcopy(model.readout).to(stem_dtype)
         self.global_pool = deepcopy(model.global_pool)
         self.head = deepcopy(model.head).to(stem_dtype)
-        self.requires_grad_(False)
+        self.requires_grad_(False).zero_grad(set_to_none=True)
         self.eval()
         self.reduction: int = self.feature_info[len(stages) - 1]["reduction"]
         # Sequences that run across samples cannot be cut between them.
