@@ -245,7 +245,7 @@ def main() -> None:
         Bar(row.name, row.milliseconds, f"{row.speedup.median:.1f} x" if row.speedup else "", COLOURS[row.name])
         for row in result["rows"]
     ]
-    draw_bars({title: bars}, "milliseconds", "Inference", args.out / f"{name}.png")
+    draw_bars({"inference": bars}, "milliseconds", title, args.out / f"{name}.png")
 
 
 if __name__ == "__main__":
