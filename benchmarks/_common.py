@@ -124,7 +124,7 @@ def draw_bars(panels: dict[str, Sequence[Bar]], unit: str, title: str, path: Pat
     from matplotlib import pyplot
 
     height = 1.6 + 0.4 * max(len(bars) for bars in panels.values())
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), height), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(max(8.0, 4.5 * len(panels)), height), layout="constrained")
     for axis, (name, bars) in zip([axes] if len(panels) == 1 else axes, panels.items(), strict=True):
         medians = [bar.spread.median for bar in bars]
         errors = [

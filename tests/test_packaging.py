@@ -24,6 +24,7 @@ def test_wheel_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "timm_qkformer_autoload.py" in names
     assert "timm_qkformer/py.typed" in names
+    assert "timm_qkformer/inference/kernels.cpp" in names
     assert "timm_qkformer/training/recipes/cifar10.yaml" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     roots = {name.split("/")[0] for name in names}

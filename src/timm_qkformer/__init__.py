@@ -4,9 +4,27 @@ Importing this package registers the models with timm. With the package installe
 timm is imported, see `timm_qkformer_autoload`.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import layers, models
 from .models import MaxFormer, QKFormer
 
+if TYPE_CHECKING:
+    from .inference import deploy
+
 __version__ = "0.1.0"
 
-__all__ = ["MaxFormer", "QKFormer", "__version__", "layers", "models"]
+__all__ = ["MaxFormer", "QKFormer", "__version__", "deploy", "layers", "models"]
+
+
+def __getattr__(name: str) -> Any:
+    # When it is first used: importing timm imports this package.
+    if name == "deploy":
+        from .inference import deploy
+
+        return deploy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

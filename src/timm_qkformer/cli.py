@@ -41,7 +41,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="take the weights' moving average, or not (default: where there is one)",
     )
-    parser.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float32", help="dtype of the tensors")
+    dtypes = ("float16", "float32", "float64")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of the tensors (%(default)s)")
     parser.add_argument("--verify", type=Path, metavar="DIR", help="measure the accuracy on these images for the card")
     parser.add_argument("--force", action="store_true", help="replace what is in OUT")
 

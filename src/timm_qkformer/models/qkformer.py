@@ -264,7 +264,7 @@ def _membrane_cfg(asset: str) -> dict[str, Any]:
     )
 
 
-_CIFAR10 = {
+_CIFAR10: dict[str, Any] = {
     "num_classes": 10,
     "input_size": (3, 32, 32),
     "pool_size": (2, 2),
@@ -411,7 +411,7 @@ def qkformer_hst3_256(pretrained: bool = False, **kwargs: Any) -> QKFormer:
 
 @register_model
 def qkformer_hst3_128(pretrained: bool = False, **kwargs: Any) -> QKFormer:
-    """HST-3-128 for small pictures of event cameras, such as N-MNIST's: 0.56 M parameters, T = 8. Ours, not the paper's."""
+    """HST-3-128 for small pictures of event cameras: 0.56 M parameters, T = 8. Ours, not the paper's."""
     model_args = {"embed_dims": (32, 64, 128), "depths": (1, 1, 1), "num_heads": 4, "time_steps": 8}
     return _create_qkformer("qkformer_hst3_128", pretrained, **dict(model_args, **kwargs))
 

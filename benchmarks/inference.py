@@ -1,0 +1,252 @@
+"""Inference: a QKFormer as it is and deployed, beside spikingjelly 2.0's and timm's ANNs, in one run.
+
+    python benchmarks/inference.py [--batch-size 1] [--rounds 5] [--out benchmarks/results]
+
+Contenders take turns within every round; ratios are medians of the rounds' ratios. See benchmarks/README.md.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import timm_qkformer
+from _common import (
+    ANN,
+    OURS,
+    OURS_SLOWER,
+    PEER,
+    RESULTS,
+    Bar,
+    Spread,
+    draw_bars,
+    environment,
+    ratios,
+    take_turns,
+    write_json,
+)
+from timm_qkformer.inference.precision import has_onednn, spikes_dtype
+from timm_qkformer.inference.projection import Projection
+
+PLAIN, SPIKINGJELLY = "plain", "spikingjelly"
+PRECISIONS = ("fp32", "bf16", "int8")
+ANNS = ("deit_base_patch16_224", "swin_base_patch4_window7_224")
+CONTENDERS = (SPIKINGJELLY, PLAIN, *PRECISIONS, *ANNS)
+COLOURS = {SPIKINGJELLY: PEER, PLAIN: OURS_SLOWER, **dict.fromkeys(PRECISIONS, OURS), **dict.fromkeys(ANNS, ANN)}
+
+# The claims: spikingjelly's time over ours, our share of the matrix peak, and int8's time over the first ANN's.
+TARGET_SPEEDUP = {"fp32": 1.7, "bf16": 3.4, "int8": 6.0}
+TARGET_PEAK = {"fp32": 0.90, "bf16": 0.85, "int8": 0.70}
+TARGET_ANN = 1.1
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Random batch norms instead of fresh ones, with which neurons fire throughout the network."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, 0.0, 0.5)
+            module.running_var.uniform_(0.05, 0.15)
+    return model.eval()
+
+
+def spikingjelly_like(ours: nn.Module) -> nn.Module:
+    """spikingjelly's QKFormer with our widths, heads and depths."""
+    from spikingjelly.activation_based.model.qkformer import QKFormer
+
+    theirs = QKFormer(
+        T=ours.time_steps,
+        num_classes=ours.num_classes,
+        embed_dims=ours.num_features,
+        num_heads=tuple(stage.blocks[0].attn.num_heads for stage in ours.stages),
+        depths=tuple(len(stage.blocks) for stage in ours.stages),
+    )
+    weights, their_weights = (sum(p.numel() for p in m.parameters() if p.dim() > 1) for m in (ours, theirs))
+    if weights != their_weights:
+        raise SystemExit(f"not the same network: {weights} weights here, {their_weights} in spikingjelly")
+    return lively(theirs)
+
+
+def run_spikingjelly(model: nn.Module, images: Tensor) -> Tensor:
+    from spikingjelly.activation_based import functional
+
+    functional.reset_net(model)  # a stateful network's rest
+    return model(images)
+
+
+def check_spikes(plain: nn.Module, size: int = 64) -> None:
+    """Deployed in float64 it must be the plain model, spike for spike."""
+    exact = copy.deepcopy(plain).double()
+    images = torch.randn(1, plain.in_chans, size, size, dtype=torch.float64)
+    if not torch.equal(timm_qkformer.deploy(exact).forward_features(images), exact.forward_features(images)):
+        raise SystemExit("the deployed model's firing rates differ from the plain model's in float64")
+
+
+def check_deployed(plain: nn.Module, deployed: nn.Module, precision: str, size: int = 64) -> float:
+    """Cosine similarity of the deployed model's firing-rate map with the plain model's."""
+    images = torch.randn(2, plain.in_chans, size, size)
+    expected, found = plain.forward_features(images), deployed.forward_features(images)
+    similarity = F.cosine_similarity(expected.flatten(), found.flatten(), 0).item()
+    # Random weights have no margins: a rounding error flips spikes, and these others. Trained ones: docs/deploy.md.
+    if not similarity > 0.6:
+        raise SystemExit(f"{precision}: the firing-rate map's cosine similarity with the plain model's is {similarity}")
+    return similarity
+
+
+def count_operations(deployed: nn.Module, images: Tensor) -> int:
+    """Multiplications and additions in the convolutions of one forward pass."""
+    counted = 0
+
+    def count(projection: Projection, _inputs: object, currents: Tensor) -> None:
+        nonlocal counted
+        counted += 2 * currents.numel() * projection.weight[0].numel()
+
+    handles = [m.register_forward_hook(count) for m in deployed.modules() if isinstance(m, Projection)]
+    deployed(images)
+    for handle in handles:
+        handle.remove()
+    return counted
+
+
+def matrix_product(dtype: torch.dtype, size: int) -> Callable[[], object]:
+    """A large matrix product through oneDNN, in the arithmetic that goes with spikes of this dtype."""
+    spikes = torch.randint(0, 2, (size, size)).to(dtype)
+    weight = torch.randint(-127, 128, (size, size))
+    if dtype == torch.uint8:
+        scale, zero = torch.ones(size), torch.zeros(size, dtype=torch.int32)
+        packed = torch.ops.onednn.qlinear_prepack(weight.to(torch.int8), [size, size])
+        result = (torch.zeros(size), 1.0, 0, torch.float32, "none", [], "")
+        return lambda: torch.ops.onednn.qlinear_pointwise(spikes, 1.0, 0, packed, scale, zero, *result)
+    if has_onednn(dtype, spikes.device):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), size)
+        return lambda: torch.ops.mkldnn._linear_pointwise(spikes, packed, None, "none", [], "")
+    matrix = weight.to(dtype)
+    return lambda: spikes @ matrix
+
+
+class Row(NamedTuple):
+    """What a table's line says."""
+
+    name: str
+    milliseconds: Spread
+    speedup: Spread | None  # against spikingjelly
+    peak: float | None  # share of the matrix peak
+    arithmetic: str
+
+
+@torch.inference_mode()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    images = torch.randn(args.batch_size, 3, args.size, args.size)
+    plain = lively(timm.create_model(args.model))
+    if set(args.contenders) & set(PRECISIONS):
+        check_spikes(plain)
+    runs: dict[str, Callable[[], object]] = {}
+    arithmetic: dict[str, torch.dtype] = {}
+    similarity: dict[str, float] = {}
+    operations = 0
+    for name in args.contenders:
+        if name == SPIKINGJELLY:
+            runs[name] = partial(run_spikingjelly, spikingjelly_like(plain), images)
+        elif name == PLAIN:
+            runs[name] = partial(plain, images)
+        elif name in PRECISIONS:
+            deployed = timm_qkformer.deploy(plain, name)
+            similarity[name] = check_deployed(plain, deployed, name)
+            operations = len(images) * count_operations(deployed, images[:1])
+            arithmetic[name] = spikes_dtype(name, deployed.stem.projection.weight)
+            runs[name] = partial(deployed, images)
+        else:
+            runs[name] = partial(timm.create_model(name).eval(), images)
+    products = {f"peak {dtype}": matrix_product(dtype, args.peak_size) for dtype in set(arithmetic.values())}
+    times = take_turns(runs | products, args.rounds, warm_up=args.warm_up)
+
+    peaks = {precision: 2 * args.peak_size**3 / min(times[f"peak {dtype}"]) for precision, dtype in arithmetic.items()}
+    rows = []
+    for name in runs:
+        spread = Spread.of(times[name])
+        speedup = ratios(times[SPIKINGJELLY], times[name]) if SPIKINGJELLY in times else None
+        share = operations / spread.median / peaks[name] if name in peaks else None
+        rows.append(Row(name, spread.scaled(1e3), speedup, share, str(arithmetic.get(name, torch.float32))[6:]))
+    return {
+        "rows": rows,
+        "seconds": times,
+        "operations": operations,
+        "operations_per_second_at_peak": peaks,
+        "similarity_of_firing_rate_maps": similarity,
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    print(f"{'':30} {'ms (quartiles)':>32} {'against spikingjelly 2.0':>26} {'of peak':>8}  arithmetic of spikes")
+    for row in result["rows"]:
+        speedup = f"{row.speedup:.2f}" if row.speedup else ""
+        share = f"{100 * row.peak:.0f} %" if row.peak else ""
+        print(f"{row.name:30} {f'{row.milliseconds:.0f}':>32} {speedup:>26} {share:>8}  {row.arithmetic}")
+    for precision, peak in result["operations_per_second_at_peak"].items():
+        print(f"matrix peak for {precision}: {peak / 1e9:.0f} G operations/s")
+    rows = {row.name: row for row in result["rows"]}
+    claims = []
+    for precision in PRECISIONS:
+        if precision in rows:
+            row = rows[precision]
+            if row.speedup:
+                claims.append((f"{precision} against spikingjelly", row.speedup.median, TARGET_SPEEDUP[precision]))
+            claims.append((f"{precision}, share of the matrix peak", row.peak, TARGET_PEAK[precision]))
+    if "int8" in rows and ANNS[0] in rows:
+        latency = ratios(result["seconds"]["int8"], result["seconds"][ANNS[0]]).median
+        reached = "reached" if latency <= TARGET_ANN else "NOT reached"
+        print(f"int8's time over {ANNS[0]}'s: {latency:.2f}, target at most {TARGET_ANN}: {reached}")
+    for claim, value, target in claims:
+        print(f"{claim}: {value:.2f}, target {target}: {'reached' if value >= target else 'NOT reached'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="qkformer_hst10_768", help="a qkformer_hst10 model")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--rounds", type=int, default=5, help="times that every contender takes its turn")
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before those that count")
+    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--peak-size", type=int, default=2048, help="side of the matrices for the matrix peak")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and PNG")
+    args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds={args.rounds} must be at least 2")
+    if set(args.contenders) & set(ANNS) and args.size != 224:
+        parser.error(f"--size={args.size}: {' and '.join(ANNS)} take 224, choose other --contenders")
+
+    start = time.perf_counter()
+    result = measure(args)
+    title = f"{args.model}, T = 4, {args.size} px, batch {args.batch_size}, {torch.get_num_threads()} CPU threads"
+    print(f"{title}, {args.rounds} rounds")
+    print_table(result)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = f"inference_batch{args.batch_size}"
+    content = {
+        **{key: value for key, value in vars(args).items() if key != "out"},
+        **environment("timm", "spikingjelly"),
+        **result,
+        "rows": [row._asdict() for row in result["rows"]],
+        "total_seconds": time.perf_counter() - start,
+    }
+    write_json(content, args.out / f"{name}.json")
+    bars = [
+        Bar(row.name, row.milliseconds, f"{row.speedup.median:.1f} x" if row.speedup else "", COLOURS[row.name])
+        for row in result["rows"]
+    ]
+    draw_bars({"inference": bars}, "milliseconds", title, args.out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

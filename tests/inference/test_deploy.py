@@ -1,0 +1,474 @@
+"""Deployed models against those that they were made from."""
+
+import copy
+import pickle
+import threading
+import warnings
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import timm_qkformer
+from golden import CASES, MEMBRANE_CASES, GoldenCase
+from timm_qkformer.inference import precision as precision_module
+from timm_qkformer.inference import projection as projection_module
+from timm_qkformer.layers import LIF, ParametricLIF, SpikingNeuron, set_lif_backend
+from timm_qkformer.models import maxformer, qkformer
+from tiny import images, tiny
+
+MODELS = {
+    "sew": ("test_qkformer", {}),
+    "sew, qkca": ("test_qkformer", {"attn": "qkca"}),
+    "sew, ssa everywhere": ("test_qkformer", {"attn": "ssa", "neuron": "if"}),
+    "sew, cifar": ("test_qkformer", {"patch_embed": "cifar", "neuron": "plif"}),
+    "sew, events": ("test_qkformer", {"patch_embed": "events", "in_chans": 2, "depths": (0, 1, 1)}),
+    "sew, batch coupled": ("test_qkformer", {"batch_coupled": True}),
+    "ms": ("test_qkformer_ms", {"neuron": "plif"}),
+    "ms, cifar, qkca": ("test_qkformer_ms", {"patch_embed": "cifar", "attn": "qkca"}),
+    "ms, events": ("test_qkformer_ms", {"patch_embed": "events", "in_chans": 2}),
+    "maxformer": ("test_maxformer", {}),
+    "maxformer, other mixers": ("test_maxformer", {"mixer": ("ssa", "dwc3", "dwc5")}),
+}
+PRECISIONS = ["fp32", "bf16", "int8"]
+
+
+def make(kind="sew", **kwargs):
+    name, model_args = MODELS[kind]
+    return tiny(name, **{**model_args, **kwargs})
+
+
+@pytest.fixture(params=MODELS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(params=["sew", "ms, cifar, qkca", "maxformer"])
+def one_of_each(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _warn_again(monkeypatch):
+    monkeypatch.setattr(precision_module, "_warned", set())
+
+
+def deploy(model, precision="fp32"):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="precision=")  # this machine may lack the arithmetic
+        return timm_qkformer.deploy(model, precision)
+
+
+def assert_same(deployed, model, x):
+    """Spike for spike: sums of spikes are equal; potentials and logits to within the rounding of float64."""
+    with torch.no_grad():
+        expected = model.forward_features(x)
+        logits = model(x)
+    found = deployed.forward_features(x)
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    if isinstance(model.stem.neuron, SpikingNeuron):  # sums of spikes, not potentials
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-11)
+    torch.testing.assert_close(deployed(x), logits, rtol=0.0, atol=1e-11)
+    torch.testing.assert_close(deployed.forward_head(found), logits, rtol=0.0, atol=1e-11)
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "steps"), [(3, (32, 32), 4), (1, (37, 45), 4), (2, (19, 16), 1), (2, (16, 21), 17)], ids=str
+)
+def test_equals_the_plain_model_in_float64(kind, batch, size, steps):
+    model = make(kind, time_steps=steps)
+    x = images(batch, model.in_chans, size)
+    features = assert_same(deploy(model), model, x)
+    assert steps == 1 or features.abs().mean() > 0.01  # spikes arrive at the end
+
+
+def test_equals_the_plain_model_in_torch_operations(kind):
+    model = make(kind)
+    with set_lif_backend("eager"):
+        assert_same(deploy(model), model, images(2, model.in_chans, (37, 19)))
+
+
+def test_clips_bring_their_own_time_steps(kind):
+    model = make(kind)
+    clip = torch.randn(2, 6, model.in_chans, 32, 27, dtype=torch.float64)
+    assert_same(deploy(model), model, clip)
+
+
+def test_any_memory_layout(kind):
+    model = make(kind)
+    deployed = deploy(model)
+    x = images(2, model.in_chans, (24, 32))
+    assert_same(deployed, model, x.contiguous(memory_format=torch.channels_last))
+    assert_same(deployed, model, x.transpose(2, 3))
+    assert_same(deployed, model, torch.cat([x, x], 3)[:, :, 1:20, 1::2])
+    assert_same(deployed, model, torch.randn(6, 2, model.in_chans, 16, 16, dtype=torch.float64).transpose(0, 1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_empty_batches(kind, precision):
+    model = make(kind)
+    deployed = deploy(model, precision)
+    for x in (images(0, model.in_chans, (37, 45)), torch.zeros(0, 5, model.in_chans, 16, 33, dtype=torch.float64)):
+        one = x.new_zeros(1, *x.shape[1:])
+        assert deployed.forward_features(x).shape == (0, *deployed.forward_features(one).shape[1:])
+        assert deployed(x).shape == (0, 7)
+        assert deployed(x).dtype == deployed(one).dtype
+
+
+def test_batches_are_cut_into_portions_without_a_trace(kind, monkeypatch):
+    model = make(kind)
+    x = images(5, model.in_chans)
+    monkeypatch.setattr("timm_qkformer.inference.model._TOKENS", 1)  # one sample at a time
+    monkeypatch.setattr("timm_qkformer.inference.blocks.PORTION", 4 * 128 * 3)  # three tokens at a time
+    assert_same(deploy(model), model, x)
+
+
+def test_intermediates(kind):
+    model = make(kind)
+    deployed = deploy(model)
+    x = images(2, model.in_chans)
+    for kwargs in ({}, {"indices": [0, 2]}, {"indices": [1], "stop_early": True}, {"indices": 2}):
+        with torch.no_grad():
+            expected, expected_maps = model.forward_intermediates(x, **kwargs)
+        found, maps = deployed.forward_intermediates(x, **kwargs)
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-11)
+        torch.testing.assert_close(maps, expected_maps, rtol=0.0, atol=1e-11)
+        only = deployed.forward_intermediates(x, **kwargs, intermediates_only=True)
+        torch.testing.assert_close(only, expected_maps, rtol=0.0, atol=1e-11)
+    with pytest.raises(ValueError, match="output_fmt='NLC'"):
+        deployed.forward_intermediates(x, output_fmt="NLC")
+
+
+def test_pruned_models_and_models_without_a_classifier(kind):
+    model = make(kind)
+    x = images(2, model.in_chans)
+    model.reset_classifier(0)
+    assert_same(deploy(model), model, x)
+    model.prune_intermediate_layers([1])
+    assert len(model.stages) == 2
+    assert_same(deploy(model), model, x)
+    assert deploy(model)(x[:0]).shape == (0, *model(x).shape[1:])
+
+
+@pytest.mark.parametrize("reset", [None, 0.1])
+def test_neurons_of_every_kind(reset):
+    model = make("ms", neuron=partial(LIF, tau=3.0, v_threshold=0.8, v_reset=reset, decay_input=False))
+    assert_same(deploy(model), model, images())
+    model = make("sew", neuron=partial(ParametricLIF, init_tau=1.5, v_reset=reset))
+    assert_same(deploy(model), model, images())
+
+
+@pytest.mark.parametrize("case", [*CASES, *MEMBRANE_CASES])
+def test_golden_cases(case):
+    golden = GoldenCase(case)
+    name, model_args = CASES.get(case) or (MEMBRANE_CASES[case], {})
+    module = maxformer if name.startswith("maxformer") else qkformer
+    model = timm.create_model(name, **model_args).double().eval()
+    model.load_state_dict(module.checkpoint_filter_fn(golden.checkpoint, model))
+    deployed = deploy(model)
+    torch.testing.assert_close(deployed(golden.input), golden.one_by_one, rtol=0.0, atol=1e-9)
+    if name == "qkformer_hst4_384":
+        coupled = timm.create_model(name, **model_args, batch_coupled=True).double().eval()
+        coupled.load_state_dict(model.state_dict())
+        torch.testing.assert_close(deploy(coupled)(golden.input), golden.batched, rtol=0.0, atol=1e-9)
+
+
+# Low precision
+
+
+def similarity(a, b):
+    return F.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).item()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_low_precision_rounds_weights_alone(kind, precision):
+    """The model whose weights are those rounded ones, in float64, is the yardstick: nothing else was lost."""
+    model = make(kind)
+    x = images(2, model.in_chans)
+    exact, deployed = deploy(model), deploy(model.float(), precision)
+    rounded = {}
+    for name, module in deployed.named_modules():
+        if isinstance(module, projection_module.Projection):
+            weight = module.weight.double()
+            if module.scale is not None:
+                weight = weight * module.scale.double().view(-1, 1, 1, 1)
+            rounded |= {f"{name}.weight": weight, f"{name}.bias": module.bias.double()}
+    rest = {name: tensor.double() for name, tensor in deployed.state_dict().items() if not name.endswith("scale")}
+    original = exact.forward_features(x)
+    exact.load_state_dict(rest | rounded)
+    expected, found = exact.forward_features(x), deployed.forward_features(x.float())
+    assert found.dtype == torch.float32
+    assert similarity(found, expected) > 0.995
+    assert similarity(found, original) > 0.8
+    assert (precision == "fp32") == (similarity(expected, original) > 0.9999)
+
+
+def test_bfloat16_arithmetic(kind, monkeypatch):
+    """Where there are no instructions for it, torch emulates bfloat16: slow, but the same roundings."""
+    monkeypatch.setattr("timm_qkformer.inference.model.spikes_dtype", lambda *_: torch.bfloat16)
+    model = make(kind).float()
+    x = images(2, model.in_chans, (24, 32)).float()
+    with torch.no_grad():
+        expected = model.forward_features(x)
+    found = deploy(model, "bf16").forward_features(x)
+    assert found.dtype == torch.float32
+    assert similarity(found, expected) > 0.8
+    with set_lif_backend("eager"):
+        assert similarity(deploy(model, "bf16").forward_features(x), found) > 0.9999
+
+
+def test_int8_sums_of_spikes_reach_their_bound_and_no_further():
+    """Every neuron always fires."""
+    model = make("sew", depths=(1, 2, 3)).float()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.zeros_(module.weight)
+            nn.init.constant_(module.bias, 4.0)
+    deployed = deploy(model, "int8")
+    _, maps = deployed.forward_intermediates(images(1).float())
+    assert [stage.largest_sum(1) for stage in deployed.stages] == [4, 6, 8]
+    assert [(m.min().item(), m.max().item()) for m in maps] == [(4, 4), (6, 6), (8, 8)]
+
+
+def test_int8_refuses_sums_of_spikes_that_could_overflow():
+    model = timm.create_model("test_qkformer", depths=(1, 1, 64))
+    with pytest.raises(ValueError, match=r"stages\.2 can reach 130, 8-bit arithmetic is exact up to 129"):
+        deploy(model, "int8")
+    deploy(model, "bf16")
+    deploy(timm.create_model("test_qkformer_ms", depths=(1, 1, 64)), "int8")  # potentials add up, not spikes
+
+
+@pytest.mark.parametrize(("precision", "said"), [("bf16", "no bfloat16 arithmetic"), ("int8", "no 8-bit arithmetic")])
+def test_without_the_arithmetic_full_precision_stands_in_after_one_warning(monkeypatch, precision, said):
+    model = make().float()
+    expected = deploy(model, precision).forward_features(images().float())
+    monkeypatch.setattr(precision_module, "_warned", set())
+    monkeypatch.setattr(precision_module, "has_onednn", lambda *_: False)
+    with pytest.warns(RuntimeWarning, match=f'precision="{precision}": {said} on this cpu') as caught:
+        deployed = timm_qkformer.deploy(model, precision)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = deployed.forward_features(images().float())
+        timm_qkformer.deploy(model, precision)
+    assert found.shape == expected.shape
+    torch.manual_seed(0)
+    x = images().float()
+    assert similarity(deployed.forward_features(x), deploy(model, precision).forward_features(x)) == pytest.approx(1.0)
+
+
+def test_without_onednn_the_same_answers(one_of_each, monkeypatch):
+    model = make(one_of_each).float()
+    x = images(2, model.in_chans).float()
+    expected = deploy(model).forward_features(x)
+    monkeypatch.setattr(projection_module, "has_onednn", lambda *_: False)
+    assert similarity(deploy(model).forward_features(x), expected) > 0.999
+
+
+# A module like others
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_original_is_left_untouched(one_of_each, precision):
+    model = make(one_of_each).float().train()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = copy.deepcopy(model.state_dict())
+    x = images(2, model.in_chans).float()
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+    model.train()
+    deployed = deploy(model, precision)
+    deployed(x)
+    with torch.no_grad():
+        for tensor in deployed.state_dict().values():
+            tensor.zero_()
+    assert model.training
+    assert all(p.requires_grad and p.grad is not None for p in model.parameters())
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_saved_and_loaded(one_of_each, precision, tmp_path):
+    model = make(one_of_each).float()
+    x = images(2, model.in_chans).float()
+    deployed = deploy(model, precision)
+    expected = deployed(x)
+    path = tmp_path / "deployed.pt"
+    torch.save(deployed.state_dict(), path)
+    fresh = deploy(make(one_of_each).float(), precision)
+    assert not torch.equal(fresh(x), expected)
+    fresh.load_state_dict(torch.load(path, weights_only=True))
+    assert torch.equal(fresh(x), expected)
+    with torch.inference_mode():
+        other = deploy(make(one_of_each).float(), precision)
+        other(x)
+        other.load_state_dict(deployed.state_dict())
+        assert torch.equal(other(x), expected)
+
+
+def test_learned_time_constants_are_saved():
+    plif = partial(ParametricLIF, init_tau=1.3)
+    deployed, fresh = (deploy(make(neuron=neuron).float()) for neuron in (plif, "plif"))
+    x = images().float()
+    deployed(x)
+    fresh(x)  # the neurons have been asked for their time constants
+    fresh.load_state_dict(deployed.state_dict())
+    assert torch.equal(fresh(x), deployed(x))
+    assert fresh.stages[0].embed.main[0].neuron.spec.leak == pytest.approx(1 / 1.3)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_weights_of_low_precision_are_small(precision):
+    model = make().float()
+    size = sum(t.numel() * t.element_size() for t in deploy(model, precision).state_dict().values())
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 4)
+    per_weight = {"fp32": 4, "bf16": 2, "int8": 1}[precision]
+    assert weights * per_weight <= size < weights * per_weight * 1.3 + 8000
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies(precision, copied):
+    deployed = deploy(make().float(), precision)
+    x = images().float()
+    expected = deployed(x)  # packs its weights
+    other = copied(deployed)
+    for tensor in deployed.state_dict().values():
+        tensor.zero_()
+    assert torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_threads_share_a_model(precision):
+    deployed = deploy(make("ms").float(), precision)
+    xs = [images(1 + i % 2).float() for i in range(4)]
+    expected = [deployed(x) for x in xs]
+    fresh = copy.deepcopy(deployed)  # not packed yet
+    found = [None] * len(xs)
+
+    def run(i):
+        found[i] = fresh(xs[i])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(xs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_moves_between_precisions_of_torch():
+    model = make()
+    x = images()
+    deployed = deploy(model.float())
+    deployed(x.float())
+    assert torch.equal(deployed.double()(x), deployed(x))  # weights were packed anew
+    assert deployed(x).dtype == torch.float64
+
+
+def test_attributes_of_the_original():
+    model = make("sew", global_pool="max", drop_rate=0.3)
+    deployed = deploy(model)
+    for name in ("num_classes", "num_features", "head_hidden_size", "in_chans", "time_steps", "feature_info"):
+        assert getattr(deployed, name) == getattr(model, name)
+    assert deployed.pretrained_cfg == model.pretrained_cfg
+    assert timm.data.resolve_model_data_config(deployed) == timm.data.resolve_model_data_config(model)
+    assert torch.equal(deployed.get_classifier().weight, model.get_classifier().weight)
+    x = images()
+    with torch.no_grad():
+        features = model.forward_features(x)
+        assert torch.equal(deployed.forward_head(features, pre_logits=True), model.forward_head(features, True))
+    deployed.set_time_steps(2)
+    assert model.time_steps == 4
+    model.set_time_steps(2)
+    assert_same(deployed, model, x)
+    with pytest.raises(ValueError, match="time_steps=0"):
+        deployed.set_time_steps(0)
+    assert not any(isinstance(m, SpikingNeuron) for m in deployed.modules())
+
+
+def test_is_for_inference_alone():
+    deployed = deploy(make())
+    assert not deployed.training
+    assert deployed.eval() is deployed
+    with pytest.raises(RuntimeError, match="inference alone"):
+        deployed.train()
+    x = images().requires_grad_()
+    assert not deployed(x).requires_grad
+    assert not any(p.requires_grad for p in deployed.parameters())
+    assert not deployed(images()).is_inference()
+
+
+def test_runs_inside_a_compiled_function():
+    deployed = deploy(make())
+    x = images()
+    compiled = torch.compile(lambda x: deployed(x) * 2, backend="eager")
+    assert torch.equal(compiled(x), deployed(x) * 2)
+
+
+# Errors
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match=r"precision='fp16' is unknown, choose one of \['fp32', 'bf16', 'int8'\]"):
+        timm_qkformer.deploy(make(), "fp16")
+    with pytest.raises(TypeError, match="model is a Linear, expected a QKFormer or MaxFormer"):
+        timm_qkformer.deploy(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="model is a FeatureGetterNet"):
+        timm_qkformer.deploy(timm.create_model("test_qkformer", features_only=True))
+    for place, layer, said in [
+        ("stages.1.blocks.0.attn", nn.Conv2d(1, 1, 1), r"stages\.1\.blocks\.0\.attn is a Conv2d.*no deployed form"),
+        ("stages.1.blocks.0.mlp", nn.Identity(), r"stages\.1\.blocks\.0\.mlp is a Identity, expected a SpikingMlp"),
+        ("stages.0.embed.main.0.neuron", nn.ReLU(), r"stages\.0\.embed\.main\.0\.neuron is a ReLU"),
+        ("stages.0.embed.main.0", nn.ReLU(), r"stages\.0\.embed\.main\.0 is a ReLU, expected a SpikingConv"),
+        ("stages.0.blocks.0.attn.q.neuron", nn.Identity(), r"attn\.q\.neuron is nn\.Identity, expected neurons"),
+        ("stages.0.embed", nn.Identity(), r"stages\.0\.embed is a Identity"),
+        ("stages.0.blocks.0", nn.Identity(), r"stages\.0\.blocks\.0 is a Identity, expected a SpikingBlock"),
+        ("stem.pool", nn.AvgPool2d(3, 2, 1), r"stem\.pool is AvgPool2d"),
+        ("readout", nn.Identity(), "readout is a Identity"),
+    ]:
+        model = make()
+        parent, _, child = place.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+        with pytest.raises(TypeError, match=said):
+            timm_qkformer.deploy(model)
+
+
+def test_inputs_that_do_not_fit():
+    deployed = deploy(make())
+    with pytest.raises(ValueError, match="too small"):
+        deployed(images(1, 3, (8, 32)))
+    with pytest.raises(ValueError, match="in_chans=3"):
+        deployed(images(1, 1))
+    with pytest.raises(ValueError, match=r"input is torch\.uint8"):
+        deployed(images().to(torch.uint8))
+
+
+def test_deploy_is_imported_when_it_is_used():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, timm_qkformer\n"
+        "print('timm_qkformer.inference' in sys.modules)\n"
+        "print(callable(timm_qkformer.deploy), 'deploy' in dir(timm_qkformer))\n"
+        "from timm_qkformer import deploy\n"
+        "try: timm_qkformer.nothing\n"
+        "except AttributeError as error: print(error)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split("\n")[:3] == ["False", "True True", "module 'timm_qkformer' has no attribute 'nothing'"]
