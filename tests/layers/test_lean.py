@@ -91,6 +91,7 @@ def kept_bytes(kept):
 UNITS = {
     "1x1": partial(SpikingConv, 6, 10),
     "1x1, bias": partial(SpikingConv, 6, 10, bias=True),
+    "1x1, stride": partial(SpikingConv, 6, 10, 1, 2),
     "3x3": partial(SpikingConv, 6, 10, 3),
     "3x3, stride": partial(SpikingConv, 6, 10, 3, 2),
     "3x3, pool": partial(SpikingConv, 6, 10, 3, pool=True),
@@ -126,6 +127,14 @@ def test_memory_layouts(layout):
     }[layout]
     for unit in ("3x3", "3x3, pool"):
         check(lively(UNITS[unit]()), note_counts(x, 1))
+
+
+@pytest.mark.parametrize("in_chs", [3, 4, 6])
+def test_narrow_strided_convolutions(in_chs):
+    """Whose gradients by oneDNN, channels last and in single precision, write where they should not."""
+    layer = lively(SpikingConv(in_chs, 16, 1, 2)).float()
+    for _ in range(4):
+        check(layer, spikes(2, 4, in_chs, 32, 32, dtype=torch.float32), rtol=1e-3, atol=1e-3)
 
 
 def compiled_keys():

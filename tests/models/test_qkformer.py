@@ -301,8 +301,9 @@ def test_global_pool(pool):
 
 
 @torch.inference_mode()
-def test_empty_batch():
-    assert tiny()(images(0)).shape == (0, 7)
+@pytest.mark.parametrize("batch_coupled", [False, True])
+def test_empty_batch(batch_coupled):
+    assert tiny(batch_coupled=batch_coupled)(images(0)).shape == (0, 7)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class SpikingConv(ConvNorm):
         if self.is_lean(x) and self._may_fuse():
             return self._norm_and_fire(x)
         x = self.currents(x)
-        if self.batch_coupled:
+        if self.batch_coupled and x.shape[1] > 0:  # an empty batch has nobody to couple
             T, B, _, _, _ = x.shape
             return self.neuron(x.flatten(0, 1)).unflatten(0, [T, B])
         return self.neuron(x)

@@ -174,6 +174,8 @@ class _ConvKeepsCounts(torch.autograd.Function):
         dtype = _autocast_dtype(x)
         ctx.conv, ctx.bound, ctx.shape = conv, bound, x.shape
         ctx.dtypes = x.dtype, dtype, None if bias is None else bias.dtype
+        ctx.sampled = _samples(weight, conv, x)
+        x = _every(x, conv) if ctx.sampled else x
         x = x.to(dtype)
         needs_x = ctx.needs_input_grad[2]
         ctx.save_for_backward(weight, *([x if data is None else data] if needs_x else []))
@@ -181,7 +183,8 @@ class _ConvKeepsCounts(torch.autograd.Function):
         w = weight.to(dtype).to(compute)
         b = None if bias is None else bias.to(dtype).to(compute)
         with torch.autocast(x.device.type, enabled=False):
-            y = F.conv2d(x.to(compute), w, b, conv.stride, conv.padding, conv.dilation, conv.groups)
+            stride = [1, 1] if ctx.sampled else conv.stride
+            y = F.conv2d(x.to(compute), w, b, stride, conv.padding, conv.dilation, conv.groups)
         return y.to(dtype)
 
     @staticmethod
@@ -190,21 +193,23 @@ class _ConvKeepsCounts(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         x_dtype, dtype, bias_dtype = ctx.dtypes
         compute = _compute_dtype(weight, dtype)
-        if not saved:  # a frozen weight: of the input the shape and the memory format alone are asked for
-            x = torch.empty(ctx.shape, dtype=compute, device=weight.device, memory_format=torch.channels_last)
-        elif ctx.bound == 0:
+        conv = ctx.conv
+        if saved and ctx.bound == 0:
             x = saved[0].to(compute)
         else:
-            x = unpack(saved[0], ctx.bound, ctx.shape, compute)
+            if saved:
+                x = unpack(saved[0], ctx.bound, ctx.shape, compute)
+            else:  # a frozen weight: of the input the shape and the memory format alone are asked for
+                x = torch.empty(ctx.shape, dtype=compute, device=weight.device, memory_format=torch.channels_last)
+            x = _every(x, conv) if ctx.sampled else x
         w = weight.to(dtype).to(compute)
-        conv = ctx.conv
         needs_x, _, needs_w, needs_b = ctx.needs_input_grad[:4]
         grads = torch.ops.aten.convolution_backward(
             grad_outputs[0].to(compute),
             x,
             w,
             None if bias_dtype is None else [len(w)],
-            conv.stride,
+            [1, 1] if ctx.sampled else conv.stride,
             conv.padding,
             conv.dilation,
             False,
@@ -212,11 +217,29 @@ class _ConvKeepsCounts(torch.autograd.Function):
             conv.groups,
             [needs_x, needs_w, needs_b],
         )
+        if ctx.sampled and needs_x:
+            whole = torch.empty(ctx.shape, dtype=compute, device=x.device, memory_format=torch.channels_last).zero_()
+            whole[..., :: conv.stride[0], :: conv.stride[1]] = grads[0]
+            grads = (whole, *grads[1:])
         grad_x, grad_w, grad_b = (
             None if grad is None else grad.to(dtype).to(wanted)
             for grad, wanted in zip(grads, (x_dtype, weight.dtype, bias_dtype), strict=True)
         )
         return grad_x, None, grad_w, grad_b, None, None
+
+
+def _samples(weight: Tensor, conv: _Conv, x: Tensor) -> bool:
+    """Whether the convolution is to see every n-th pixel, with stride 1, instead of all of them with stride n.
+
+    The same numbers. On CPUs, oneDNN's gradients of strided 1x1 convolutions in channels-last memory write beyond
+    their end with fewer channels than fit into a vector register (seen with torch 2.14 and AVX2: fewer than 8).
+    """
+    strided = weight.shape[2:] == (1, 1) and conv.stride != [1, 1] and conv.padding == [0, 0]
+    return strided and x.device.type == "cpu"
+
+
+def _every(x: Tensor, conv: _Conv) -> Tensor:
+    return x[..., :: conv.stride[0], :: conv.stride[1]].contiguous(memory_format=torch.channels_last)
 
 
 def conv_keeps_counts(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -250,7 +250,6 @@ def _shipped(model_and_tag: str, **kwargs: Any) -> dict[str, Any]:
     return _cfg(
         file=str(Path(__file__).parent / "weights" / f"{model_and_tag}.safetensors"),
         license="apache-2.0",
-        origin_url="",
         **kwargs,
     )
 

@@ -52,7 +52,7 @@ class RunSaver(CheckpointSaver):
             state["metric"] = metric
         # Without a metric it is a checkpoint within an epoch, which is not part of the ranked ones.
         state["saver"] = self.state_dict(epoch if metric is not None else None, metric)
-        state["trainer"] = {"format": FORMAT, **self.trainer_state}
+        state["trainer"] = {"format": FORMAT, **_without_bytes(self.trainer_state)}
         _require_finite(state["state_dict"])
         try:
             with open(save_path, "wb") as file:
@@ -88,6 +88,17 @@ class RunSaver(CheckpointSaver):
         for path in recovery_checkpoints(Path(self.recovery_dir)):
             path.unlink(missing_ok=True)
         self.curr_recovery_file = self.prev_recovery_file = ""
+
+
+def _without_bytes(value: Any) -> Any:
+    """The same with byte strings as tensors: a pickle calls a function for bytes, which strict readers refuse."""
+    if isinstance(value, bytes):
+        return torch.frombuffer(bytearray(value), dtype=torch.uint8)
+    if isinstance(value, dict):
+        return {key: _without_bytes(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_bytes(v) for v in value)
+    return value
 
 
 def _require_finite(weights: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["RandomState", "random_state", "restore_random_state"]
 
-# Bytes, numbers and None only: what torch.load(weights_only=True) reads, and what a pipe carries cheaply.
+# Bytes, numbers and None only, which a pipe carries cheaply. A checkpoint has tensors in place of bytes.
 RandomState = dict[str, Any]
 
 
@@ -33,9 +33,9 @@ def restore_random_state(state: RandomState, device: Optional[torch.device] = No
     """Continue all generators where `random_state` saw them."""
     torch.set_rng_state(_tensor(state["torch"]))
     gauss = state["numpy_gauss"]
-    keys = np.frombuffer(state["numpy"], dtype=np.uint32)
+    keys = np.frombuffer(_raw(state["numpy"]), dtype=np.uint32)
     np.random.set_state(("MT19937", keys, state["numpy_position"], int(gauss is not None), gauss or 0.0))
-    words = tuple(np.frombuffer(state["python"], dtype=np.uint32).tolist())
+    words = tuple(np.frombuffer(_raw(state["python"]), dtype=np.uint32).tolist())
     random.setstate((state["python_version"], words, state["python_gauss"]))
     if state["cuda"] is not None and device is not None and device.type == "cuda":
         torch.cuda.set_rng_state(_tensor(state["cuda"]), device)
@@ -45,5 +45,9 @@ def _bytes(state: Tensor) -> bytes:
     return state.numpy().tobytes()
 
 
-def _tensor(state: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+def _raw(state: bytes | Tensor) -> bytes:
+    return _bytes(state) if isinstance(state, Tensor) else state
+
+
+def _tensor(state: bytes | Tensor) -> Tensor:
+    return torch.frombuffer(bytearray(_raw(state)), dtype=torch.uint8)
