@@ -124,7 +124,8 @@ def run(command: list[str], data: Path, work_dir: Path, experiment: str, variant
     with (output / name / "summary.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     seconds = time.perf_counter() - start
-    return Result(experiment, variant, seed, float(rows[-1]["eval_top1"]), len(rows), seconds, shlex.join(command))
+    epochs = int(rows[-1]["epoch"]) + 1
+    return Result(experiment, variant, seed, float(rows[-1]["eval_top1"]), epochs, seconds, shlex.join(command))
 
 
 def save(results: list[Result], path: Path) -> None:

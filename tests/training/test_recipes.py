@@ -20,7 +20,7 @@ from timm_qkformer.training.recipes import list_recipes, recipe_path
 
 RECIPES = list_recipes()
 IMAGENET = [name for name in RECIPES if name.startswith("imagenet")]
-EVENTS = ["cifar10dvs", "dvs128"]
+EVENTS = ["cifar10dvs", "cpu_nmnist", "dvs128"]
 RELEASE_PROCESSES = 8  # of the ImageNet runs
 UPDATES = 500  # per epoch, enough for the shape of a schedule
 KEYS = {
