@@ -64,7 +64,7 @@ def test_the_card_s_accuracy_is_reproduced_to_the_last_digit(name, archive, fold
         tar.extractall(tmp_path, filter="data")
     results = tmp_path / "results.csv"
     command = ["validate", name, "--data-dir", str(tmp_path / folder), *flags, "--results-file", str(results)]
-    assert main([*command, "--batch-size", "250", "--workers", "1"]) == 0
+    assert main([*command, "--batch-size", "50", "--workers", "1", "--device", "cpu"]) == 0
     with results.open() as file:
         (row,) = csv.DictReader(file)
     assert f"{float(row['top1']):.2f}" == _top1_on_card(name)

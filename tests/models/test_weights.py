@@ -31,7 +31,7 @@ def test_pending_weights_are_configured_but_not_listed():
 
 
 def test_everything_listed_has_an_address():
-    ours = timm.list_pretrained(["qkformer*", "maxformer*"])
+    ours = [n for n in timm.list_pretrained(["qkformer*", "maxformer*"]) if not timm.get_pretrained_cfg(n).file]
     assert {name.split(".")[0] for name in ours} == {
         "qkformer_hst10_384_ms",
         "qkformer_hst10_768_ms",
