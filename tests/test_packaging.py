@@ -26,6 +26,9 @@ def test_wheel_contents(wheel):
     assert "timm_qkformer/py.typed" in names
     assert "timm_qkformer/inference/kernels.cpp" in names
     assert "timm_qkformer/training/recipes/cifar10.yaml" in names
+    assert "timm_qkformer/training/results/ablations.json" in names
+    assert "timm_qkformer/inference/kernels.cpp" in names
+    assert "timm_qkformer/models/weights/qkformer_hst3_128.nmnist.safetensors" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     roots = {name.split("/")[0] for name in names}
     assert {r for r in roots if not r.endswith(".dist-info")} == {"timm_qkformer", "timm_qkformer_autoload.py"}
