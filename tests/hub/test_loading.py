@@ -119,5 +119,6 @@ def test_weights_that_are_nowhere(monkeypatch):
 
 
 def test_shipped_models_load():
+    assert "qkformer_hst3_128.nmnist" in shipped_models()
     for name in shipped_models():
         assert not load_model(name).is_random

@@ -168,8 +168,8 @@ def _with_checkpoint(source: str, path: Path, args: dict[str, Any]) -> LoadedMod
 def shipped_models() -> list[str]:
     """Names, with tags, of the models whose weights come with the package."""
     return [
-        f"{name}.{tag}"
+        name_and_tag
         for name in architectures()
-        for tag, cfg in get_arch_pretrained_cfgs(name).items()
+        for name_and_tag, cfg in get_arch_pretrained_cfgs(name).items()
         if cfg.file and Path(cfg.file).is_file()
     ]
