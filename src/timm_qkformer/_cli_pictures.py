@@ -73,6 +73,7 @@ def add_paper(parser: argparse.ArgumentParser) -> None:
 
 def paper(args: argparse.Namespace) -> None:
     import matplotlib  # noqa: F401, missing: say so before anything is measured
+    import timm
     import torch
 
     from .analysis.inputs import ModelInputs
@@ -80,7 +81,9 @@ def paper(args: argparse.Namespace) -> None:
     from .analysis.profile import file_data
     from .hub.loading import shipped_models
 
-    loaded = load(args, args.model or next(iter(shipped_models()), _UNTRAINED))
+    # Without data there are photographs to look at, which a model for events cannot.
+    shipped = [name for name in shipped_models() if args.data or timm.get_pretrained_cfg(name).input_size[0] != 2]
+    loaded = load(args, args.model or next(iter(shipped), _UNTRAINED))
     sensor_size = tuple(args.sensor_size) if args.sensor_size else None
     inputs = ModelInputs(loaded.model, sensor_size)
     if args.data is None:
