@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+
+from timm_qkformer._files import replacing, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -99,9 +102,30 @@ def _cpu_name() -> str:
 
 
 def write_json(content: dict[str, object], path: Path) -> None:
-    temporary = path.with_suffix(".tmp.json")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG."""
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
+
+
+def spikingjelly_like(ours: Any) -> nn.Module:
+    """spikingjelly's QKFormer, which has the ImageNet embedding only, with our widths, heads and depths."""
+    from spikingjelly.activation_based.model.qkformer import QKFormer
+
+    theirs: nn.Module = QKFormer(
+        T=ours.time_steps,
+        num_classes=ours.num_classes,
+        embed_dims=ours.num_features,
+        num_heads=tuple(stage.blocks[0].attn.num_heads for stage in ours.stages),
+        depths=tuple(len(stage.blocks) for stage in ours.stages),
+    )
+    weights, their_weights = (sum(p.numel() for p in m.parameters() if p.dim() > 1) for m in (ours, theirs))
+    if weights != their_weights:
+        raise SystemExit(f"not the same network: {weights} weights here, {their_weights} in spikingjelly")
+    return theirs
 
 
 class Bar(NamedTuple):
@@ -139,7 +163,5 @@ def draw_bars(panels: dict[str, Sequence[Bar]], unit: str, title: str, path: Pat
         axis.set_xlim(0, max(bar.spread.upper for bar in bars) * 1.25)
         axis.invert_yaxis()
     figure.suptitle(title)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
+    save_figure(figure, path)
     pyplot.close(figure)
-    temporary.replace(path)

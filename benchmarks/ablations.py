@@ -18,6 +18,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from timm_qkformer._files import write_atomically
+
 RESULTS = Path(__file__).parents[1] / "src" / "timm_qkformer" / "training" / "results" / "ablations.json"
 TRAIN_IMAGES = 1000  # of each class
 SEEDS = (0, 1, 2)
@@ -130,9 +132,7 @@ def run(command: list[str], data: Path, work_dir: Path, experiment: str, variant
 
 def save(results: list[Result], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
-    temporary.replace(path)
+    write_atomically(path, json.dumps([asdict(r) for r in results], indent=1) + "\n")
 
 
 def print_tables(results: list[Result]) -> None:

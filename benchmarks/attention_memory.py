@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from _common import RESULTS, environment, write_json
+from _common import RESULTS, environment, save_figure, write_json
 from timm_qkformer.analysis.memory import PAPER_SIDES, AttentionMemory, attention_memory
 
 LARGE = 80  # beyond this side one round has to do: the cost of (Q K^T) V grows with its fourth power
@@ -92,9 +92,7 @@ def draw(results: list[AttentionMemory], title: str, path: Path) -> None:
         axis.grid(color="0.9")
     memory.legend(fontsize=8)
     figure.suptitle(title)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from _common import (
     draw_bars,
     environment,
     ratios,
+    spikingjelly_like,
     take_turns,
     write_json,
 )
@@ -56,23 +57,6 @@ def lively(model: nn.Module) -> nn.Module:
             nn.init.uniform_(module.bias, 0.0, 0.5)
             module.running_var.uniform_(0.05, 0.15)
     return model.eval()
-
-
-def spikingjelly_like(ours: nn.Module) -> nn.Module:
-    """spikingjelly's QKFormer with our widths, heads and depths."""
-    from spikingjelly.activation_based.model.qkformer import QKFormer
-
-    theirs = QKFormer(
-        T=ours.time_steps,
-        num_classes=ours.num_classes,
-        embed_dims=ours.num_features,
-        num_heads=tuple(stage.blocks[0].attn.num_heads for stage in ours.stages),
-        depths=tuple(len(stage.blocks) for stage in ours.stages),
-    )
-    weights, their_weights = (sum(p.numel() for p in m.parameters() if p.dim() > 1) for m in (ours, theirs))
-    if weights != their_weights:
-        raise SystemExit(f"not the same network: {weights} weights here, {their_weights} in spikingjelly")
-    return lively(theirs)
 
 
 def run_spikingjelly(model: nn.Module, images: Tensor) -> Tensor:
@@ -155,7 +139,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     operations = 0
     for name in args.contenders:
         if name == SPIKINGJELLY:
-            runs[name] = partial(run_spikingjelly, spikingjelly_like(plain), images)
+            runs[name] = partial(run_spikingjelly, lively(spikingjelly_like(plain)), images)
         elif name == PLAIN:
             runs[name] = partial(plain, images)
         elif name in PRECISIONS:

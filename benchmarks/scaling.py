@@ -17,7 +17,7 @@ import timm
 import torch
 from torch import nn
 
-from _common import OURS, RESULTS, Spread, environment, keep_freed_memory, take_turns, write_json
+from _common import OURS, RESULTS, Spread, environment, keep_freed_memory, save_figure, take_turns, write_json
 from _training import TrainingStep, batch
 
 BASE = {"time steps": 4, "batch": 2, "side": 48}
@@ -97,10 +97,8 @@ def draw(sweeps: dict[str, list[Point]], title: str, path: Path) -> None:
             axis.legend()
         axes[1, column].set_xlabel(label_of(name))
     figure.suptitle(title)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
+    save_figure(figure, path)
     pyplot.close(figure)
-    temporary.replace(path)
 
 
 def label_of(name: str) -> str:

@@ -30,6 +30,7 @@ from _common import (
     environment,
     keep_freed_memory,
     ratios,
+    spikingjelly_like,
     take_turns,
     write_json,
 )
@@ -78,16 +79,11 @@ def contenders(size: int, peers_in_half: bool) -> dict[str, TrainingStep]:
 
 
 def imagenet_contenders(size: int) -> dict[str, TrainingStep]:
-    """HST-10-384 at 64 pixels: ours, and spikingjelly's model of that name (it has the ImageNet embedding only)."""
-    from spikingjelly.activation_based.model.qkformer import QKFormer
-
+    """HST-10-384 at 64 pixels: ours, and spikingjelly's model of that name."""
     torch.manual_seed(0)
     images, labels = batch(size, IMAGENET_SIDE)
     ours = timm.create_model("qkformer_hst10_384", num_classes=10)
-    theirs = QKFormer(T=4, num_classes=10, embed_dims=384, num_heads=(6, 6, 6), depths=(1, 2, 7))
-    weights, their_weights = (sum(p.numel() for p in m.parameters() if p.dim() > 1) for m in (ours, theirs))
-    if weights != their_weights:
-        raise SystemExit(f"not the same network: {weights} weights here, {their_weights} in spikingjelly")
+    theirs = spikingjelly_like(ours)
     return {
         IMAGENET: TrainingStep(ours, images, labels, backend="compile"),
         OWN_MODEL: TrainingStep(theirs, images, labels, stateful=True),
