@@ -178,7 +178,11 @@ class _Run:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         name = args.experiment or "-".join([stamp, safe_model_name(args.model), str(config["input_size"][-1])])
         folder = runs / name
-        if folder.exists() and any(folder.iterdir()):
+        if (
+            folder.exists()
+            and not (args.resume == "auto" and _before_first_checkpoint(folder))
+            and any(folder.iterdir())
+        ):
             raise FileExistsError(
                 f"{folder} holds a run already; --resume auto goes on with it, or choose another name"
             )
@@ -433,6 +437,12 @@ class _Run:
         if self.saver.best_metric is not None:
             self.log.say(f"best {self.metric} {self.saver.best_metric:.6g} in epoch {self.saver.best_epoch}")
         self.log.say(f"done: {self.folder}")
+
+
+def _before_first_checkpoint(folder: Path) -> bool:
+    """Whether this is a run that was stopped with nothing to go on from, so that it may begin anew in its place."""
+    begun = ("args.yaml", "events.out.tfevents.*", ".*.tmp")
+    return all(any(path.match(pattern) for pattern in begun) for path in folder.iterdir())
 
 
 def _same(a: Path, b: Path) -> bool:
