@@ -56,10 +56,10 @@ def _warn_again(monkeypatch):
     monkeypatch.setattr(precision_module, "_warned", set())
 
 
-def deploy(model, precision="fp32"):
+def deploy(model, precision="fp32", products="auto"):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="precision=")  # this machine may lack the arithmetic
-        return timm_qkformer.deploy(model, precision)
+        return timm_qkformer.deploy(model, precision, products)
 
 
 def assert_same(deployed, model, x):
@@ -186,12 +186,13 @@ def similarity(a, b):
     return F.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).item()
 
 
+@pytest.mark.parametrize("products", ["events", "dense"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_low_precision_rounds_weights_alone(kind, precision):
+def test_low_precision_rounds_weights_alone(kind, precision, products):
     """The model whose weights are those rounded ones, in float64, is the yardstick: nothing else was lost."""
     model = make(kind)
     x = images(2, model.in_chans)
-    exact, deployed = deploy(model), deploy(model.float(), precision)
+    exact, deployed = deploy(model), deploy(model.float(), precision, products)
     rounded = {}
     for name, module in deployed.named_modules():
         if isinstance(module, projection_module.Projection):
@@ -240,35 +241,39 @@ def test_int8_refuses_sums_of_spikes_that_could_overflow():
     model = timm.create_model("test_qkformer", depths=(1, 1, 64))
     with pytest.raises(ValueError, match=r"stages\.2 can reach 130, 8-bit arithmetic is exact up to 129"):
         deploy(model, "int8")
-    deploy(model, "bf16")
+    with pytest.raises(ValueError, match=r'products="events": sums of spikes in stages\.2 can reach 130'):
+        deploy(model, "fp32", "events")
+    assert not deploy(model, "bf16").events
     deploy(timm.create_model("test_qkformer_ms", depths=(1, 1, 64)), "int8")  # potentials add up, not spikes
 
 
 @pytest.mark.parametrize(("precision", "said"), [("bf16", "no bfloat16 arithmetic"), ("int8", "no 8-bit arithmetic")])
 def test_without_the_arithmetic_full_precision_stands_in_after_one_warning(monkeypatch, precision, said):
     model = make().float()
-    expected = deploy(model, precision).forward_features(images().float())
+    expected = deploy(model, precision, "dense").forward_features(images().float())
     monkeypatch.setattr(precision_module, "_warned", set())
     monkeypatch.setattr(precision_module, "has_onednn", lambda *_: False)
     with pytest.warns(RuntimeWarning, match=f'precision="{precision}": {said} on this cpu') as caught:
-        deployed = timm_qkformer.deploy(model, precision)
+        deployed = timm_qkformer.deploy(model, precision, "dense")
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = deployed.forward_features(images().float())
-        timm_qkformer.deploy(model, precision)
+        timm_qkformer.deploy(model, precision, "dense")
+        timm_qkformer.deploy(model, precision, "events")  # nothing to warn of
     assert found.shape == expected.shape
     torch.manual_seed(0)
     x = images().float()
-    assert similarity(deployed.forward_features(x), deploy(model, precision).forward_features(x)) == pytest.approx(1.0)
+    again = deploy(model, precision, "dense").forward_features(x)
+    assert similarity(deployed.forward_features(x), again) == pytest.approx(1.0)
 
 
 def test_without_onednn_the_same_answers(one_of_each, monkeypatch):
     model = make(one_of_each).float()
     x = images(2, model.in_chans).float()
-    expected = deploy(model).forward_features(x)
+    expected = deploy(model, products="dense").forward_features(x)
     monkeypatch.setattr(projection_module, "has_onednn", lambda *_: False)
-    assert similarity(deploy(model).forward_features(x), expected) > 0.999
+    assert similarity(deploy(model, products="dense").forward_features(x), expected) > 0.999
 
 
 # A module like others
@@ -426,6 +431,8 @@ def test_runs_inside_a_compiled_function():
 def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"precision='fp16' is unknown, choose one of \['fp32', 'bf16', 'int8'\]"):
         timm_qkformer.deploy(make(), "fp16")
+    with pytest.raises(ValueError, match=r"products='sparse' is unknown, choose one of \['auto', 'events', 'dense'\]"):
+        timm_qkformer.deploy(make(), products="sparse")
     with pytest.raises(TypeError, match="model is a Linear, expected a QKFormer or MaxFormer"):
         timm_qkformer.deploy(nn.Linear(1, 1))
     with pytest.raises(TypeError, match="model is a FeatureGetterNet"):

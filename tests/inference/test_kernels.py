@@ -168,6 +168,6 @@ def test_without_a_compiler_torch_operations_run_after_one_warning(monkeypatch, 
     for _ in range(2):
         assert torch.equal(ops.fire(x, LIF, torch.uint8), expected)
     assert [str(w.message) for w in recwarn if "no such compiler" in str(w.message)] == [
-        "deployed models run their neurons as single torch operations on this machine because the fused kernels do not "
-        "compile, which costs speed but changes no result: OSError: no such compiler"
+        "deployed models run without the kernels of kernels.cpp on this machine because they do not compile, which "
+        "costs speed but changes no result: OSError: no such compiler"
     ]

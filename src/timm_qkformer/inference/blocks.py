@@ -53,20 +53,19 @@ class DeployedUnit(nn.Module):
         self.pool = _pools(unit, name)
         self.batch_coupled = unit.batch_coupled
 
-    def currents(self, x: Tensor) -> Tensor:
-        """Input currents [T, B, H', W', C'] before any pooling."""
-        return self.projection(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
     def forward(self, x: Tensor, spikes: torch.dtype, time_steps: int | None = None) -> Tensor:
         """Spikes [T, B, H', W', C'], or potentials in their own dtype where there are no neurons.
 
         `time_steps` of an image x [1, B, H, W, C] that is the same at each of them.
         """
-        currents = self.currents(x)
+        repeats = time_steps if time_steps is not None and len(x) == 1 else 1
+        if self.neuron is not None and not self.pool and repeats == 1:
+            return self.projection.fire(x, self.neuron.spec, spikes)
+        currents = self.projection.currents(x)
         if self.pool and self.neuron is None:
             currents = reference.max_pool(currents)
-        if time_steps is not None and len(currents) == 1:
-            currents = currents.expand(time_steps, -1, -1, -1, -1)
+        if repeats > 1:
+            currents = currents.expand(repeats, -1, -1, -1, -1)
         if self.neuron is None:
             return currents
         if self.pool:
@@ -75,8 +74,10 @@ class DeployedUnit(nn.Module):
 
     def add_to(self, sums: Tensor, x: Tensor) -> None:
         """Add this unit's spikes (or potentials) for x to `sums`."""
-        currents = self.currents(x)
-        _add(sums, reference.max_pool(currents) if self.pool else currents, self.neuron, self.batch_coupled)
+        if self.pool:
+            _add(sums, reference.max_pool(self.projection.currents(x)), self.neuron, self.batch_coupled)
+        else:
+            _project_and_add(sums, self.projection, x, self.neuron, self.batch_coupled)
 
 
 def _pools(unit: ConvNorm, name: str) -> bool:
@@ -96,6 +97,15 @@ def _add(sums: Tensor, currents: Tensor, neuron: DeployedNeuron | None, batch_co
         ops.fire(currents.flatten(0, 1), neuron.spec, sums.dtype, sums=joined, out=joined)
     else:
         ops.fire(currents, neuron.spec, sums.dtype, sums=sums, out=sums)
+
+
+def _project_and_add(
+    sums: Tensor, projection: Projection, x: Tensor, neuron: DeployedNeuron | None, batch_coupled: bool
+) -> None:
+    if neuron is None or batch_coupled:
+        _add(sums, projection.currents(x), neuron, batch_coupled)
+    else:
+        projection.fire(x, neuron.spec, sums.dtype, sums)
 
 
 class DeployedEmbed(nn.Module):
@@ -122,7 +132,7 @@ class DeployedEmbed(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Q, K (and V) in one product, attention, projection: spikes [T, B, N, C] to input currents of the same shape."""
+    """Q, K (and V) in one product, attention, projection: spikes [T, B, N, C] to spikes of the same shape."""
 
     parts = "qk"
 
@@ -148,8 +158,12 @@ class _Attention(nn.Module):
     def attend(self, x: Tensor, spikes: torch.dtype) -> Tensor:
         raise NotImplementedError
 
+    @property
+    def last(self) -> Projection:
+        return self.proj
+
     def forward(self, x: Tensor, spikes: torch.dtype) -> Tensor:
-        return _tokens(self.proj, self.attend(_tokens(self.inputs, x), spikes))
+        return self.attend(self.inputs.currents(x), spikes)
 
 
 def _of(neuron: nn.Module, name: str) -> DeployedNeuron:
@@ -157,11 +171,6 @@ def _of(neuron: nn.Module, name: str) -> DeployedNeuron:
     if deployed is None:
         raise TypeError(f"{name} is nn.Identity, expected neurons")
     return deployed
-
-
-def _tokens(projection: Projection, x: Tensor) -> Tensor:
-    """Apply a 1x1 convolution to tokens [T, B, N, C]."""
-    return projection(x.flatten(0, 1).unsqueeze(1)).squeeze(1).unflatten(0, x.shape[:2])
 
 
 class _TokenAttention(_Attention):
@@ -191,7 +200,7 @@ class _SelfAttention(_Attention):
 
 
 class _DepthwiseConv(nn.Module):
-    """Depth-wise convolution: spikes [T, B, H, W, C] to input currents of the same shape."""
+    """Depth-wise convolution of spikes [T, B, H, W, C]."""
 
     def __init__(self, mixer: SpikingDepthwiseConv, name: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -202,12 +211,16 @@ class _DepthwiseConv(nn.Module):
     def neuron(self) -> DeployedNeuron | None:
         return self.dw.neuron
 
+    @property
+    def last(self) -> Projection:
+        return self.dw.projection
+
     def forward(self, x: Tensor, spikes: torch.dtype) -> Tensor:
-        return self.dw.currents(x)
+        return x
 
 
 class _Mlp(nn.Module):
-    """Spikes [T, B, N, C] to input currents of the same shape."""
+    """Spikes [T, B, N, C] to those of the hidden layer, [T, B, N, C']."""
 
     batch_coupled = False
 
@@ -221,9 +234,13 @@ class _Mlp(nn.Module):
     def neuron(self) -> DeployedNeuron | None:
         return self.fc2.neuron
 
+    @property
+    def last(self) -> Projection:
+        return self.fc2.projection
+
     def forward(self, x: Tensor, spikes: torch.dtype) -> Tensor:
         assert self.fc1.neuron is not None
-        return _tokens(self.fc2.projection, ops.fire(_tokens(self.fc1.projection, x), self.fc1.neuron.spec, spikes))
+        return self.fc1.projection.fire(x, self.fc1.neuron.spec, spikes)
 
 
 _MIXERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
@@ -235,7 +252,7 @@ _MIXERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
 
 
 class DeployedBlock(nn.Module):
-    """`SpikingBlock`, in place."""
+    """`SpikingBlock`, in place. Its two branches give the input of their `last` projection, whose spikes are added."""
 
     def __init__(self, block: SpikingBlock, name: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -268,7 +285,7 @@ class DeployedBlock(nn.Module):
     @staticmethod
     def _branch(branch: Any, neuron: DeployedNeuron | None, x: Tensor, spikes: torch.dtype) -> None:
         s = x.contiguous() if neuron is None else ops.fire(x, neuron.spec, spikes)
-        _add(x, branch(s, spikes), branch.neuron, branch.batch_coupled)
+        _project_and_add(x, branch.last, branch(s, spikes), branch.neuron, branch.batch_coupled)
 
     def _portions(self, tokens: Tensor) -> Iterator[Tensor]:
         """Views of [T, B, N, C] as [T, 1, n, C], of about the same n."""

@@ -5,12 +5,12 @@ from torch import nn
 
 from ..models._hst import HierarchicalSpikingTransformer
 from .model import DeployedModel
-from .precision import PRECISIONS
+from .precision import PRECISIONS, PRODUCTS
 
 __all__ = ["deploy"]
 
 
-def deploy(model: nn.Module, precision: str = "fp32") -> DeployedModel:
+def deploy(model: nn.Module, precision: str = "fp32", products: str = "auto") -> DeployedModel:
     """Make a model for inference: the same answers in a fraction of the time.
 
     Batch norms are folded into the convolutions, tensors are channels last, and neurons run in kernels together with
@@ -25,6 +25,12 @@ def deploy(model: nn.Module, precision: str = "fp32") -> DeployedModel:
             "bf16": weights rounded to bfloat16; spikes are exact.
             "int8": weights rounded to 8 bits, symmetric, one scale per output channel; spikes and their sums are exact,
             and so are the sums of products.
+        products: What those convolutions do, on a CPU.
+            "events": add a spike's weights to the outputs that see it. Silence costs nothing: the sparser the spikes,
+            the faster. Currents are float32.
+            "dense": multiply matrices of spikes, most of them zeros, and weights.
+            "auto": events, except where a processor has matrix units (AMX) for the precision. On other devices and in
+            float64 products are dense.
 
     Returns:
         The model, in eval mode, on the original's device.
@@ -39,6 +45,8 @@ def deploy(model: nn.Module, precision: str = "fp32") -> DeployedModel:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown, choose one of {list(PRECISIONS)}")
+    if products not in PRODUCTS:
+        raise ValueError(f"products={products!r} is unknown, choose one of {list(PRODUCTS)}")
     if not isinstance(model, HierarchicalSpikingTransformer):
         raise TypeError(
             f"model is a {type(model).__name__}, expected a QKFormer or MaxFormer, without a wrapper around it (take "
@@ -46,4 +54,4 @@ def deploy(model: nn.Module, precision: str = "fp32") -> DeployedModel:
         )
     # Not as inference tensors: load_state_dict could not write to them later.
     with torch.inference_mode(False), torch.no_grad():
-        return DeployedModel(model, precision)
+        return DeployedModel(model, precision, products)

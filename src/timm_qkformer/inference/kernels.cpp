@@ -1,113 +1,16 @@
 // Spiking neurons of deployed models, fused with what lies next to them. The readable versions are in reference.py,
-// equations and symbols in layers/dynamics.py.
+// equations and symbols in layers/dynamics.py; what comes before this file is neurons.cpp.
 //
 // Tensors are channels last, [T, B, N, C] with N tokens or [T, B, H, W, C] with pixels, C contiguous. X is the type of
 // the input currents, S that of spikes and spike sums (1 byte where they feed int8 products). Potentials are float, or
 // double for double currents. A block of neurons runs through all T steps while its potentials stay in the cache.
-//
-// Compiled without contraction to fused multiply-adds: same spikes as step-by-step torch operations.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("tree-loop-vectorize")  // Inductor, whose flags these are, writes out vectors itself
-#endif
-
-#ifdef _MSC_VER
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C"
-#endif
-
 namespace {
-
-using Int = std::int64_t;
 
 constexpr Int BLOCK = 256;  // neurons that advance together
-
-struct BFloat16 {
-    std::uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline float load(BFloat16 x) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-// Whole numbers up to 256, which all of the types hold exactly.
-template <class S>
-inline S whole(std::int32_t n) {
-    return static_cast<S>(n);
-}
-template <>
-inline BFloat16 whole<BFloat16>(std::int32_t n) {
-    const float value = static_cast<float>(n);
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return {static_cast<std::uint16_t>(bits >> 16)};
-}
-template <class S>
-inline std::int32_t count(S s) {
-    return static_cast<std::int32_t>(s);
-}
-inline std::int32_t count(BFloat16 s) { return static_cast<std::int32_t>(load(s)); }
-
-template <class X>
-struct Membrane {
-    using type = float;
-};
-template <>
-struct Membrane<double> {
-    using type = double;
-};
-
-}  // namespace
-
-// What reference.py calls a NeuronSpec.
-struct Neuron {
-    double leak;
-    double threshold;
-    std::int32_t soft_reset;
-    std::int32_t decay_input;
-};
-
-namespace {
-
-// One time step of n neurons: advances v, tells in `fired` who fires. As wide as a float, flags cost no conversion.
-template <bool decay_input, bool soft_reset, class X, class V>
-inline void step_as(const X* __restrict x, V* __restrict v, std::int32_t* __restrict fired, Int n, V leak, V threshold) {
-    for (Int i = 0; i < n; ++i) {
-        const V current = load(x[i]);
-        const V h = decay_input ? v[i] + (current - v[i]) * leak : v[i] - v[i] * leak + current;
-        const V reset = soft_reset ? h - threshold : V(0);
-        fired[i] = h >= threshold ? 1 : 0;
-        v[i] = h >= threshold ? reset : h;
-    }
-}
-
-template <class X, class V>
-inline void step(const X* x, V* v, std::int32_t* fired, Int n, const Neuron& neuron) {
-    const V leak = static_cast<V>(neuron.leak), threshold = static_cast<V>(neuron.threshold);
-    if (neuron.decay_input) {
-        if (neuron.soft_reset)
-            step_as<true, true>(x, v, fired, n, leak, threshold);
-        else
-            step_as<true, false>(x, v, fired, n, leak, threshold);
-    } else {
-        if (neuron.soft_reset)
-            step_as<false, true>(x, v, fired, n, leak, threshold);
-        else
-            step_as<false, false>(x, v, fired, n, leak, threshold);
-    }
-}
 
 // Spikes of currents [T, M], with `sums` added if there are any. Steps lie x_step, sums_step and out_step apart.
 template <class X, class S>

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..layers import MeanReadout, MembraneReadout, as_sequence, count_time_steps
 from ..models._hst import HierarchicalSpikingTransformer
 from .blocks import DeployedStage, DeployedUnit
-from .precision import spikes_dtype, weights_dtype
+from .precision import adds_events, spikes_dtype, weights_dtype
+from .projection import Projection
 
 __all__ = ["DeployedModel"]
 
@@ -35,12 +36,13 @@ class DeployedModel(nn.Module):
     Args:
         model: The original, which stays as it is.
         precision: "fp32", "bf16" or "int8".
+        products: "auto", "events" or "dense".
 
     Raises:
         TypeError, ValueError: See `deploy`.
     """
 
-    def __init__(self, model: HierarchicalSpikingTransformer, precision: str) -> None:
+    def __init__(self, model: HierarchicalSpikingTransformer, precision: str, products: str) -> None:
         super().__init__()
         if type(model.readout) not in (MeanReadout, MembraneReadout):
             raise TypeError(f"readout is a {type(model.readout).__name__}, expected MeanReadout or MembraneReadout")
@@ -67,20 +69,26 @@ class DeployedModel(nn.Module):
         self.reduction: int = self.feature_info[len(stages) - 1]["reduction"]
         # Sequences that run across samples cannot be cut between them.
         self.batch_coupled = any(getattr(module, "batch_coupled", False) for module in self.modules())
-        if precision == "int8":
-            self._check_sums()
-        spikes_dtype(precision, self.stem.projection.weight)  # warns here rather than in the first batch
+        fits = self._sums_fit(precision, products)
+        self.events = fits and stem_dtype == torch.float32 and adds_events(products, precision)
+        for module in self.stages.modules():
+            if isinstance(module, Projection):
+                module.events = self.events
+        spikes_dtype(precision, self.stem.projection.weight, self.events)  # warns here rather than in the first batch
 
-    def _check_sums(self) -> None:
+    def _sums_fit(self, precision: str, products: str) -> bool:
+        """Whether a byte holds all sums of spikes."""
         largest = 1
         for i, stage in enumerate(self.stages):
             assert isinstance(stage, DeployedStage)
             largest = stage.largest_sum(largest)
-            if largest > _MAX_SUM:
+            if largest > _MAX_SUM and (precision == "int8" or products == "events"):
+                asked = 'precision="int8"' if precision == "int8" else 'products="events"'
                 raise ValueError(
-                    f'precision="int8": sums of spikes in stages.{i} can reach {largest}, 8-bit arithmetic is exact up '
-                    f'to {_MAX_SUM}: use "bf16" or "fp32"'
+                    f"{asked}: sums of spikes in stages.{i} can reach {largest}, 8-bit arithmetic is exact up to "
+                    f'{_MAX_SUM}: use "bf16" or "fp32" with products="auto"'
                 )
+        return largest <= _MAX_SUM
 
     # Of the original, unbound: they need nothing but what is here.
     set_time_steps = HierarchicalSpikingTransformer.set_time_steps
@@ -144,7 +152,7 @@ class DeployedModel(nn.Module):
     def _run(self, sequence: Tensor, time_steps: int, take: list[int], stages: int) -> list[Tensor]:
         """`_maps` of a few samples [T or 1, B, C, H, W]."""
         weight = self.stem.projection.weight
-        spikes = spikes_dtype(self.precision, weight)
+        spikes = spikes_dtype(self.precision, weight, self.events)
         x = sequence.permute(0, 1, 3, 4, 2).to(weight.dtype).contiguous()
         x = self.stem(x, spikes, time_steps)
         maps = []

@@ -1,4 +1,4 @@
-"""The kernels of `kernels.cpp`, compiled on this machine for the types that are asked for, when they are first needed.
+"""The kernels of `kernels.cpp` and `events.cpp`, compiled on this machine when they are first needed.
 
 torch's own compiler driver does the work: it finds the C++ compiler, chooses the flags that Inductor's kernels are
 built with (this processor's instructions, torch's OpenMP runtime, no contraction of products and sums), and keeps the
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..layers import current_lif_backend
 from .neurons import NeuronSpec
 
-__all__ = ["kernel", "neuron_operand"]
+__all__ = ["event_kernel", "kernel", "neuron_operand"]
 
 # (currents, spikes), as kernels.cpp spells them
 _TYPES: dict[tuple[torch.dtype, torch.dtype], str] = {
@@ -36,6 +36,17 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "token_attention": [_POINTER, _POINTER, *[_INT] * 5, _POINTER, _THREADS],
     "channel_attention": [_POINTER, _POINTER, *[_INT] * 5, _POINTER, _THREADS],
     "self_attention": [_POINTER, _POINTER, *[_INT] * 5, ctypes.c_double, _POINTER, _THREADS],
+}
+
+# Input, weights, bias, scale; M, H, W, C, C', side, stride, width of a tile
+_CONVOLUTION: list[Any] = [*[_POINTER] * 4, *[_INT] * 8]
+_EVENT_ARGUMENTS: dict[str, list[Any]] = {
+    f"{name}_{weights}": arguments
+    for weights in ("float32", "int16")
+    for name, arguments in (
+        ("convolve", [*_CONVOLUTION, _POINTER, _THREADS]),
+        ("convolve_fire", [*_CONVOLUTION, _INT, _POINTER, _POINTER, _INT, _POINTER, _INT, _THREADS]),
+    )
 }
 
 _libraries: dict[str, ctypes.CDLL | None] = {}
@@ -65,33 +76,42 @@ def kernel(name: str, x: Tensor, out: Tensor) -> Callable[..., None] | None:
     types = _TYPES.get((x.dtype, out.dtype))
     if types is None or not x.is_cpu or x.numel() == 0 or current_lif_backend() not in ("auto", "compile"):
         return None
-    if types not in _libraries:
+    suffix = types.split(",")[0]
+    library = _library(types, "kernels.cpp", f"KERNELS({types})\n", {f"{n}_{suffix}": a for n, a in _ARGUMENTS.items()})
+    return None if library is None else getattr(library, f"{name}_{suffix}")
+
+
+def event_kernel(name: str, weights: torch.dtype, x: Tensor) -> Callable[..., None] | None:
+    """A kernel of events.cpp for spikes x and weights in float32 or int16; None as for `kernel`."""
+    if not x.is_cpu or x.numel() == 0 or current_lif_backend() not in ("auto", "compile"):
+        return None
+    library = _library("events", "events.cpp", "", _EVENT_ARGUMENTS)
+    return None if library is None else getattr(library, f"{name}_{str(weights).removeprefix('torch.')}")
+
+
+def _library(key: str, file: str, instances: str, functions: dict[str, list[Any]]) -> ctypes.CDLL | None:
+    if key not in _libraries:
         with _compiling:
-            if types not in _libraries:
-                _libraries[types] = _compile(types)
-    library = _libraries[types]
-    return None if library is None else getattr(library, f"{name}_{types.split(',')[0]}")
+            if key not in _libraries:
+                _libraries[key] = _compile(file, instances, functions)
+    return _libraries[key]
 
 
-def _compile(types: str) -> ctypes.CDLL | None:
+def _compile(file: str, instances: str, functions: dict[str, list[Any]]) -> ctypes.CDLL | None:
     try:
         from torch._inductor.codecache import CppCodeCache  # not at import: it takes seconds
 
-        source = files(__package__).joinpath("kernels.cpp").read_text()
-        library = CppCodeCache.load(f"{source}\nKERNELS({types})\n")
-        _declare(library, types.split(",")[0])
+        source = "\n".join(files(__package__).joinpath(name).read_text() for name in ("neurons.cpp", file))
+        library: ctypes.CDLL = CppCodeCache.load(f"{source}\n{instances}")
+        for name, arguments in functions.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
     except Exception as error:
         warnings.warn(
-            "deployed models run their neurons as single torch operations on this machine because the fused kernels do "
-            f"not compile, which costs speed but changes no result: {type(error).__name__}: {error}",
+            f"deployed models run without the kernels of {file} on this machine because they do not compile, which "
+            f"costs speed but changes no result: {type(error).__name__}: {error}",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
     return library
-
-
-def _declare(library: ctypes.CDLL, suffix: str) -> None:
-    for name, arguments in _ARGUMENTS.items():
-        function = getattr(library, f"{name}_{suffix}")
-        function.argtypes, function.restype = arguments, None

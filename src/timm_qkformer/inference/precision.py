@@ -5,9 +5,10 @@ import warnings
 import torch
 from torch import Tensor
 
-__all__ = ["PRECISIONS", "has_onednn", "spikes_dtype", "weights_dtype"]
+__all__ = ["PRECISIONS", "PRODUCTS", "adds_events", "has_onednn", "spikes_dtype", "weights_dtype"]
 
 PRECISIONS = ("fp32", "bf16", "int8")
+PRODUCTS = ("auto", "events", "dense")
 
 _warned: set[str] = set()
 
@@ -17,13 +18,28 @@ def weights_dtype(precision: str, full: torch.dtype) -> torch.dtype:
     return {"fp32": full, "bf16": torch.bfloat16, "int8": torch.int8}[precision]
 
 
-def spikes_dtype(precision: str, like: Tensor) -> torch.dtype:
+def adds_events(products: str, precision: str) -> bool:
+    """Whether convolutions on CPUs add the weights of spikes up, event by event, rather than multiply matrices.
+
+    "auto" does, unless this machine has matrix units (AMX) for the precision. It is a matter of the machine and never
+    of the data, so that a sample's answer does not depend on others.
+    """
+    matrix_unit = {"bf16": "amx_bf16", "int8": "amx_int8"}.get(precision, "")
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
+    has_unit = bool(capabilities.get(matrix_unit))
+    return products == "events" or (products == "auto" and not has_unit)
+
+
+def spikes_dtype(precision: str, like: Tensor, events: bool = False) -> torch.dtype:
     """What spikes are stored in, which decides the arithmetic of the convolutions that take them.
 
-    Where the device has no arithmetic for the precision, weights keep their values and products are taken in full
-    precision, that of the tensor `like`; the first time, a warning says so.
+    For events, which CPUs add up, bytes. For dense products, what is multiplied: where the device has no arithmetic for
+    the precision, weights keep their values and products are taken in full precision, that of the tensor `like`; the
+    first time, a warning says so.
     """
     device = like.device
+    if events and device.type == "cpu":
+        return torch.uint8
     if precision == "bf16":
         if has_onednn(torch.bfloat16, device) or (device.type == "cuda" and torch.cuda.is_bf16_supported(False)):
             return torch.bfloat16

@@ -1,7 +1,8 @@
-"""Convolutions of deployed models: spikes and images in, input currents out, in the arithmetic of their input's dtype.
+"""Convolutions of deployed models: spikes and images in, input currents out.
 
-oneDNN runs them where it can, with weights in the layout that it likes best. That layout is made when it is first
-needed and never saved: `state_dict`, copies and pickles hold plain tensors.
+Spikes as bytes run event by event (events.py), everything else as dense products in the arithmetic of its dtype, by
+oneDNN where it can. Both want weights in a layout of their own. That layout is made when it is first needed and never
+saved: `state_dict`, copies and pickles hold plain tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
 from .derived import DerivedState
+from .events import EventWeights
+from .neurons import NeuronSpec
 from .precision import has_onednn
 from .weights import Folded, quantise
 
@@ -19,15 +23,16 @@ __all__ = ["Projection"]
 
 
 class _Packed(NamedTuple):
-    key: object  # what it was made of
-    run: Callable[[Tensor], Tensor]
+    key: object  # what they were made of
+    weights: Any
 
 
 class Projection(DerivedState):
     """Convolution with its batch norm folded in, channels last: [N, H, W, C] to input currents [N, H', W', C'].
 
-    Products are int8 x uint8 with int32 sums for uint8 input, bfloat16 with float32 sums for bfloat16 input, and of the
-    input's own dtype otherwise. Currents are float32 for uint8 input and of the input's dtype otherwise.
+    Spikes as bytes (uint8) are added up event by event if `events`, in float32 or, for int8 weights, in integers; else
+    they are multiplied with int8 weights where oneDNN does that. Other input is multiplied in its own dtype. Currents
+    are float32 for spikes as bytes and of the input's dtype otherwise.
 
     Args:
         folded: Convolutions of the same input, side by side in the result.
@@ -48,6 +53,7 @@ class Projection(DerivedState):
             weight, scale = quantise(weight)
         self.stride = stride
         self.groups = groups
+        self.events = False
         self.kernel_size = weight.shape[-1]
         self.register_buffer("weight", weight.to(dtype))
         self.register_buffer("bias", bias.to(torch.float64 if dtype == torch.float64 else torch.float32))
@@ -67,26 +73,71 @@ class Projection(DerivedState):
         return self.kernel_size == 1 and self.groups == 1
 
     def forward(self, x: Tensor) -> Tensor:
-        packed: _Packed | None = self.derived.get(x.dtype)
-        key = tuple((tensor.data_ptr(), tensor._version) for tensor in (self.weight, self.bias))
-        if packed is None or packed.key != key:
-            packed = self.derived[x.dtype] = _Packed(key, self._pack(x))
+        events = self._event_weights(x)
+        if events is not None:
+            return events.currents(x)
+        if x.dtype == torch.uint8 and not self._multiplies_bytes(x):
+            x = x.to(self.bias.dtype)
+        run: Callable[[Tensor], Tensor] = self._packed(x.dtype, lambda: self._pack(x))
         if self.is_matrix:
             if self.stride > 1:
                 x = x[:, :: self.stride, :: self.stride]
-            return packed.run(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
-        return packed.run(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+            return run(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
+        return run(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+
+    def fire(self, x: Tensor, neuron: NeuronSpec, dtype: torch.dtype, sums: Tensor | None = None) -> Tensor:
+        """Neurons after the convolution: [T, B, H, W, C] to spikes [T, B, H', W', C'], in one kernel if there is one.
+
+        Args:
+            x: Spikes or, H left out, spikes of tokens.
+            neuron: The neurons.
+            dtype: Of the result.
+            sums: Spike sums of the result's shape and dtype, to which the spikes are added in place.
+        """
+        pixels = x if x.dim() == 5 else x.unsqueeze(2)
+        events = self._event_weights(pixels)
+        dense_steps = sums is None or sums[0].is_contiguous()
+        if events is not None and dtype == torch.uint8 and dense_steps and events.can_fire(len(x)):
+            spikes = events.fire(pixels, neuron, sums)
+            return spikes if sums is not None or x.dim() == 5 else spikes.squeeze(2)
+        return ops.fire(self.currents(x), neuron, dtype, sums=sums, out=sums)
+
+    def currents(self, x: Tensor) -> Tensor:
+        """[T, B, H, W, C] or, for tokens, [T, B, N, C] to input currents, likewise."""
+        images = x.flatten(0, 1)
+        if x.dim() == 4:
+            return self(images.unsqueeze(1)).squeeze(1).unflatten(0, x.shape[:2])
+        return self(images).unflatten(0, x.shape[:2])
+
+    def _packed(self, way: object, pack: Callable[[], Any]) -> Any:
+        """What `pack` makes of the weights, kept until they change."""
+        packed: _Packed | None = self.derived.get(way)
+        key = tuple((tensor.data_ptr(), tensor._version) for tensor in (self.weight, self.bias))
+        if packed is None or packed.key != key:
+            with torch.inference_mode(False), torch.no_grad():
+                packed = self.derived[way] = _Packed(key, pack())
+        return packed.weights
+
+    def _event_weights(self, x: Tensor) -> EventWeights | None:
+        if not self.events or self.groups > 1 or not EventWeights.take(self.weight, x):
+            return None
+        weights: EventWeights = self._packed(
+            "events", lambda: EventWeights(self.weight, self.bias, self.scale, self.stride)
+        )
+        return weights
+
+    def _multiplies_bytes(self, x: Tensor) -> bool:
+        return self.weight.dtype == torch.int8 and has_onednn(torch.uint8, x.device)
 
     def _pack(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        with torch.inference_mode(False), torch.no_grad():
-            if x.dtype == torch.uint8:
-                return self._pack_int8(x)
-            weight = self.weight.to(x.dtype)
-            if self.scale is not None:
-                weight = weight * self.scale.to(x.dtype).view(-1, 1, 1, 1)
-            if has_onednn(x.dtype, x.device):
-                return self._pack_onednn(x, weight)
-            return self._plain(weight, self.bias.to(x.dtype))
+        if x.dtype == torch.uint8:
+            return self._pack_int8(x)
+        weight = self.weight.to(x.dtype)
+        if self.scale is not None:
+            weight = weight * self.scale.to(x.dtype).view(-1, 1, 1, 1)
+        if has_onednn(x.dtype, x.device):
+            return self._pack_onednn(x, weight)
+        return self._plain(weight, self.bias.to(x.dtype))
 
     def _plain(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
         if self.is_matrix:

@@ -1,0 +1,166 @@
+"""Event-driven convolutions against dense ones."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from timm_qkformer.inference import events, native, ops, precision, projection
+from timm_qkformer.inference.neurons import NeuronSpec
+from timm_qkformer.inference.projection import Projection
+from timm_qkformer.inference.weights import Folded
+from timm_qkformer.layers import set_lif_backend
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int8]
+SHAPES = {  # input [N, H, W, C], output channels, side, stride
+    "tokens": ((3, 1, 70, 64), 96, 1, 1),
+    "odd": ((2, 7, 5, 13), 19, 3, 1),
+    "strided": ((2, 9, 8, 24), 64, 3, 2),
+    "strided pixels": ((1, 9, 8, 24), 48, 1, 2),
+    "wide kernel": ((1, 6, 11, 8), 16, 5, 1),
+    "one pixel": ((1, 1, 1, 3), 2, 3, 1),
+    "more pixels than a thread takes": ((2, 13, 17, 9), 130, 3, 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def _compiler():
+    if native.event_kernel("convolve", torch.float32, torch.zeros(1, dtype=torch.uint8)) is None:
+        pytest.skip("no C++ compiler here")
+
+
+def make(channels, outputs, side=1, stride=1, dtype=torch.float32):
+    weight = torch.randn(outputs, channels, side, side, dtype=torch.float64) / (channels * side**2) ** 0.5
+    unit = Projection([Folded(weight, torch.randn(outputs, dtype=torch.float64))], stride, 1, dtype)
+    unit.events = True
+    return unit
+
+
+def spikes(shape, rate=0.2, largest=1):
+    return (torch.rand(shape) < rate).to(torch.uint8) * torch.randint(1, largest + 1, shape, dtype=torch.uint8)
+
+
+def dense(unit, x):
+    """In float64, with the unit's own weights."""
+    weight = unit.weight.double()
+    if unit.scale is not None:
+        weight = weight * unit.scale.double().view(-1, 1, 1, 1)
+    out = F.conv2d(x.double().permute(0, 3, 1, 2), weight, unit.bias.double(), unit.stride, unit.kernel_size // 2)
+    return out.permute(0, 2, 3, 1)
+
+
+def check(unit, x):
+    currents = unit(x)
+    assert "events" in unit.derived
+    assert currents.dtype == torch.float32
+    assert currents.is_contiguous()
+    torch.testing.assert_close(currents.double(), dense(unit, x), rtol=1e-5, atol=1e-5 * max(1, int(x.max())))
+    return currents
+
+
+@pytest.mark.parametrize("largest", [1, 3, 129])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "outputs", "side", "stride"), SHAPES.values(), ids=SHAPES)
+def test_equals_the_dense_convolution(shape, outputs, side, stride, dtype, largest):
+    unit = make(shape[-1], outputs, side, stride, dtype)
+    for rate in (0.0, 0.05, 0.5, 1.0):
+        currents = check(unit, spikes(shape, rate, largest))
+    if largest == 1:
+        assert not torch.equal(currents, unit(spikes(shape, 0.0)))
+
+
+@pytest.mark.parametrize("largest", [1, 129])
+def test_8_bit_sums_do_not_overflow(largest):
+    """Thousands of the largest weights for each output, all of one sign."""
+    unit = make(3072, 32, dtype=torch.int8)
+    unit.weight.fill_(127)
+    unit.weight[::2] = -127
+    x = torch.full((2, 1, 3, 3072), largest, dtype=torch.uint8)
+    exact = 3072 * 127.0 * largest * torch.tensor([-1.0, 1.0]).repeat(16) * unit.scale + unit.bias
+    torch.testing.assert_close(unit(x), exact.expand(2, 1, 3, -1), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_answers_depend_on_neither_batch_nor_threads(dtype):
+    unit = make(40, 64, 3, dtype=dtype)
+    x = spikes((5, 9, 9, 40), 0.3, 3)
+    expected = unit(x)
+    assert torch.equal(torch.cat([unit(one) for one in x.split(1)]), expected)
+    noisy = torch.cat([x[:1], torch.full_like(x, 7)])
+    assert torch.equal(unit(noisy)[:1], expected[:1])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(unit(x), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+NEURONS = [NeuronSpec(0.5, 1.0, False, True), NeuronSpec(0.25, 0.7, True, False)]
+
+
+@pytest.mark.parametrize("neuron", NEURONS, ids=str)
+@pytest.mark.parametrize("steps", [1, 4, 19, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("outputs", "side", "stride"), [(64, 1, 1), (96, 3, 1), (32, 3, 2), (48, 1, 2)])
+def test_neurons_that_follow_fire_alike(outputs, side, stride, dtype, steps, neuron):
+    unit = make(24, outputs, side, stride, dtype)
+    x = spikes((steps, 2, 7, 6, 24), 0.4, 2)
+    fired = unit.fire(x, neuron, torch.uint8)
+    expected = ops.fire(unit.currents(x), neuron, torch.uint8)
+    assert torch.equal(fired, expected)
+    assert steps == 1 or 0 < fired.float().mean() < 1
+    sums = torch.randint(0, 9, (steps, 5, *fired.shape[1:]), dtype=torch.uint8)[:, 2]
+    added = sums + expected
+    assert unit.fire(x, neuron, torch.uint8, sums) is sums
+    assert torch.equal(sums, added)
+
+
+@pytest.mark.parametrize(("steps", "outputs"), [(65, 32), (4, 19)])
+def test_neurons_fire_by_themselves_where_the_kernel_does_not_fit(steps, outputs):
+    unit = make(8, outputs, dtype=torch.int8)
+    x = spikes((steps, 2, 9, 8), 0.4)
+    assert torch.equal(unit.fire(x, NEURONS[0], torch.uint8), ops.fire(unit.currents(x), NEURONS[0], torch.uint8))
+    assert unit.fire(x, NEURONS[0], torch.float32).dtype == torch.float32
+
+
+def test_any_memory_layout():
+    unit = make(16, 16, 3)
+    x = spikes((2, 6, 5, 16))
+    for other in (x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), torch.cat([x, x], 3)[..., :16]):
+        assert torch.equal(unit(other), unit(x))
+
+
+def test_weights_follow_the_buffers():
+    unit, other = make(16, 16), make(16, 16)
+    x = spikes((1, 4, 4, 16))
+    assert not torch.equal(unit(x), other(x))
+    unit.load_state_dict(other.state_dict())
+    assert torch.equal(unit(x), other(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_products_stand_in(dtype, monkeypatch):
+    unit = make(24, 32, 3, dtype=dtype)
+    x = spikes((2, 6, 6, 24), 0.3, 3)
+    expected = check(unit, x)
+    with set_lif_backend("eager"):
+        torch.testing.assert_close(unit(x), expected)
+    monkeypatch.setattr(events, "_MOST_CHANNELS", 23)
+    torch.testing.assert_close(unit(x), expected)
+    monkeypatch.setattr(projection, "has_onednn", lambda *_: False)
+    unit.derived = {}
+    torch.testing.assert_close(unit(x), expected)
+    grouped = Projection([Folded(torch.randn(24, 1, 3, 3, dtype=torch.float64), torch.zeros(24))], 1, 24, dtype)
+    grouped.events = True
+    assert grouped(x).shape == (2, 6, 6, 24)
+    assert "events" not in grouped.derived
+
+
+def test_matrix_units_are_used_where_there_are_some(monkeypatch):
+    capabilities = {"amx_int8": True, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert [precision.adds_events("auto", p) for p in precision.PRECISIONS] == [True, True, False]
+    assert all(precision.adds_events("events", p) for p in precision.PRECISIONS)
+    assert not any(precision.adds_events("dense", p) for p in precision.PRECISIONS)
+    full = torch.empty(0, device="meta")
+    assert precision.spikes_dtype("fp32", full, events=True) == torch.float32
