@@ -13,8 +13,10 @@ __all__ = ["main"]
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for the picture (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=12, help="passes over the training digits (%(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/demo"), help="folder for the pictures (%(default)s)"
+    )
+    parser.add_argument("--epochs", type=int, default=4, help="passes over the training digits (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="seed of everything random (%(default)s)")
 
 
@@ -171,7 +173,7 @@ def _validate(args: argparse.Namespace) -> None:
 # name: (help, add arguments, run)
 Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
 COMMANDS: dict[str, Command] = {
-    "demo": ("train a small model on handwritten digits and look inside", _add_demo, _demo),
+    "demo": ("classify photographs, fine-tune on handwritten digits, look inside", _add_demo, _demo),
     "convert": ("turn an upstream checkpoint into a folder for timm", _add_convert, _convert),
     "train": ("train a model on images or events, with timm's train.py's flags and recipes", _add_train, _train),
     "validate": ("measure a model's accuracy on images or events", _add_validate, _validate),

@@ -1,53 +1,73 @@
-"""What rounded weights cost a model that has been trained, on real images: the demo's, on scikit-learn's digits."""
+"""What rounded weights cost a model that has been trained, on photographs: the shipped one for CIFAR-10."""
+
+import tarfile
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from tests.golden import SHARED
+from timm.data import create_dataset, create_transform, resolve_model_data_config
 
 import timm_qkformer
-from timm_qkformer.training import demo
+from timm_qkformer.training.demo import MODEL
+from timm_qkformer.training.demo.photographs import classify_photographs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+# Least cosine similarity of the maps and least share of the same top-1; measured is more, see docs/deploy.md. Spikes
+# flip wherever a potential is within the rounding error of the threshold, and T = 2 steps leave coarse rates.
+PRECISIONS = [("fp32", 0.999, 0.99), ("bf16", 0.88, 0.92), ("int8", 0.86, 0.92)]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The model, held-out images and their labels."""
-    pytest.importorskip("sklearn")
-    folder = tmp_path_factory.mktemp("digits")
-    timm.utils.random_seed(42)
-    demo._write_digits(folder, seed=42)
-    model = timm.create_model(demo.MODEL, **demo.MODEL_ARGS)
-    demo._train(model, folder, epochs=12)
-    images, labels = (torch.cat(parts) for parts in zip(*demo._loader(folder, "test", 64), strict=True))
-    return model.eval(), images, labels
+def trained():
+    return timm.create_model(MODEL, pretrained=True).eval()
 
 
-@pytest.mark.parametrize(("precision", "least_similarity"), [("fp32", 0.999), ("bf16", 0.95), ("int8", 0.95)])
-@torch.inference_mode()
-def test_answers_as_the_plain_model(trained, precision, least_similarity, capsys):
-    model, images, labels = trained
+@pytest.fixture(scope="module")
+def photographs(trained):
+    return classify_photographs(trained)
+
+
+def compare(model, precision, images):
+    """Cosine similarity of the firing-rate maps, and the share of images with the same top-1."""
     features = model.forward_features(images)
-    answers = model.forward_head(features).argmax(1)
     deployed = timm_qkformer.deploy(model, precision)
     found = deployed.forward_features(images)
-    similarity = F.cosine_similarity(found.flatten(), features.flatten(), 0).item()
-    same = (deployed.forward_head(found).argmax(1) == answers).float().mean().item()
-    right = (answers == labels).float().mean().item()
-    with capsys.disabled():
-        print(
-            f"\n{precision}: cosine similarity {similarity:.5f}, same top-1 {same:.2%}; plain model right {right:.2%}"
-        )
-    assert right > 0.95  # it has learned
-    assert same >= 0.98
+    same = deployed.forward_head(found).argmax(1) == model.forward_head(features).argmax(1)
+    return F.cosine_similarity(found.flatten(), features.flatten(), 0).item(), same.float().mean().item()
+
+
+@pytest.mark.parametrize(("precision", "least_similarity", "least_same"), PRECISIONS)
+@torch.inference_mode()
+def test_photographs_as_the_plain_model(trained, photographs, precision, least_similarity, least_same):
+    similarity, same = compare(trained, precision, photographs.images)
     assert similarity > least_similarity
+    assert same >= least_same - 0.025  # 40 photographs: one more may differ
 
 
 @torch.inference_mode()
-def test_in_float64_spike_for_spike(trained):
-    model, images, _ = trained
-    exact = timm.create_model(demo.MODEL, **demo.MODEL_ARGS).double().eval()
-    exact.load_state_dict(model.state_dict())
-    images = images.double()
+def test_in_float64_spike_for_spike(trained, photographs):
+    exact = timm.create_model(MODEL).double().eval()
+    exact.load_state_dict(trained.state_dict())
+    images = photographs.images[::4].double()
     assert torch.equal(timm_qkformer.deploy(exact).forward_features(images), exact.forward_features(images))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "least_similarity", "least_same"), PRECISIONS)
+@torch.inference_mode()
+def test_a_thousand_images_as_the_plain_model(trained, precision, least_similarity, least_same, tmp_path, capsys):
+    archive = SHARED / "data" / "cifar10.tar.gz"
+    if not archive.exists():
+        pytest.skip(f"needs {archive.name} of the shared data")
+    with tarfile.open(archive) as tar:
+        wanted = [member for member in tar.getmembers() if "/test/" in member.name]
+        tar.extractall(tmp_path, members=wanted, filter="data")
+    transform = create_transform(**resolve_model_data_config(trained), is_training=False)
+    dataset = create_dataset("", tmp_path / "cifar10", split="test", transform=transform)
+    images = torch.stack([dataset[i][0] for i in range(0, len(dataset), 10)])
+    similarity, same = compare(trained, precision, images)
+    with capsys.disabled():
+        print(f"\n{precision}: cosine similarity {similarity:.5f}, same top-1 {same:.2%} of {len(images)}")
+    assert similarity > least_similarity
+    assert same >= least_same

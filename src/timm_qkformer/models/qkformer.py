@@ -271,6 +271,7 @@ _CIFAR10: dict[str, Any] = {
     "mean": (0.4914, 0.4822, 0.4465),
     "std": (0.2470, 0.2435, 0.2616),
 }
+_CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 default_cfgs = generate_default_cfgs(
     {
@@ -280,7 +281,7 @@ default_cfgs = generate_default_cfgs(
         "qkformer_hst10_768.ft288_in1k": _pending("qkformer_hst10_768.ft288_in1k", 288),
         "qkformer_hst10_768.ft384_in1k": _pending("qkformer_hst10_768.ft384_in1k", 384),
         "qkformer_hst4_384.untrained": _cfg(**{**_CIFAR10, "pool_size": (8, 8)}),
-        "qkformer_hst3_256.untrained": _cfg(**_CIFAR10),
+        "qkformer_hst3_256.cifar10": _shipped("qkformer_hst3_256.cifar10", label_names=_CIFAR10_CLASSES, **_CIFAR10),
         "qkformer_hst3_128.nmnist": _shipped(
             "qkformer_hst3_128.nmnist",
             num_classes=10,
