@@ -38,6 +38,12 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "self_attention": [_POINTER, _POINTER, *[_INT] * 5, ctypes.c_double, _POINTER, _THREADS],
 }
 
+# The functions of each library of kernels.cpp, by their names there.
+_FUNCTIONS = {
+    types: {f"{name}_{types.split(',')[0]}": arguments for name, arguments in _ARGUMENTS.items()}
+    for types in _TYPES.values()
+}
+
 # Input, weights, bias, scale; M, H, W, C, C', side, stride, width of a tile
 _CONVOLUTION: list[Any] = [*[_POINTER] * 4, *[_INT] * 8]
 _EVENT_ARGUMENTS: dict[str, list[Any]] = {
@@ -74,19 +80,22 @@ def kernel(name: str, x: Tensor, out: Tensor) -> Callable[..., None] | None:
     warning, on machines that cannot compile it. The caller passes torch's number of threads last.
     """
     types = _TYPES.get((x.dtype, out.dtype))
-    if types is None or not x.is_cpu or x.numel() == 0 or current_lif_backend() not in ("auto", "compile"):
+    if types is None or not _wanted(x):
         return None
-    suffix = types.split(",")[0]
-    library = _library(types, "kernels.cpp", f"KERNELS({types})\n", {f"{n}_{suffix}": a for n, a in _ARGUMENTS.items()})
-    return None if library is None else getattr(library, f"{name}_{suffix}")
+    library = _library(types, "kernels.cpp", f"KERNELS({types})\n", _FUNCTIONS[types])
+    return None if library is None else getattr(library, f"{name}_{types.split(',')[0]}")
 
 
 def event_kernel(name: str, weights: torch.dtype, x: Tensor) -> Callable[..., None] | None:
     """A kernel of events.cpp for spikes x and weights in float32 or int16; None as for `kernel`."""
-    if not x.is_cpu or x.numel() == 0 or current_lif_backend() not in ("auto", "compile"):
+    if not _wanted(x):
         return None
     library = _library("events", "events.cpp", "", _EVENT_ARGUMENTS)
     return None if library is None else getattr(library, f"{name}_{str(weights).removeprefix('torch.')}")
+
+
+def _wanted(x: Tensor) -> bool:
+    return x.is_cpu and x.numel() > 0 and current_lif_backend() in ("auto", "compile")
 
 
 def _library(key: str, file: str, instances: str, functions: dict[str, list[Any]]) -> ctypes.CDLL | None:
