@@ -26,8 +26,8 @@ def test_wheel_contents(wheel):
     assert "timm_qkformer/py.typed" in names
     assert "timm_qkformer/training/recipes/cifar10.yaml" in names
     assert "timm_qkformer/training/results/ablations.json" in names
-    for name in ("neurons", "kernels", "events"):
-        assert f"timm_qkformer/inference/{name}.cpp" in names
+    for name in ("layers/neurons", "layers/events", "inference/kernels"):
+        assert f"timm_qkformer/{name}.cpp" in names
     assert "timm_qkformer/training/demo/cifar10.png" in names
     assert "timm_qkformer/models/weights/qkformer_hst3_256.cifar10.safetensors" in names
     assert "timm_qkformer/models/weights/qkformer_hst3_128.nmnist.safetensors" in names

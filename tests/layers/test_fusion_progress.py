@@ -53,8 +53,9 @@ def test_without_it_the_count_begins_anew(compiled, monkeypatch):
 
 def test_kernels_of_another_version_are_left_out(compiled):
     call(LIF())
-    (first, *rest) = fusion_progress()
+    (first, *rest, events) = fusion_progress()
+    assert events["kernel"] == "events"
     first["unheard_of"] = 1
     fused._entries.clear()
-    resume_fusion([first, *rest])
+    resume_fusion([first, *rest, events])
     assert len(fused._entries) == len(rest)

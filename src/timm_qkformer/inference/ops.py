@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..layers.native import neuron_operand
 from . import reference
-from .native import kernel, neuron_operand
+from .native import kernel
 from .neurons import NeuronSpec
 
 __all__ = ["channel_attention", "fire", "pool_fire", "self_attention", "token_attention"]

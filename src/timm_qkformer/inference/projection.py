@@ -1,8 +1,8 @@
 """Convolutions of deployed models: spikes and images in, input currents out.
 
-Spikes as bytes run event by event (events.py), everything else as dense products in the arithmetic of its dtype, by
-oneDNN where it can. Both want weights in a layout of their own. That layout is made when it is first needed and never
-saved: `state_dict`, copies and pickles hold plain tensors.
+Spikes as bytes run event by event (layers/events.py), everything else as dense products in the arithmetic of its
+dtype, by oneDNN where it can. Both want weights in a layout of their own. That layout is made when it is first needed
+and never saved: `state_dict`, copies and pickles hold plain tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layers.events import EventWeights
 from . import ops
 from .derived import DerivedState
-from .events import EventWeights
 from .neurons import NeuronSpec
 from .precision import has_onednn
 from .weights import Folded, quantise

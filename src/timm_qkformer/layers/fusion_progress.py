@@ -1,7 +1,8 @@
 """How far the backend "auto" is from compiling: for a resumed process to compile where the first one would have.
 
-Gradients of fused and eager neurons agree to rounding only. So a training run that is taken up again repeats its
-numbers to the bit if the neurons change over at the same call, and that follows from the work done before.
+Gradients of fused and eager neurons, and of convolutions event by event and dense, agree to rounding only. So a
+training run that is taken up again repeats its numbers to the bit if they change over at the same call, and that
+follows from the work done before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,27 +10,31 @@ from typing import Any
 
 import torch
 
-from . import fused
+from . import event_training, fused
 
 __all__ = ["fusion_progress", "resume_fusion"]
 
 _DTYPE, _DEVICE = "torch.dtype ", "torch.device "  # prefixes of values that are neither numbers nor plain text
+_EVENTS = {"kernel": "events"}
 
 
 def fusion_progress() -> list[dict[str, Any]]:
-    """For each kind of kernel, what it is and how many elements eager mode has processed in its stead.
+    """For each kind of kernel, what it is and how much work has been done in its stead.
 
     Numbers and text only, for a checkpoint.
     """
     with fused._counting:
-        return [{"work": entry.work, **_encoded(key)} for key, entry in fused._entries.items()]
+        neurons = [{"work": entry.work, **_encoded(key)} for key, entry in fused._entries.items()]
+    return [*neurons, {"work": event_training.work_done(), **_EVENTS}]
 
 
 def resume_fusion(progress: Sequence[Mapping[str, Any]]) -> None:
     """Count on from what `fusion_progress` gave in another process; kernels that this version lacks are left out."""
     for kernel in progress:
         fields = {name: _decoded(value) for name, value in kernel.items() if name != "work"}
-        if set(fields) == set(fused._Key._fields):
+        if fields == _EVENTS:
+            event_training.add_work(int(kernel["work"]))
+        elif set(fields) == set(fused._Key._fields):
             with fused._counting:
                 fused._entries.setdefault(fused._Key(**fields), fused._Entry()).work = int(kernel["work"])
 

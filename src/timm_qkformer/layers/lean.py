@@ -31,6 +31,7 @@ from torch.nn.modules import module as module_globals
 
 from .backend import current_lif_backend
 from .counts import counts_bound, note_counts, packed, unpack
+from .event_training import Choice, choose, event_products, event_weight_gradient
 from .fused import alias, fused_gradients, fused_spikes
 from .neurons import IF, LIF, ParametricLIF, SpikingNeuron
 from .recurrence import Affine, Dynamics, fire_steps, gradient_steps, membrane_dtype, scale_and_shift
@@ -182,9 +183,13 @@ class _ConvKeepsCounts(torch.autograd.Function):
         compute = _compute_dtype(x, dtype)
         w = weight.to(dtype).to(compute)
         b = None if bias is None else bias.to(dtype).to(compute)
+        ctx.stride = [1, 1] if ctx.sampled else conv.stride
+        are_counts = bound > 0 and conv.groups == 1
+        ctx.events = choose(x, w, ctx.stride, conv.padding, conv.dilation) if are_counts else Choice()
+        if ctx.events.products:
+            return event_products(x, w, b, ctx.stride[0]).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            stride = [1, 1] if ctx.sampled else conv.stride
-            y = F.conv2d(x.to(compute), w, b, stride, conv.padding, conv.dilation, conv.groups)
+            y = F.conv2d(x.to(compute), w, b, ctx.stride, conv.padding, conv.dilation, conv.groups)
         return y.to(dtype)
 
     @staticmethod
@@ -194,22 +199,28 @@ class _ConvKeepsCounts(torch.autograd.Function):
         x_dtype, dtype, bias_dtype = ctx.dtypes
         compute = _compute_dtype(weight, dtype)
         conv = ctx.conv
+        needs_x, _, needs_w, needs_b = ctx.needs_input_grad[:4]
+        grad = grad_outputs[0].to(compute)
+        w = weight.to(dtype).to(compute)
+        grad_w = None
+        if ctx.events.weight_gradient and needs_w:
+            spikes = unpack(saved.pop(), ctx.bound, ctx.shape, torch.uint8)
+            grad_w = event_weight_gradient(_every(spikes, conv) if ctx.sampled else spikes, grad, w, ctx.stride[0])
+            needs_w = False
         if saved and ctx.bound == 0:
             x = saved[0].to(compute)
         else:
             if saved:
                 x = unpack(saved[0], ctx.bound, ctx.shape, compute)
-            else:  # a frozen weight: of the input the shape and the memory format alone are asked for
+            else:  # of the input, the shape and the memory format alone are asked for
                 x = torch.empty(ctx.shape, dtype=compute, device=weight.device, memory_format=torch.channels_last)
             x = _every(x, conv) if ctx.sampled else x
-        w = weight.to(dtype).to(compute)
-        needs_x, _, needs_w, needs_b = ctx.needs_input_grad[:4]
         grads = torch.ops.aten.convolution_backward(
-            grad_outputs[0].to(compute),
+            grad,
             x,
             w,
             None if bias_dtype is None else [len(w)],
-            [1, 1] if ctx.sampled else conv.stride,
+            ctx.stride,
             conv.padding,
             conv.dilation,
             False,
@@ -217,6 +228,8 @@ class _ConvKeepsCounts(torch.autograd.Function):
             conv.groups,
             [needs_x, needs_w, needs_b],
         )
+        if grad_w is not None:
+            grads = (grads[0], grad_w, grads[2])
         if ctx.sampled and needs_x:
             whole = torch.empty(ctx.shape, dtype=compute, device=x.device, memory_format=torch.channels_last).zero_()
             whole[..., :: conv.stride[0], :: conv.stride[1]] = grads[0]
@@ -245,8 +258,8 @@ def _every(x: Tensor, conv: _Conv) -> Tensor:
 def conv_keeps_counts(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`conv` on [T, B, C, H, W], to [T * B, C', H', W'] in channels-last memory, keeping `x` packed if it is noted."""
     images = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    bound = counts_bound(x) if conv.weight.requires_grad else None
-    data = None if bound is None else packed(x)
+    bound = counts_bound(x)
+    data = packed(x) if bound is not None and conv.weight.requires_grad else None
     assert not isinstance(conv.padding, str)
     options = _Conv(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
     result: Tensor = _ConvKeepsCounts.apply(images, data, conv.weight, conv.bias, bound or 0, options)

@@ -1,18 +1,65 @@
-"""Convolutions of spikes by adding weights up, event by event: what events.cpp computes, for one projection."""
+"""Convolutions of spikes by adding weights up, event by event, and the weights' gradients: what events.cpp computes."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native import event_kernel, neuron_operand
-from .neurons import NeuronSpec
+from .native import INT, POINTER, THREADS, function, may_run, neuron_operand
 
-__all__ = ["EventWeights"]
+__all__ = ["EventWeights", "can_run", "weight_gradient"]
 
-_ARITHMETIC = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.int8: torch.int16}
+_ARITHMETIC = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.int8: torch.int8}
 _TILES = (64, 32, 16)  # output channels
 _MOST_CHANNELS = 2**16  # that 16 bits can name
 _MOST_STEPS = 64  # whose sums the kernel keeps in the cache together
+_NARROW = 16  # output channels of the gradient's tiles
+_LEAST_TASKS = 32  # that the gradient is divided into, for as many threads
+
+# Input, weights, bias, scale; M, H, W, C, C', side, stride, width of a tile
+_CONVOLUTION: list[Any] = [*[POINTER] * 4, *[INT] * 8]
+_OPERANDS: dict[str, list[Any]] = {
+    f"{name}_{weights}": operands
+    for weights in ("float32", "int8")
+    for name, operands in (
+        ("convolve", [*_CONVOLUTION, POINTER, THREADS]),
+        ("convolve_fire", [*_CONVOLUTION, INT, POINTER, POINTER, INT, POINTER, INT, THREADS]),
+    )
+}
+_OPERANDS["weight_gradient"] = [POINTER, POINTER, *[INT] * 8, POINTER, THREADS]
+
+
+def _kernel(name: str, weights: torch.dtype | None = None) -> Callable[..., None] | None:
+    if weights is not None:
+        name += f"_{str(weights).removeprefix('torch.')}"
+    return function(name, __package__, "events.cpp", _OPERANDS)
+
+
+def can_run(x: Tensor) -> bool:
+    """Whether there are kernels for spikes x here and now; compiles them if they may run and none are there yet."""
+    return may_run(x) and _kernel("weight_gradient") is not None
+
+
+def weight_gradient(x: Tensor, grad: Tensor, side: int, stride: int) -> Tensor:
+    """Gradient of a convolution's weights, [C', C, side, side].
+
+    Args:
+        x: Spikes or spike sums as bytes, [M, H, W, C], contiguous.
+        grad: Gradient of the currents in float32, [M, H', W', C'], contiguous; C' a multiple of 16.
+        side, stride: Of the convolution; the padding is half a kernel.
+    """
+    M, _, _, C = x.shape
+    outputs = grad.shape[-1]
+    tiles, places = outputs // _NARROW, side**2
+    parts = min(M, -(-_LEAST_TASKS // (tiles * places)))
+    out = torch.empty(parts, tiles, places, C, _NARROW, dtype=torch.float32)
+    kernel = _kernel("weight_gradient")
+    assert kernel is not None
+    operands = (*x.shape, outputs, side, stride, parts, out.data_ptr(), torch.get_num_threads())
+    kernel(x.data_ptr(), grad.data_ptr(), *operands)
+    return out.sum(0).permute(0, 3, 2, 1).reshape(outputs, C, side, side)
 
 
 class EventWeights:
@@ -32,7 +79,10 @@ class EventWeights:
         self.width = next(width for width in _TILES if self.outputs % width == 0 or width == _TILES[-1])
         padding = -self.outputs % self.width
         padded = F.pad(weight.to(self.arithmetic), (0, 0, 0, 0, 0, 0, 0, padding))
-        self.tiles = padded.view(-1, self.width, channels, self.side**2).permute(0, 3, 2, 1).contiguous()
+        tiles = padded.view(-1, self.width, channels, self.side**2).permute(0, 3, 2, 1)
+        if self.arithmetic == torch.int8:  # a channel of the tile's first half beside one of its second, all above zero
+            tiles = tiles.unflatten(3, (2, -1)).transpose(3, 4).flatten(3).to(torch.int16).add(128).to(torch.uint8)
+        self.tiles = tiles.contiguous()
         self.bias = F.pad(bias, (0, padding))
         self.scale = torch.ones_like(self.bias) if scale is None else F.pad(scale, (0, padding))
 
@@ -41,13 +91,13 @@ class EventWeights:
         """Whether there are kernels for weights [C', C, k, k] of this kind and spikes x, here and now."""
         if weight.dtype not in _ARITHMETIC or x.dtype != torch.uint8 or weight.shape[1] > _MOST_CHANNELS:
             return False
-        return event_kernel("convolve", _ARITHMETIC[weight.dtype], x) is not None
+        return can_run(x)
 
     def currents(self, x: Tensor) -> Tensor:
         """Spikes [M, H, W, C] to input currents [M, H', W', C'] in float32."""
         x, stride = self._needed(x)
-        out = torch.empty(*x.shape[:1], *self._size(x, stride), len(self.bias), device=x.device)
-        kernel = event_kernel("convolve", self.arithmetic, x)
+        out = torch.empty(*x.shape[:1], *self._size(x, stride), len(self.bias), dtype=torch.float32)
+        kernel = _kernel("convolve", self.arithmetic)
         assert kernel is not None
         kernel(*self._operands(x, stride), out.data_ptr(), torch.get_num_threads())
         return out[..., : self.outputs].contiguous()
@@ -56,9 +106,10 @@ class EventWeights:
         """Whether neurons may follow in the same kernel."""
         return steps <= _MOST_STEPS and len(self.bias) == self.outputs
 
-    def fire(self, x: Tensor, neuron: NeuronSpec, sums: Tensor | None) -> Tensor:
+    def fire(self, x: Tensor, neuron: tuple[float, float, bool, bool], sums: Tensor | None) -> Tensor:
         """Spikes [T, B, H, W, C] to those of the neurons that follow, [T, B, H', W', C'], or `sums` with them added.
 
+        Neurons are given by leak, threshold, whether they reset softly and whether the input decays.
         Steps of `sums` may lie anywhere; each is contiguous.
         """
         T, B = x.shape[:2]
@@ -66,7 +117,7 @@ class EventWeights:
         size = self._size(images, stride)
         out = sums if sums is not None else images.new_empty(T, B, *size, self.outputs)
         place = out.data_ptr(), out.stride(0)
-        kernel = event_kernel("convolve_fire", self.arithmetic, images)
+        kernel = _kernel("convolve_fire", self.arithmetic)
         assert kernel is not None
         operands = (*((None, 0) if sums is None else place), *place, torch.get_num_threads())
         kernel(*self._operands(images, stride), T, neuron_operand(neuron), *operands)

@@ -1,11 +1,13 @@
 // Convolutions of spikes, event by event: for every spike that an output sees, the spike's weights are added to it, and
 // silent neurons cost nothing. These are the additions that the paper's energy model counts, but that a sum of several
-// spikes is added at once, its weights times the sum. The dense products that they stand for are in projection.py.
+// spikes is added at once, its weights times the sum. The dense products that they stand for are in inference/projection.py.
 //
 // Tensors are channels last, [M, H, W, C] with M = T B. Spikes and spike sums are bytes. Weights come in tiles of WIDTH
 // output channels, [C' / WIDTH, k k, C, WIDTH], so that a tile stays in the cache while all outputs of it are computed
 // and an event reads a piece of memory from end to end. Neurons that follow fire before their currents leave the cache.
 // What comes before this file is neurons.cpp.
+//
+// The weights' gradient is made of the same events: every spike adds the gradients of the outputs that see it.
 
 #include <memory>
 
@@ -145,27 +147,38 @@ struct Currents<float, WIDTH> {
     void store(Int o, float* out, const float*, const float*) { std::memcpy(out, sum[o], sizeof sum[o]); }
 };
 
-// 8-bit weights, kept in 16 bits: so many add up there without overflow, and then in 32.
+// 8-bit weights, to which 128 was added: none is negative. A pair of bytes, one word, has the weights of two channels,
+// the lower one of the tile's first half and the upper one of its second. Words are added up as they are, and once more
+// shifted down to their upper byte: that is the sum of the upper weights, and what is left of the first that of the
+// lower ones. So half as much comes from the cache as with words for weights. Of so many weights neither overflows.
 template <int WIDTH>
-struct Currents<std::int16_t, WIDTH> {
-    static constexpr Int MOST = 32767 / 127;
-    static constexpr int LANES = std::min<int>(BYTES / sizeof(std::int16_t), WIDTH), N = WIDTH / LANES;
-    using V = typename Vector<std::int16_t, LANES>::type;
-    std::int16_t sum[OUTPUTS][WIDTH];
+struct Currents<std::uint8_t, WIDTH> {
+    static constexpr Int MOST = 65535 / 255;
+    static constexpr int PAIRS = WIDTH / 2;
+    static constexpr int LANES = std::min<int>(BYTES / sizeof(std::uint16_t), PAIRS), N = PAIRS / LANES;
+    using V = typename Vector<std::uint16_t, LANES>::type;
+    std::uint16_t words[OUTPUTS][PAIRS], upper[OUTPUTS][PAIRS];
+    Int pending[OUTPUTS];  // spikes in these sums
     std::int32_t total[OUTPUTS][WIDTH];
-    Int pending[OUTPUTS];
+    Int spikes[OUTPUTS];  // in the total; each has added 128 too much to it
 
     void begin(Int o, const float*) {
-        std::memset(sum[o], 0, sizeof sum[o]);
-        std::memset(total[o], 0, sizeof total[o]);
-        pending[o] = 0;
+        std::memset(words[o], 0, sizeof words[o]);
+        std::memset(upper[o], 0, sizeof upper[o]);
+        pending[o] = spikes[o] = 0;
     }
     void flush(Int o) {
-        for (int i = 0; i < WIDTH; ++i) total[o][i] += sum[o][i];
-        std::memset(sum[o], 0, sizeof sum[o]);
+        if (spikes[o] == 0) std::memset(total[o], 0, sizeof total[o]);
+        for (int i = 0; i < PAIRS; ++i) {
+            total[o][i] += static_cast<std::uint16_t>(words[o][i] - (upper[o][i] << 8));
+            total[o][PAIRS + i] += upper[o][i];
+        }
+        spikes[o] += pending[o];
+        std::memset(words[o], 0, sizeof words[o]);
+        std::memset(upper[o], 0, sizeof upper[o]);
         pending[o] = 0;
     }
-    void add(Int o, const std::int16_t* weights, const Channel* single, const Channel* end, const Several* several,
+    void add(Int o, const std::uint8_t* weights, const Channel* single, const Channel* end, const Several* several,
              const Several* several_end) {
         while (single < end || several < several_end) {
             const Channel* stop = std::min(end, single + (MOST - pending[o]));
@@ -173,24 +186,36 @@ struct Currents<std::int16_t, WIDTH> {
             const Several* several_stop = several;
             for (; several_stop < several_end && pending[o] + several_stop->times <= MOST; ++several_stop)
                 pending[o] += several_stop->times;
-            V sums[N];
-            for (int i = 0; i < N; ++i) sums[i] = vector_at<V>(sum[o] + i * LANES);
-            for (; single < stop; ++single)
-                for (int i = 0; i < N; ++i) sums[i] += vector_at<V>(weights + *single * WIDTH + i * LANES);
-            for (; several < several_stop; ++several)
-                for (int i = 0; i < N; ++i)
-                    sums[i] += vector_at<V>(weights + several->channel * WIDTH + i * LANES) *
-                               static_cast<std::int16_t>(several->times);
-            for (int i = 0; i < N; ++i) std::memcpy(sum[o] + i * LANES, &sums[i], sizeof(V));
+            V word[N], up[N];
+            for (int i = 0; i < N; ++i) word[i] = vector_at<V>(words[o] + i * LANES);
+            for (int i = 0; i < N; ++i) up[i] = vector_at<V>(upper[o] + i * LANES);
+            for (; single < stop; ++single) {
+                for (int i = 0; i < N; ++i) {
+                    const V weight = vector_at<V>(weights + Int(*single) * WIDTH + i * BYTES_OF_V);
+                    word[i] += weight;
+                    up[i] += weight >> 8;
+                }
+            }
+            for (; several < several_stop; ++several) {
+                for (int i = 0; i < N; ++i) {
+                    const V weight = vector_at<V>(weights + Int(several->channel) * WIDTH + i * BYTES_OF_V);
+                    word[i] += weight * several->times;
+                    up[i] += (weight >> 8) * several->times;
+                }
+            }
+            for (int i = 0; i < N; ++i) std::memcpy(words[o] + i * LANES, &word[i], sizeof(V));
+            for (int i = 0; i < N; ++i) std::memcpy(upper[o] + i * LANES, &up[i], sizeof(V));
             if (single < end || several < several_end) flush(o);
         }
     }
     void store(Int o, float* out, const float* bias, const float* scale) {
-        for (int i = 0; i < WIDTH; ++i) {
-            const std::int32_t all = total[o][i] + sum[o][i];
-            out[i] = static_cast<float>(all) * scale[i] + bias[i];
-        }
+        flush(o);
+        const auto excess = static_cast<std::int32_t>(128 * spikes[o]);
+        for (int i = 0; i < WIDTH; ++i) out[i] = static_cast<float>(total[o][i] - excess) * scale[i] + bias[i];
     }
+
+   private:
+    static constexpr int BYTES_OF_V = LANES * sizeof(std::uint16_t);
 };
 
 // Where currents go: to memory, or into neurons, whose spikes are added to `sums` if there are any. Steps of sums and
@@ -239,12 +264,20 @@ void convolve_as(const std::uint8_t* x, const Weight* weight, const float* bias,
             const Int n = T * positions;
             Int image[OUTPUTS], top[OUTPUTS], left[OUTPUTS];
             alignas(64) Currents<Weight, WIDTH> currents;
-            for (Int o = 0; o < n; ++o) {
-                const Int at = o / positions * all_positions + first + o % positions;
-                image[o] = at / (W_out * H_out) * H;
-                top[o] = at / W_out % H_out * stride - side / 2;
-                left[o] = at % W_out * stride - side / 2;
-                currents.begin(o, bias + start);
+            for (Int o = 0, t = 0; t < T; ++t) {
+                const Int at = t * all_positions + first;
+                Int m = at / W_out / H_out, row = at / W_out % H_out, column = at % W_out;
+                for (Int p = 0; p < positions; ++p, ++o) {
+                    image[o] = m * H;
+                    top[o] = row * stride - side / 2;
+                    left[o] = column * stride - side / 2;
+                    currents.begin(o, bias + start);
+                    if (++column < W_out) continue;
+                    column = 0;
+                    if (++row < H_out) continue;
+                    row = 0;
+                    ++m;
+                }
             }
             for (Int i = 0; i < side; ++i) {
                 for (Int j = 0; j < side; ++j) {
@@ -278,7 +311,71 @@ void convolve(const std::uint8_t* x, const Weight* weight, const float* bias, co
                    : convolve_as<Weight, 16>)(x, weight, bias, scale, to, T, M, H, W, C, C_out, side, stride, threads);
 }
 
+constexpr int NARROW = 16;    // output channels of the gradient's tiles: those of all channels stay in the first cache
+constexpr Int PIXELS = 1024;  // whose gradients are summed up apart, lest rounding errors grow with an image's size
+
+// Gradients of NARROW output channels, `grad` of outputs [M, H', W', C'], to those of the weights of one place in the
+// kernel, `total` [C, NARROW]. Of all rows of the outputs [M H'], those from `row` to `last` count.
+void add_gradients(const Events& events, const float* grad, Int row, Int last, Int H, Int W, Int C, Int H_out,
+                   Int W_out, Int C_out, Int stride, Int top, Int left, float* total) {
+    constexpr int LANES = std::min<int>(BYTES / sizeof(float), NARROW), N = NARROW / LANES;
+    using V = typename Vector<float, LANES>::type;
+    static thread_local Buffer<float> of_this_thread;
+    of_this_thread.resize(C * NARROW);
+    float* sums = of_this_thread.get();
+    std::fill_n(total, C * NARROW, 0.0f);
+    while (row < last) {
+        std::fill_n(sums, C * NARROW, 0.0f);
+        for (const Int stop = std::min(last, row + PIXELS / W_out + 1); row < stop; ++row) {
+            const Int from = row % H_out * stride + top;
+            if (from < 0 || from >= H) continue;
+            for (Int column = 0; column < W_out; ++column) {
+                const Int at = column * stride + left;
+                if (at < 0 || at >= W) continue;
+                const Int pixel = (row / H_out * H + from) * W + at;
+                V g[N];
+                for (int i = 0; i < N; ++i) g[i] = vector_at<V>(grad + (row * W_out + column) * C_out + i * LANES);
+                for (Int e = events.single_begin[pixel]; e < events.single_end[pixel]; ++e) {
+                    float* to = sums + events.single[e] * NARROW;
+                    for (int i = 0; i < N; ++i) {
+                        const V sum = vector_at<V>(to + i * LANES) + g[i];
+                        std::memcpy(to + i * LANES, &sum, sizeof sum);
+                    }
+                }
+                for (Int e = events.several_begin[pixel]; e < events.several_end[pixel]; ++e) {
+                    float* to = sums + events.several[e].channel * NARROW;
+                    for (int i = 0; i < N; ++i) {
+                        const V sum = vector_at<V>(to + i * LANES) + g[i] * static_cast<float>(events.several[e].times);
+                        std::memcpy(to + i * LANES, &sum, sizeof sum);
+                    }
+                }
+            }
+        }
+        for (Int i = 0; i < C * NARROW; ++i) total[i] += sums[i];
+    }
+}
+
 }  // namespace
+
+// Gradients [M, H', W', C'] of `convolve_float32`'s currents to those of its weights, [parts, C' / 16, k k, C, 16]: each
+// part has its share of the images, and the parts are to be added up.
+EXPORT void weight_gradient(const std::uint8_t* x, const float* grad, Int M, Int H, Int W, Int C, Int C_out, Int side,
+                            Int stride, Int parts, float* out, int threads) {
+    const Int H_out = (H - 1) / stride + 1, W_out = (W - 1) / stride + 1, rows = M * H_out;
+    const Int tiles = C_out / NARROW, places = side * side;
+    const Events& events = list_events(x, M * H * W, C, threads);
+#pragma omp parallel for collapse(3) num_threads(threads) schedule(static)
+    for (Int part = 0; part < parts; ++part) {
+        for (Int tile = 0; tile < tiles; ++tile) {
+            for (Int place = 0; place < places; ++place) {
+                const Int top = place / side - side / 2, left = place % side - side / 2;
+                add_gradients(events, grad + tile * NARROW, rows * part / parts, rows * (part + 1) / parts, H, W, C,
+                              H_out, W_out, C_out, stride, top, left,
+                              out + ((part * tiles + tile) * places + place) * C * NARROW);
+            }
+        }
+    }
+}
 
 // A kernel of side x side with as much padding as keeps the size. `width` is that of the weights' tiles. The first gives
 // currents [M, H', W', C'], the second the spikes of neurons, which takes M = T B and T <= 64.
@@ -298,4 +395,4 @@ void convolve(const std::uint8_t* x, const Weight* weight, const float* bias, co
     }
 
 CONVOLVE(float32, float)
-CONVOLVE(int16, std::int16_t)
+CONVOLVE(int8, std::uint8_t)

@@ -1,0 +1,106 @@
+"""Whether a convolution adds spikes up event by event while a model trains, rather than multiply matrices.
+
+On CPUs, in float32, where the input is known to be spikes or spike sums (`counts`) and few of them are not zero: the
+products and the weights' gradients then cost a fraction (`events`). The inputs' gradients are dense as ever. Results
+agree to rounding, as those of any two orders of summation.
+
+When does compiling the kernels pay? As with neurons (`fused`): the backend "compile" compiles at once, "auto" keeps
+count of the multiplications that dense products have done in their stead and compiles once they exceed `AUTO_BUDGET`,
+"eager" never does.
+"""
+
+from collections.abc import Sequence
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import events
+from .backend import current_lif_backend
+
+__all__ = ["AUTO_BUDGET", "Choice", "add_work", "choose", "event_products", "event_weight_gradient", "work_done"]
+
+# Multiply-adds of products alone, without gradients: one core takes about as long for them as for compiling.
+AUTO_BUDGET = 2**37
+
+# Mean spikes an element beyond which dense arithmetic is as fast, by the side of the kernel: measured with AVX2.
+_MOST_FOR_PRODUCTS = {1: 0.15}
+_MOST_FOR_GRADIENTS = {1: 0.25}
+_MOST_FOR_PRODUCTS_OF_MORE = 0.3
+_MOST_FOR_GRADIENTS_OF_MORE = 0.45
+
+_TILE = 16  # that output channels must fill
+_MOST_CHANNELS = 2**16
+
+_counting = Lock()
+_work = 0
+
+
+def work_done() -> int:
+    """Multiply-adds that have been done, so far, in the stead of events under "auto"."""
+    return _work
+
+
+def add_work(amount: int) -> None:
+    """Count multiply-adds; those of an earlier process, too, for "auto" to compile where that one would have."""
+    global _work
+    with _counting:
+        _work += amount
+
+
+class Choice(NamedTuple):
+    """What of a convolution is computed event by event."""
+
+    products: bool = False
+    weight_gradient: bool = False
+
+
+def choose(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Choice:
+    """What to compute event by event of a convolution of spikes or spike sums.
+
+    Args:
+        x: Integers from 0 to 255, [M, C, H, W].
+        weight: Of a convolution without groups, [C', C, k, k], in the precision in which it is computed.
+        stride, padding, dilation: Of the convolution.
+    """
+    outputs, channels, side, width = weight.shape
+    fits = (
+        x.is_cpu
+        and weight.dtype == torch.float32
+        and channels <= _MOST_CHANNELS
+        and outputs % _TILE == 0
+        and side == width
+        and side % 2 == 1
+        and list(padding) == [side // 2] * 2
+        and list(dilation) == [1, 1]
+        and stride[0] == stride[1]
+    )
+    backend = current_lif_backend()
+    if not fits or backend not in ("auto", "compile"):
+        return Choice()
+    # A sum of spikes above one is one event, and counts as several here: cheaper than looking for them.
+    density = x.sum(dtype=torch.float32).item() / x.numel()
+    choice = Choice(
+        density < _MOST_FOR_PRODUCTS.get(side, _MOST_FOR_PRODUCTS_OF_MORE),
+        density < _MOST_FOR_GRADIENTS.get(side, _MOST_FOR_GRADIENTS_OF_MORE),
+    )
+    if not any(choice):
+        return choice
+    if backend == "auto" and _work < AUTO_BUDGET:
+        add_work(x.numel() // stride[0] ** 2 * weight[:, 0].numel())
+        return Choice()
+    return choice if events.can_run(x) else Choice()
+
+
+def event_products(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """The convolution of spikes x [M, C, H, W] event by event, in channels-last memory."""
+    weights = events.EventWeights(weight, weight.new_zeros(len(weight)) if bias is None else bias, None, stride)
+    return weights.currents(x.permute(0, 2, 3, 1).to(torch.uint8)).permute(0, 3, 1, 2)
+
+
+def event_weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """Its weights' gradient, from spikes x [M, C, H, W], bytes in channels-last memory, and that of its result."""
+    rows = grad.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    gradient = events.weight_gradient(x.permute(0, 2, 3, 1), rows, weight.shape[-1], stride)
+    return torch.empty_like(weight).copy_(gradient)  # in memory as the weight is, which DistributedDataParallel wants
