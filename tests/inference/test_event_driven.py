@@ -1,14 +1,19 @@
 """Event-driven convolutions against dense ones."""
 
+from functools import partial
+
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
+import tiny
+from timm_qkformer import deploy
 from timm_qkformer.inference import ops, precision, projection
 from timm_qkformer.inference.neurons import NeuronSpec
 from timm_qkformer.inference.projection import Projection
 from timm_qkformer.inference.weights import Folded
-from timm_qkformer.layers import events, set_lif_backend
+from timm_qkformer.layers import IF, LIF, events, set_lif_backend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 SHAPES = {  # input [N, H, W, C], output channels, side, stride
@@ -164,3 +169,34 @@ def test_matrix_units_are_used_where_there_are_some(monkeypatch):
     assert not any(precision.adds_events("dense", p) for p in precision.PRECISIONS)
     full = torch.empty(0, device="meta")
     assert precision.spikes_dtype("fp32", full, events=True) == torch.float32
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 7, 12, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("side", "stride"), [(3, 1), (3, 2), (1, 2)])
+def test_neurons_that_fire_at_every_kth_step_are_added_once(dtype, steps, side, stride):
+    periods = torch.randint(1, steps + 3, (2, 7, 5, 24))
+    x = torch.stack([(t % periods == 0).to(torch.uint8) for t in range(1, steps + 1)])
+    first = events.first_spikes(x)
+    assert all(torch.equal(first[t - 1] == 1, periods == t) for t in range(1, steps + 1))
+    unit = make(24, 48, side, stride, dtype)
+    expected, found = unit.currents(x), unit.currents(x, periodic=True)
+    if dtype == torch.int8:
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(unit.currents(x[:, 1:], periodic=True), found[:, 1:])
+
+
+@pytest.mark.parametrize("neuron", [LIF, IF, partial(LIF, decay_input=False), partial(LIF, v_reset=None)])
+def test_models_of_static_images_make_use_of_periods(neuron, monkeypatch):
+    """The stem's neurons have periods if they reset hard; the answer is that of the sums over all spikes."""
+    model = tiny.lively(timm.create_model("test_qkformer", neuron=neuron, time_steps=5)).float()
+    deployed = deploy(model, "int8", products="events")
+    images = torch.randn(2, 3, 32, 32)
+    taken = []
+    real = events.first_spikes
+    monkeypatch.setattr(events, "first_spikes", lambda x: taken.append(len(x)) or real(x))
+    logits = deployed(images)
+    assert taken == ([] if getattr(neuron, "keywords", {}).get("v_reset", 0.0) is None else [5])
+    assert deployed(torch.stack([images] * 5, 1)).equal(logits)  # the same clip, of which nothing is known
+    assert len(taken) <= 1

@@ -53,15 +53,15 @@ class DeployedUnit(nn.Module):
         self.pool = _pools(unit, name)
         self.batch_coupled = unit.batch_coupled
 
-    def forward(self, x: Tensor, spikes: torch.dtype, time_steps: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, spikes: torch.dtype, time_steps: int | None = None, periodic: bool = False) -> Tensor:
         """Spikes [T, B, H', W', C'], or potentials in their own dtype where there are no neurons.
 
-        `time_steps` of an image x [1, B, H, W, C] that is the same at each of them.
+        `time_steps` of an image x [1, B, H, W, C] that is the same at each of them; x may be `periodic` spikes.
         """
         repeats = time_steps if time_steps is not None and len(x) == 1 else 1
         if self.neuron is not None and not self.pool and repeats == 1:
             return self.projection.fire(x, self.neuron.spec, spikes)
-        currents = self.projection.currents(x)
+        currents = self.projection.currents(x, periodic)
         if self.pool and self.neuron is None:
             currents = reference.max_pool(currents)
         if repeats > 1:
@@ -71,6 +71,10 @@ class DeployedUnit(nn.Module):
         if self.pool:
             return ops.pool_fire(currents, self.neuron.spec, spikes)
         return ops.fire(currents, self.neuron.spec, spikes)
+
+    def fires_periodically(self, steps: int) -> bool:
+        """Whether neurons fire at every k-th step, of an input of `steps` steps: where it is one for all."""
+        return steps == 1 and self.neuron is not None and not self.neuron.spec.soft_reset
 
     def add_to(self, sums: Tensor, x: Tensor) -> None:
         """Add this unit's spikes (or potentials) for x to `sums`."""
@@ -118,12 +122,12 @@ class DeployedEmbed(nn.Module):
         self.main = nn.ModuleList(DeployedUnit(unit, f"{name}.main.{i}", dtype) for i, unit in enumerate(units))
         self.shortcut = DeployedUnit(embed.shortcut, f"{name}.shortcut", dtype) if embed.shortcut is not None else None
 
-    def forward(self, x: Tensor, spikes: torch.dtype) -> Tensor:
+    def forward(self, x: Tensor, spikes: torch.dtype, periodic: bool) -> Tensor:
         if self.neuron is not None:
             x = ops.fire(x, self.neuron.spec, spikes)
         y = x
-        for unit in self.main:
-            y = unit(y, spikes)
+        for i, unit in enumerate(self.main):
+            y = unit(y, spikes, periodic=periodic and i == 0)
         if y.dtype == torch.bfloat16 and unit.neuron is None:
             y = y.float()  # potentials add up
         if self.shortcut is not None:
@@ -307,8 +311,8 @@ class DeployedStage(nn.Module):
         self.embed = DeployedEmbed(stage.embed, f"{name}.embed", dtype)
         self.blocks = nn.ModuleList(DeployedBlock(block, f"{name}.blocks.{i}", dtype) for i, block in enumerate(blocks))
 
-    def forward(self, x: Tensor, spikes: torch.dtype) -> Tensor:
-        x = self.embed(x, spikes).contiguous()
+    def forward(self, x: Tensor, spikes: torch.dtype, periodic: bool = False) -> Tensor:
+        x = self.embed(x, spikes, periodic).contiguous()
         for block in self.blocks:
             block(x, spikes)
         return x

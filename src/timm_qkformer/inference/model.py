@@ -157,7 +157,7 @@ class DeployedModel(nn.Module):
         x = self.stem(x, spikes, time_steps)
         maps = []
         for i, stage in enumerate(self.stages[:stages]):
-            x = stage(x, spikes)
+            x = stage(x, spikes, i == 0 and self.stem.fires_periodically(len(sequence)))
             if i in take:
                 maps.append(self._sequence(x).mean(0))
         maps.append(self.readout(self._sequence(x)) if stages == len(self.stages) else self._sequence(x).mean(0))

@@ -72,10 +72,10 @@ class Projection(DerivedState):
         """Whether pixels, subsampled perhaps, are just multiplied by a matrix."""
         return self.kernel_size == 1 and self.groups == 1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, periods: int = 1) -> Tensor:
         events = self._event_weights(x)
         if events is not None:
-            return events.currents(x)
+            return events.currents(x, periods if events.can_add_periods(periods) else 1)
         if x.dtype == torch.uint8 and not self._multiplies_bytes(x):
             x = x.to(self.bias.dtype)
         run: Callable[[Tensor], Tensor] = self._packed(x.dtype, lambda: self._pack(x))
@@ -102,12 +102,15 @@ class Projection(DerivedState):
             return spikes if sums is not None or x.dim() == 5 else spikes.squeeze(2)
         return ops.fire(self.currents(x), neuron, dtype, sums=sums, out=sums)
 
-    def currents(self, x: Tensor) -> Tensor:
-        """[T, B, H, W, C] or, for tokens, [T, B, N, C] to input currents, likewise."""
+    def currents(self, x: Tensor, periodic: bool = False) -> Tensor:
+        """[T, B, H, W, C] or, for tokens, [T, B, N, C] to input currents, likewise.
+
+        `periodic` spikes are those of neurons that fire at every k-th step, see `layers.events.first_spikes`.
+        """
         images = x.flatten(0, 1)
         if x.dim() == 4:
             return self(images.unsqueeze(1)).squeeze(1).unflatten(0, x.shape[:2])
-        return self(images).unflatten(0, x.shape[:2])
+        return self(images, len(x) if periodic else 1).unflatten(0, x.shape[:2])
 
     def _packed(self, way: object, pack: Callable[[], Any]) -> Any:
         """What `pack` makes of the weights, kept until they change."""

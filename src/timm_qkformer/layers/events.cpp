@@ -131,7 +131,9 @@ struct Currents<float, WIDTH> {
     using V = typename Vector<float, LANES>::type;
     float sum[OUTPUTS][WIDTH];
 
-    void begin(Int o, const float* bias) { std::memcpy(sum[o], bias, sizeof sum[o]); }
+    void begin(Int o, const float* bias) {
+        for (int i = 0; i < WIDTH; ++i) sum[o][i] = bias == nullptr ? 0 : bias[i];
+    }
 
     void add(Int o, const float* weights, const Channel* single, const Channel* end, const Several* several,
              const Several* several_end) {
@@ -143,6 +145,9 @@ struct Currents<float, WIDTH> {
             for (int i = 0; i < N; ++i)
                 sums[i] += vector_at<V>(weights + several->channel * WIDTH + i * LANES) * static_cast<float>(several->times);
         for (int i = 0; i < N; ++i) std::memcpy(sum[o] + i * LANES, &sums[i], sizeof(V));
+    }
+    void add_sum(Int o, Int of) {
+        for (int i = 0; i < WIDTH; ++i) sum[o][i] += sum[of][i];
     }
     void store(Int o, float* out, const float*, const float*) { std::memcpy(out, sum[o], sizeof sum[o]); }
 };
@@ -189,6 +194,15 @@ struct Currents<std::uint8_t, WIDTH> {
             V word[N], up[N];
             for (int i = 0; i < N; ++i) word[i] = vector_at<V>(words[o] + i * LANES);
             for (int i = 0; i < N; ++i) up[i] = vector_at<V>(upper[o] + i * LANES);
+            for (; single + 3 < stop; single += 4) {  // several at once: the loop itself costs as much as one of them
+                for (int i = 0; i < N; ++i) {
+                    const std::uint8_t* from = weights + i * BYTES_OF_V;
+                    const V a = vector_at<V>(from + Int(single[0]) * WIDTH), b = vector_at<V>(from + Int(single[1]) * WIDTH);
+                    const V c = vector_at<V>(from + Int(single[2]) * WIDTH), d = vector_at<V>(from + Int(single[3]) * WIDTH);
+                    word[i] += (a + b) + (c + d);
+                    up[i] += ((a >> 8) + (b >> 8)) + ((c >> 8) + (d >> 8));
+                }
+            }
             for (; single < stop; ++single) {
                 for (int i = 0; i < N; ++i) {
                     const V weight = vector_at<V>(weights + Int(*single) * WIDTH + i * BYTES_OF_V);
@@ -208,10 +222,25 @@ struct Currents<std::uint8_t, WIDTH> {
             if (single < end || several < several_end) flush(o);
         }
     }
-    void store(Int o, float* out, const float* bias, const float* scale) {
+    void add_sum(Int o, Int of) {
         flush(o);
-        const auto excess = static_cast<std::int32_t>(128 * spikes[o]);
-        for (int i = 0; i < WIDTH; ++i) out[i] = static_cast<float>(total[o][i] - excess) * scale[i] + bias[i];
+        flush(of);
+        for (int i = 0; i < WIDTH; ++i) total[o][i] += total[of][i];
+        spikes[o] += spikes[of];
+    }
+    void store(Int o, float* out, const float* bias, const float* scale) {
+        if (spikes[o] > 0) flush(o);
+        const auto excess = static_cast<std::int32_t>(128 * (spikes[o] + pending[o]));
+        if (spikes[o] > 0) {
+            for (int i = 0; i < WIDTH; ++i) out[i] = static_cast<float>(total[o][i] - excess) * scale[i] + bias[i];
+            return;
+        }
+        for (int i = 0; i < PAIRS; ++i) {
+            const std::int32_t lower = static_cast<std::uint16_t>(words[o][i] - (upper[o][i] << 8)) - excess;
+            out[i] = static_cast<float>(lower) * scale[i] + bias[i];
+        }
+        for (int i = PAIRS; i < WIDTH; ++i)
+            out[i] = static_cast<float>(upper[o][i - PAIRS] - excess) * scale[i] + bias[i];
     }
 
    private:
@@ -228,6 +257,15 @@ struct Target {
     std::uint8_t* spikes;
     Int spikes_step;
 };
+
+// From sums over the neurons that fire at every k-th step, for each k, to those over all that fire at a step.
+template <class Sums>
+void sum_up_periods(Sums& currents, Int T, Int positions) {
+    for (Int t = T; t > 1; --t)
+        for (Int k = 1; k <= t / 2; ++k)
+            if (t % k == 0)
+                for (Int p = 0; p < positions; ++p) currents.add_sum((t - 1) * positions + p, (k - 1) * positions + p);
+}
 
 template <int WIDTH, class Sums>
 void fire(Sums& currents, const float* bias, const float* scale, Int T, Int positions, Int at, Int C_out,
@@ -249,10 +287,11 @@ void fire(Sums& currents, const float* bias, const float* scale, Int T, Int posi
     }
 }
 
-// T steps of a position are computed by the same thread; T is 1 where neurons do not follow.
+// T steps of a position are computed by the same thread; T is 1 where a step does not depend on others. Where `periodic`,
+// neurons fire at every k-th step, and x has the first spikes alone: at step k those of period k.
 template <class Weight, int WIDTH>
 void convolve_as(const std::uint8_t* x, const Weight* weight, const float* bias, const float* scale, const Target& to,
-                 Int T, Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, int threads) {
+                 Int T, bool periodic, Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, int threads) {
     const Int H_out = (H - 1) / stride + 1, W_out = (W - 1) / stride + 1;
     const Int all_positions = M / T * H_out * W_out, most = OUTPUTS / T;
     const Int chunks = (all_positions + most - 1) / most;
@@ -271,7 +310,7 @@ void convolve_as(const std::uint8_t* x, const Weight* weight, const float* bias,
                     image[o] = m * H;
                     top[o] = row * stride - side / 2;
                     left[o] = column * stride - side / 2;
-                    currents.begin(o, bias + start);
+                    currents.begin(o, periodic && t > 0 ? nullptr : bias + start);  // each step has a share of the first
                     if (++column < W_out) continue;
                     column = 0;
                     if (++row < H_out) continue;
@@ -293,11 +332,14 @@ void convolve_as(const std::uint8_t* x, const Weight* weight, const float* bias,
                     }
                 }
             }
+            if (periodic) sum_up_periods(currents, T, positions);
             if (to.neuron != nullptr) {
                 fire<WIDTH>(currents, bias + start, scale + start, T, positions, first * C_out + start, C_out, to);
             } else {
-                for (Int o = 0; o < n; ++o)
-                    currents.store(o, to.currents + (first + o) * C_out + start, bias + start, scale + start);
+                for (Int o = 0; o < n; ++o) {
+                    const Int at = o / positions * all_positions + first + o % positions;
+                    currents.store(o, to.currents + at * C_out + start, bias + start, scale + start);
+                }
             }
         }
     }
@@ -305,10 +347,11 @@ void convolve_as(const std::uint8_t* x, const Weight* weight, const float* bias,
 
 template <class Weight>
 void convolve(const std::uint8_t* x, const Weight* weight, const float* bias, const float* scale, const Target& to,
-              Int T, Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, Int width, int threads) {
-    (width == 64   ? convolve_as<Weight, 64>
-     : width == 32 ? convolve_as<Weight, 32>
-                   : convolve_as<Weight, 16>)(x, weight, bias, scale, to, T, M, H, W, C, C_out, side, stride, threads);
+              Int T, bool periodic, Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, Int width, int threads) {
+    const auto run = width == 64   ? convolve_as<Weight, 64>
+                     : width == 32 ? convolve_as<Weight, 32>
+                                   : convolve_as<Weight, 16>;
+    run(x, weight, bias, scale, to, T, periodic, M, H, W, C, C_out, side, stride, threads);
 }
 
 constexpr int NARROW = 16;    // output channels of the gradient's tiles: those of all channels stay in the first cache
@@ -378,20 +421,21 @@ EXPORT void weight_gradient(const std::uint8_t* x, const float* grad, Int M, Int
 }
 
 // A kernel of side x side with as much padding as keeps the size. `width` is that of the weights' tiles. The first gives
-// currents [M, H', W', C'], the second the spikes of neurons, which takes M = T B and T <= 64.
+// currents [M, H', W', C']; with `periods` above one, M is this many steps of neurons that fire at every k-th, and x has
+// their first spikes. The second gives the spikes of neurons, which takes M = T B. Both: up to 64 steps.
 #define CONVOLVE(NAME, WEIGHT)                                                                                        \
     EXPORT void convolve_##NAME(const std::uint8_t* x, const WEIGHT* weight, const float* bias, const float* scale,   \
-                                Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, Int width, float* out,   \
-                                int threads) {                                                                        \
+                                Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, Int width, Int periods,  \
+                                float* out, int threads) {                                                            \
         const Target to{out, nullptr, nullptr, 0, nullptr, 0};                                                        \
-        convolve(x, weight, bias, scale, to, 1, M, H, W, C, C_out, side, stride, width, threads);                     \
+        convolve(x, weight, bias, scale, to, periods, periods > 1, M, H, W, C, C_out, side, stride, width, threads);  \
     }                                                                                                                 \
     EXPORT void convolve_fire_##NAME(const std::uint8_t* x, const WEIGHT* weight, const float* bias,                  \
                                      const float* scale, Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, \
                                      Int width, Int T, const Neuron* neuron, const std::uint8_t* sums,                \
                                      Int sums_step, std::uint8_t* spikes, Int spikes_step, int threads) {             \
         const Target to{nullptr, neuron, sums, sums_step, spikes, spikes_step};                                       \
-        convolve(x, weight, bias, scale, to, T, M, H, W, C, C_out, side, stride, width, threads);                     \
+        convolve(x, weight, bias, scale, to, T, false, M, H, W, C, C_out, side, stride, width, threads);              \
     }
 
 CONVOLVE(float32, float)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .native import INT, POINTER, THREADS, function, may_run, neuron_operand
 
-__all__ = ["EventWeights", "can_run", "weight_gradient"]
+__all__ = ["EventWeights", "can_run", "first_spikes", "weight_gradient"]
 
 _ARITHMETIC = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.int8: torch.int8}
 _TILES = (64, 32, 16)  # output channels
@@ -24,7 +24,7 @@ _OPERANDS: dict[str, list[Any]] = {
     f"{name}_{weights}": operands
     for weights in ("float32", "int8")
     for name, operands in (
-        ("convolve", [*_CONVOLUTION, POINTER, THREADS]),
+        ("convolve", [*_CONVOLUTION, INT, POINTER, THREADS]),
         ("convolve_fire", [*_CONVOLUTION, INT, POINTER, POINTER, INT, POINTER, INT, THREADS]),
     )
 }
@@ -40,6 +40,20 @@ def _kernel(name: str, weights: torch.dtype | None = None) -> Callable[..., None
 def can_run(x: Tensor) -> bool:
     """Whether there are kernels for spikes x here and now; compiles them if they may run and none are there yet."""
     return may_run(x) and _kernel("weight_gradient") is not None
+
+
+def first_spikes(x: Tensor) -> Tensor:
+    """Of spikes [T, ...] of neurons that fire at every k-th step, each with its k, the first of each neuron.
+
+    So do neurons with a hard reset whose input is the same at every step. What a layer behind them adds up at step t is
+    what it adds up for the first spikes of all steps that divide t, and those are fewer.
+    """
+    first = x.clone()
+    fired = x[0].clone()
+    for step, spikes in zip(first[1:], x[1:], strict=True):
+        torch.gt(spikes, fired, out=step)
+        fired |= spikes
+    return first
 
 
 def weight_gradient(x: Tensor, grad: Tensor, side: int, stride: int) -> Tensor:
@@ -93,18 +107,27 @@ class EventWeights:
             return False
         return can_run(x)
 
-    def currents(self, x: Tensor) -> Tensor:
-        """Spikes [M, H, W, C] to input currents [M, H', W', C'] in float32."""
+    def currents(self, x: Tensor, periods: int = 1) -> Tensor:
+        """Spikes [M, H, W, C] to input currents [M, H', W', C'] in float32.
+
+        With `periods` above one, at most 64, M is T B with this T, and the neurons are those of `first_spikes`.
+        """
+        if periods > 1:
+            x = first_spikes(x.unflatten(0, (periods, -1))).flatten(0, 1)
         x, stride = self._needed(x)
         out = torch.empty(*x.shape[:1], *self._size(x, stride), len(self.bias), dtype=torch.float32)
         kernel = _kernel("convolve", self.arithmetic)
         assert kernel is not None
-        kernel(*self._operands(x, stride), out.data_ptr(), torch.get_num_threads())
+        kernel(*self._operands(x, stride), periods, out.data_ptr(), torch.get_num_threads())
         return out[..., : self.outputs].contiguous()
 
     def can_fire(self, steps: int) -> bool:
         """Whether neurons may follow in the same kernel."""
-        return steps <= _MOST_STEPS and len(self.bias) == self.outputs
+        return self.can_add_periods(steps) and len(self.bias) == self.outputs
+
+    def can_add_periods(self, steps: int) -> bool:
+        """Whether `currents` may make use of periods."""
+        return steps <= _MOST_STEPS
 
     def fire(self, x: Tensor, neuron: tuple[float, float, bool, bool], sums: Tensor | None) -> Tensor:
         """Spikes [T, B, H, W, C] to those of the neurons that follow, [T, B, H', W', C'], or `sums` with them added.
