@@ -11,10 +11,11 @@ What autograd keeps of a unit conv, BN, [pool], LIF is the convolution's input, 
 
 On CPUs, convolutions of few spikes add them up event by event (`event_training`).
 
-Values and gradients are those of the plain modules, but for the order of sums. `ConvNorm` and the attention layers take these functions by
-themselves while a model trains; `lean_training(False)` and the environment variable TIMM_QKFORMER_LEAN_TRAINING=0
-make them run the plain modules. These run, too, wherever they must: under torch.compile, export, FX, TorchScript and
-torch.func, with modules replaced, hooked or parametrised, in inference, and with spikingjelly's neurons.
+Values and gradients are those of the plain modules, but for the order of sums. `ConvNorm` and the attention layers take
+these functions by themselves while a model trains; `lean_training(False)` and the environment variable
+TIMM_QKFORMER_LEAN_TRAINING=0 make them run the plain modules. These run, too, wherever they must: under torch.compile,
+export, FX, TorchScript and torch.func, with modules replaced, hooked or parametrised, in inference, and with
+spikingjelly's neurons.
 
 There are no second derivatives through this path; it says so when asked for one.
 """
