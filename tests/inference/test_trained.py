@@ -15,7 +15,7 @@ from timm_qkformer.training.demo.photographs import classify_photographs
 
 # Least cosine similarity of the maps and least share of the same top-1; measured is more, see docs/deploy.md. Spikes
 # flip wherever a potential is within the rounding error of the threshold, and T = 2 steps leave coarse rates.
-PRECISIONS = [("fp32", 0.999, 0.99), ("bf16", 0.88, 0.92), ("int8", 0.86, 0.92)]
+PRECISIONS = [("fp32", 0.999, 0.99), ("bf16", 0.87, 0.91), ("int8", 0.84, 0.90)]
 
 
 @pytest.fixture(scope="module")
