@@ -185,9 +185,10 @@ def test_auto_begins_once_it_pays_and_so_does_a_resumed_process(monkeypatch):
     progress = fusion_progress()
     assert event_training.work_done() == 2 * work
     assert [adds_events() for _ in range(2)] == [False, True]
-    monkeypatch.setattr(event_training, "_work", 0)  # another process
-    resume_fusion(progress)
-    assert [adds_events() for _ in range(2)] == [False, True]
+    for work_in_this_process in (0, 10 * work):
+        monkeypatch.setattr(event_training, "_work", work_in_this_process)
+        resume_fusion(progress)
+        assert [adds_events() for _ in range(2)] == [False, True]
 
 
 def test_a_model_trains_alike(chosen):

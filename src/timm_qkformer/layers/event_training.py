@@ -19,7 +19,7 @@ from torch import Tensor
 from . import events
 from .backend import current_lif_backend
 
-__all__ = ["AUTO_BUDGET", "Choice", "add_work", "choose", "event_products", "event_weight_gradient", "work_done"]
+__all__ = ["AUTO_BUDGET", "Choice", "choose", "event_products", "event_weight_gradient", "resume_work", "work_done"]
 
 # Multiply-adds of products alone, without gradients: one core takes about as long for them as for compiling.
 AUTO_BUDGET = 2**37
@@ -42,8 +42,14 @@ def work_done() -> int:
     return _work
 
 
-def add_work(amount: int) -> None:
-    """Count multiply-adds; those of an earlier process, too, for "auto" to compile where that one would have."""
+def resume_work(done: int) -> None:
+    """Count on from what `work_done` gave in another process, for "auto" to compile where that one would have."""
+    global _work
+    with _counting:
+        _work = done
+
+
+def _add_work(amount: int) -> None:
     global _work
     with _counting:
         _work += amount
@@ -88,7 +94,7 @@ def choose(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[i
     if not any(choice):
         return choice
     if backend == "auto" and _work < AUTO_BUDGET:
-        add_work(x.numel() // stride[0] ** 2 * weight[:, 0].numel())
+        _add_work(x.numel() // stride[0] ** 2 * weight[:, 0].numel())
         return Choice()
     return choice if events.can_run(x) else Choice()
 

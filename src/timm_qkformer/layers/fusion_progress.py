@@ -33,7 +33,7 @@ def resume_fusion(progress: Sequence[Mapping[str, Any]]) -> None:
     for kernel in progress:
         fields = {name: _decoded(value) for name, value in kernel.items() if name != "work"}
         if fields == _EVENTS:
-            event_training.add_work(int(kernel["work"]))
+            event_training.resume_work(int(kernel["work"]))
         elif set(fields) == set(fused._Key._fields):
             with fused._counting:
                 fused._entries.setdefault(fused._Key(**fields), fused._Entry()).work = int(kernel["work"])
