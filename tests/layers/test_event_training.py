@@ -5,9 +5,11 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from timm_qkformer.layers import SpikingConv, event_training, events, fused, lean_training, native, set_lif_backend
+from timm_qkformer.layers import SpikingConv, event_training, fused, lean_training, native, set_lif_backend
 from timm_qkformer.layers.counts import note_counts
 from timm_qkformer.layers.fusion_progress import fusion_progress, resume_fusion
+
+pytestmark = pytest.mark.usefixtures("event_kernels")
 
 CONVOLUTIONS = {  # input [M, C, H, W], output channels, side, stride
     "1x1": ((3, 5, 6, 7), 16, 1, 1),
@@ -20,12 +22,6 @@ CONVOLUTIONS = {  # input [M, C, H, W], output channels, side, stride
     "rows longer than that": ((1, 2, 3, 1300), 16, 3, 1),
     "many channels": ((1, 300, 4, 4), 160, 1, 1),
 }
-
-
-@pytest.fixture(autouse=True)
-def _compiler():
-    if not events.can_run(torch.zeros(1, dtype=torch.uint8)):
-        pytest.skip("no C++ compiler here")
 
 
 @pytest.fixture(autouse=True)

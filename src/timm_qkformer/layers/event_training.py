@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import events
 from .backend import current_lif_backend
+from .native import may_run
 
 __all__ = ["AUTO_BUDGET", "Choice", "choose", "event_products", "event_weight_gradient", "resume_work", "work_done"]
 
@@ -29,9 +30,6 @@ _MOST_FOR_PRODUCTS = {1: 0.15}
 _MOST_FOR_GRADIENTS = {1: 0.25}
 _MOST_FOR_PRODUCTS_OF_MORE = 0.3
 _MOST_FOR_GRADIENTS_OF_MORE = 0.45
-
-_TILE = 16  # that output channels must fill
-_MOST_CHANNELS = 2**16
 
 _counting = Lock()
 _work = 0
@@ -72,18 +70,16 @@ def choose(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[i
     """
     outputs, channels, side, width = weight.shape
     fits = (
-        x.is_cpu
-        and weight.dtype == torch.float32
-        and channels <= _MOST_CHANNELS
-        and outputs % _TILE == 0
+        weight.dtype == torch.float32
+        and channels <= events.MOST_CHANNELS
+        and outputs % events.NARROW == 0
         and side == width
         and side % 2 == 1
         and list(padding) == [side // 2] * 2
         and list(dilation) == [1, 1]
         and stride[0] == stride[1]
     )
-    backend = current_lif_backend()
-    if not fits or backend not in ("auto", "compile"):
+    if not fits or not may_run(x):
         return Choice()
     # A sum of spikes above one is one event, and counts as several here: cheaper than looking for them.
     density = x.sum(dtype=torch.float32).item() / x.numel()
@@ -93,7 +89,7 @@ def choose(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[i
     )
     if not any(choice):
         return choice
-    if backend == "auto" and _work < AUTO_BUDGET:
+    if current_lif_backend() == "auto" and _work < AUTO_BUDGET:
         _add_work(x.numel() // stride[0] ** 2 * weight[:, 0].numel())
         return Choice()
     return choice if events.can_run(x) else Choice()

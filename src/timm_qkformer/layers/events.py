@@ -9,13 +9,13 @@ from torch import Tensor
 
 from .native import INT, POINTER, THREADS, function, may_run, neuron_operand
 
-__all__ = ["EventWeights", "can_run", "first_spikes", "weight_gradient"]
+__all__ = ["MOST_CHANNELS", "NARROW", "EventWeights", "can_run", "first_spikes", "weight_gradient"]
 
 _ARITHMETIC = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.int8: torch.int8}
 _TILES = (64, 32, 16)  # output channels
-_MOST_CHANNELS = 2**16  # that 16 bits can name
+MOST_CHANNELS = 2**16  # that 16 bits can name
 _MOST_STEPS = 64  # whose sums the kernel keeps in the cache together
-_NARROW = 16  # output channels of the gradient's tiles
+NARROW = 16  # output channels of the gradient's tiles
 _LEAST_TASKS = 32  # that the gradient is divided into, for as many threads
 
 # Input, weights, bias, scale; M, H, W, C, C', side, stride, width of a tile
@@ -66,9 +66,9 @@ def weight_gradient(x: Tensor, grad: Tensor, side: int, stride: int) -> Tensor:
     """
     M, _, _, C = x.shape
     outputs = grad.shape[-1]
-    tiles, places = outputs // _NARROW, side**2
+    tiles, places = outputs // NARROW, side**2
     parts = min(M, -(-_LEAST_TASKS // (tiles * places)))
-    out = torch.empty(parts, tiles, places, C, _NARROW, dtype=torch.float32)
+    out = torch.empty(parts, tiles, places, C, NARROW, dtype=torch.float32)
     kernel = _kernel("weight_gradient")
     assert kernel is not None
     operands = (*x.shape, outputs, side, stride, parts, out.data_ptr(), torch.get_num_threads())
@@ -103,7 +103,7 @@ class EventWeights:
     @staticmethod
     def take(weight: Tensor, x: Tensor) -> bool:
         """Whether there are kernels for weights [C', C, k, k] of this kind and spikes x, here and now."""
-        if weight.dtype not in _ARITHMETIC or x.dtype != torch.uint8 or weight.shape[1] > _MOST_CHANNELS:
+        if weight.dtype not in _ARITHMETIC or x.dtype != torch.uint8 or weight.shape[1] > MOST_CHANNELS:
             return False
         return can_run(x)
 
