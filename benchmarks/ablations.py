@@ -15,7 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from timm_qkformer._files import write_atomically
@@ -44,6 +45,8 @@ EXPERIMENTS = {
     },
 }
 
+Case = tuple[str, str, int]  # experiment, variant and seed
+
 
 @dataclass(frozen=True)
 class Result:
@@ -64,26 +67,39 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path("output/ablations"), help="subset and training output")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to go on from and to write")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one core")
     args = parser.parse_args()
     subset = make_subset(args.data_dir, args.work_dir / "data")
     results = [Result(**row) for row in json.loads(args.results.read_text())] if args.results.exists() else []
     # Seed by seed, so that an interrupted run has whole experiments.
-    for seed in SEEDS:
-        for experiment, variants in EXPERIMENTS.items():
-            for variant, model_kwargs in variants.items():
-                if any((r.experiment, r.variant, r.seed) == (experiment, variant, seed) for r in results):
-                    continue
-                command = train_command(model_kwargs, seed, args.epochs)
-                twin = next((r for r in results if r.command == shlex.join(command)), None)
-                if twin is None:
-                    done = run(command, subset, args.work_dir, experiment, variant, seed)
-                else:
-                    done = Result(**{**asdict(twin), "experiment": experiment, "variant": variant})
-                results.append(done)
+    cases = [(name, variant, seed) for seed in SEEDS for name in EXPERIMENTS for variant in EXPERIMENTS[name]]
+    order = {case: i for i, case in enumerate(cases)}
+    done = {(r.experiment, r.variant, r.seed) for r in results}
+    runs: dict[str, list[Case]] = {}  # the cases that each command settles
+    for case in cases:
+        if case not in done:
+            experiment, variant, seed = case
+            command = train_command(EXPERIMENTS[experiment][variant], seed, args.epochs)
+            runs.setdefault(shlex.join(command), []).append(case)
+    known = {r.command: r for r in results}
+
+    def settle(command: str) -> Result:
+        return known.get(command) or run(command, subset, args.work_dir, runs[command][0])
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = [pool.submit(settle, command) for command in runs]
+        try:
+            for future in as_completed(futures):
+                result = future.result()
+                for experiment, variant, seed in runs[result.command]:
+                    results.append(replace(result, experiment=experiment, variant=variant, seed=seed))
+                    name = f"{experiment:20s} {variant:12s} seed {seed}"
+                    print(f"{name}: {result.top1:.2f} % in {result.seconds:.0f} s", flush=True)
+                results.sort(key=lambda r: order.get((r.experiment, r.variant, r.seed), len(order)))
                 save(results, args.results)
-                print(
-                    f"{experiment:20s} {variant:12s} seed {seed}: {done.top1:.2f} % in {done.seconds:.0f} s", flush=True
-                )
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what has not begun need not
+            raise
     print_tables(results)
 
 
@@ -110,10 +126,11 @@ def train_command(model_kwargs: str, seed: int, epochs: int | None) -> list[str]
     return [*command, "--model-kwargs", *model_kwargs.split()]
 
 
-def run(command: list[str], data: Path, work_dir: Path, experiment: str, variant: str, seed: int) -> Result:
+def run(command: str, data: Path, work_dir: Path, case: Case) -> Result:
+    experiment, variant, seed = case
     name = "-".join([experiment, *"".join(c if c.isalnum() else " " for c in variant).split(), str(seed)])
     output = work_dir / "runs"
-    program = [sys.executable, "-m", "timm_qkformer.cli", *command[1:]]
+    program = [sys.executable, "-m", "timm_qkformer.cli", *shlex.split(command)[1:]]
     folders = ["--data-dir", str(data), "--output", str(output), "--experiment", name, "--resume", "auto"]
     start = time.perf_counter()
     log = output / f"{name}.log"
@@ -127,7 +144,7 @@ def run(command: list[str], data: Path, work_dir: Path, experiment: str, variant
         rows = list(csv.DictReader(stream))
     seconds = time.perf_counter() - start
     epochs = int(rows[-1]["epoch"]) + 1
-    return Result(experiment, variant, seed, float(rows[-1]["eval_top1"]), epochs, seconds, shlex.join(command))
+    return Result(experiment, variant, seed, float(rows[-1]["eval_top1"]), epochs, seconds, command)
 
 
 def save(results: list[Result], path: Path) -> None:

@@ -10,19 +10,19 @@ from . import layers, models
 from .models import MaxFormer, QKFormer
 
 if TYPE_CHECKING:
-    from .inference import deploy
+    from .inference import deploy, round_weights
 
 __version__ = "0.1.0"
 
-__all__ = ["MaxFormer", "QKFormer", "__version__", "deploy", "layers", "models"]
+__all__ = ["MaxFormer", "QKFormer", "__version__", "deploy", "layers", "models", "round_weights"]
 
 
 def __getattr__(name: str) -> Any:
     # When it is first used: importing timm imports this package.
-    if name == "deploy":
-        from .inference import deploy
+    if name in ("deploy", "round_weights"):
+        from . import inference
 
-        return deploy
+        return getattr(inference, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

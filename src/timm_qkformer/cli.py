@@ -45,6 +45,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     )
     dtypes = ("float16", "float32", "float64")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of the tensors (%(default)s)")
+    parser.add_argument(
+        "--round-weights", action="store_true", help="round weights to 8 bits, so that int8 deploys answer alike"
+    )
     parser.add_argument("--verify", type=Path, metavar="DIR", help="measure the accuracy on these images for the card")
     parser.add_argument("--force", action="store_true", help="replace what is in OUT")
 
@@ -65,6 +68,7 @@ def _convert(args: argparse.Namespace) -> None:
         batch_coupled=args.batch_coupled,
         ema=args.ema,
         dtype=args.dtype,
+        round_weights=args.round_weights,
         force=args.force,
         measure=measure if args.verify else None,
     )

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from golden import CASES, GoldenCase
 from release import release_state_dict
-from timm_qkformer.hub import CheckpointError, convert
+from timm_qkformer import round_weights
+from timm_qkformer.hub import CheckpointError, convert, read_checkpoint
 from timm_qkformer.hub import releases as releases_module
 from timm_qkformer.hub.releases import RELEASES, find_release
 from training_dict import training_checkpoint
@@ -211,8 +212,6 @@ def test_time_steps_come_from_arguments_then_the_file_name_then_the_model(folder
 
 def test_known_md5_gives_tag_input_size_and_published_accuracy(tiny_model, folder, tmp_path, monkeypatch):
     source = save(release_state_dict(tiny_model), tmp_path / "x.pth")
-    from timm_qkformer.hub import read_checkpoint
-
     known = RELEASES[4]._replace(model="test_qkformer", md5=read_checkpoint(source).md5)
     monkeypatch.setattr(releases_module, "RELEASES", (known,))
     done = convert(source, folder)
@@ -290,6 +289,25 @@ def test_half_precision_halves_the_file_and_computes_in_single(folder, tmp_path)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert model.head.weight.dtype == torch.float32
     assert torch.equal(model.head.weight, weights["head.weight"].half().float())
+
+
+def test_rounded_weights_are_exact_in_half_precision_and_no_longer_the_authors(folder, tmp_path, monkeypatch):
+    model = variant()
+    source = save(release_state_dict(model), tmp_path / "x.pth")
+    known = RELEASES[4]._replace(model="test_qkformer", md5=read_checkpoint(source).md5)
+    monkeypatch.setattr(releases_module, "RELEASES", (known,))
+    done = convert(source, folder, dtype="float16", round_weights=True)
+    assert done.tag == "custom"
+    assert "weights rounded to 8 bits, one step per output channel" in done.report
+    card = (folder / "README.md").read_text()
+    assert "**Rounding:** weights rounded to 8 bits" in card
+    assert "published by the authors" not in card
+    found = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
+    round_weights(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found[name], tensor.half().float() if tensor.is_floating_point() else tensor)
+    name = "stages.0.embed.main.0.conv.weight"
+    assert torch.equal(found[name], model.state_dict()[name])
 
 
 def test_nothing_is_overwritten_without_force(tiny_checkpoint, folder):

@@ -14,6 +14,7 @@ from timm.models import get_arch_pretrained_cfgs
 from timm.models._hub import save_for_hf
 from torch import nn
 
+from .. import inference
 from .card import write_card
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
 from .recognise import Recognised, find_asset, recognise
@@ -23,6 +24,7 @@ from .verify import coupled_layers
 __all__ = ["Conversion", "convert"]
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+_ROUNDED = "weights rounded to 8 bits, one step per output channel"
 
 
 @dataclass
@@ -48,6 +50,7 @@ def convert(
     batch_coupled: bool = False,
     ema: Optional[bool] = None,
     dtype: str = "float32",
+    round_weights: bool = False,
     force: bool = False,
     measure: Optional[Callable[[Path], list[dict[str, Any]]]] = None,
 ) -> Conversion:
@@ -67,6 +70,8 @@ def convert(
         ema: Take the moving average (True), the weights themselves (False), or the former where there is one (None).
         dtype: "float16", "float32" or "float64" for the floating-point tensors, which are widened exactly or rounded.
             A model that loads them computes in its own dtype all the same.
+        round_weights: Round weights to 8 bits first, see `timm_qkformer.round_weights`. By that, an authors' checkpoint
+            loses its tag and its published accuracy.
         force: Replace what is in `folder`.
         measure: Called with the finished folder before it is moved to its place; its results go into the card.
 
@@ -84,10 +89,13 @@ def convert(
     release = find_release(checkpoint.md5)
     found = recognise(checkpoint, model or (release.model if release else None), time_steps)
     asset = find_asset(source.name)
-    if tag is None:
-        tag = release.tag if release else asset[1] if asset and asset[0] == found.model else "custom"
-    cfg = _pretrained_cfg(found, checkpoint, release, tag, input_size)
-    built = _build(found, cfg, batch_coupled, _DTYPES[dtype])
+    if tag is None and not round_weights:
+        tag = release.tag if release else asset[1] if asset and asset[0] == found.model else None
+    cfg = _pretrained_cfg(found, checkpoint, release, tag or "custom", input_size)
+    built = _build(found, cfg, batch_coupled, _DTYPES[dtype], round_weights)
+    source_facts = _source_facts(checkpoint, release)
+    if round_weights:
+        source_facts["Rounding"] = _ROUNDED
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -96,7 +104,7 @@ def convert(
         config = _without_duplicates(staging / "config.json")
         measured = measure(staging) if measure is not None else None
         params = sum(p.numel() for p in built.parameters())
-        write_card(staging, config, _source_facts(checkpoint, release), params, release, measured)
+        write_card(staging, config, source_facts, params, None if round_weights else release, measured)
         staging.chmod(0o755)  # what tempfile and safetensors write is private
         for path in staging.iterdir():
             path.chmod(0o644)
@@ -105,9 +113,10 @@ def convert(
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return Conversion(
-        folder, found.model, tag, config["model_args"], release, _report(checkpoint, found, release, config, dtype)
-    )
+    report = _report(checkpoint, found, release, config, dtype)
+    if round_weights:
+        report.append(_ROUNDED)
+    return Conversion(folder, found.model, tag or "custom", config["model_args"], release, report)
 
 
 def _check_target(folder: Path, force: bool) -> None:
@@ -154,17 +163,22 @@ def _trained_size(checkpoint: Checkpoint) -> Optional[int]:
     return None
 
 
-def _build(found: Recognised, cfg: dict[str, Any], batch_coupled: bool, dtype: torch.dtype) -> nn.Module:
+def _build(found: Recognised, cfg: dict[str, Any], batch_coupled: bool, dtype: torch.dtype, rounded: bool) -> nn.Module:
     args = dict(found.model_args, time_steps=found.time_steps)
     if coupled_layers(timm.create_model(found.model, device="meta")):
         args["batch_coupled"] = batch_coupled
     elif batch_coupled:
         raise ValueError(f"batch_coupled=True: {found.model} has no coupled neurons, its release has none either")
-    built = timm.create_model(found.model, pretrained_cfg_overlay=cfg, dtype=dtype, **args)
+    # Rounded once: not to half precision first.
+    first = torch.float64 if rounded else dtype
+    built = timm.create_model(found.model, pretrained_cfg_overlay=cfg, dtype=first, **args)
     try:
         built.load_state_dict(found.state_dict, strict=True)
     except RuntimeError as error:  # recognise has compared names and shapes
         raise CheckpointError(f"{found.model} does not take the tensors: {error}") from error
+    if rounded:
+        inference.round_weights(built)
+        built.to(dtype)
     overflow = [name for name, value in built.state_dict().items() if not bool(torch.isfinite(value).all())]
     if overflow:
         raise CheckpointError(f"{overflow[0]} has values too large for {dtype}; convert with dtype float64")

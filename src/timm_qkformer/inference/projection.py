@@ -17,7 +17,7 @@ from . import ops
 from .derived import DerivedState
 from .neurons import NeuronSpec
 from .precision import has_onednn
-from .weights import Folded, quantise
+from .weights import Folded, quantise, to_bfloat16
 
 __all__ = ["Projection"]
 
@@ -37,7 +37,8 @@ class Projection(DerivedState):
     Args:
         folded: Convolutions of the same input, side by side in the result.
         stride, groups: Of the convolutions; the padding is half a kernel.
-        dtype: That weights are kept in: float64, float32, bfloat16 or int8 (with one scale per output channel).
+        dtype: That weights are kept in: float64, float32, bfloat16 or int8, these two with one scale per output
+            channel.
     """
 
     weight: Tensor
@@ -51,6 +52,8 @@ class Projection(DerivedState):
         scale = None
         if dtype == torch.int8:
             weight, scale = quantise(weight)
+        elif dtype == torch.bfloat16:
+            weight, scale = to_bfloat16(weight)
         self.stride = stride
         self.groups = groups
         self.events = False
@@ -135,9 +138,10 @@ class Projection(DerivedState):
     def _pack(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         if x.dtype == torch.uint8:
             return self._pack_int8(x)
-        weight = self.weight.to(x.dtype)
+        weight = self.weight.to(self.bias.dtype)
         if self.scale is not None:
-            weight = weight * self.scale.to(x.dtype).view(-1, 1, 1, 1)
+            weight = weight * self.scale.view(-1, 1, 1, 1)
+        weight = weight.to(x.dtype)
         if has_onednn(x.dtype, x.device):
             return self._pack_onednn(x, weight)
         return self._plain(weight, self.bias.to(x.dtype))

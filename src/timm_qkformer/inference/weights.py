@@ -1,4 +1,4 @@
-"""Convolutions with their batch norm folded in, and 8-bit weights."""
+"""Convolutions with their batch norm folded in, and weights of 8 and 16 bits."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,13 @@ from torch import Tensor, nn
 
 from ..layers import ConvNorm
 
-__all__ = ["Folded", "fold", "quantise"]
+__all__ = ["MAX_WEIGHT", "Folded", "fold", "quantise", "to_bfloat16"]
 
 # Symmetric: -128 is left out, so that a weight and its negative are equally exact.
-_MAX_WEIGHT = 127
+MAX_WEIGHT = 127
+
+# How far from a whole number of steps, of 127, a weight may be that rounding in float32 has moved.
+_NOISE = 1e-3
 
 
 class Folded(NamedTuple):
@@ -57,10 +60,22 @@ def fold(unit: ConvNorm, name: str) -> Folded:
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weights [C', ...] as int8 and one float32 scale per output channel: int8 * scale, to within scale / 2."""
-    scale = weight.abs().flatten(1).amax(1).to(torch.float32) / _MAX_WEIGHT
+    scale = weight.abs().flatten(1).amax(1).to(torch.float32) / MAX_WEIGHT
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a channel of zeros
     steps = weight / scale.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
-    return steps.round().clamp(-_MAX_WEIGHT, _MAX_WEIGHT).to(torch.int8), scale
+    return steps.round().clamp(-MAX_WEIGHT, MAX_WEIGHT).to(torch.int8), scale
+
+
+def to_bfloat16(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [C', ...] as bfloat16 and one float32 scale per output channel: bfloat16 * scale.
+
+    The scale is 1, except for channels whose weights are whole steps (see `round_weights`): those are kept exactly.
+    """
+    steps, scale = quantise(weight)
+    shape = (-1, *[1] * (weight.dim() - 1))
+    off = (weight / scale.to(weight.dtype).view(shape) - steps).abs().flatten(1).amax(1)
+    scale = torch.where(off < _NOISE, scale, torch.ones_like(scale))
+    return torch.where(scale.view(shape) == 1, weight, steps.to(weight.dtype)).to(torch.bfloat16), scale
 
 
 def _is_square(conv: nn.Conv2d) -> bool:

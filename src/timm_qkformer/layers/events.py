@@ -82,7 +82,7 @@ class EventWeights:
     Args:
         weight: Float32, bfloat16 or int8, [C', C, k, k].
         bias: Float32, [C'].
-        scale: Of int8 weights, [C'].
+        scale: Of the weights, [C'] in float32, or None.
         stride: Of the convolution; the padding is half a kernel.
     """
 
@@ -92,7 +92,10 @@ class EventWeights:
         self.stride = stride
         self.width = next(width for width in _TILES if self.outputs % width == 0 or width == _TILES[-1])
         padding = -self.outputs % self.width
-        padded = F.pad(weight.to(self.arithmetic), (0, 0, 0, 0, 0, 0, 0, padding))
+        weight = weight.to(self.arithmetic)
+        if scale is not None and self.arithmetic == torch.float32:
+            weight, scale = weight * scale.view(-1, 1, 1, 1), None
+        padded = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, padding))
         tiles = padded.view(-1, self.width, channels, self.side**2).permute(0, 3, 2, 1)
         if self.arithmetic == torch.int8:  # a channel of the tile's first half beside one of its second, all above zero
             tiles = tiles.unflatten(3, (2, -1)).transpose(3, 4).flatten(3).to(torch.int16).add(128).to(torch.uint8)

@@ -17,7 +17,7 @@ from typing import Any, Optional, Union
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import QKChannelAttention, QKTokenAttention, SpikingSelfAttention
+from ..layers import LIF, QKChannelAttention, QKTokenAttention, SpikingSelfAttention
 from . import _build
 from ._checkpoint import StateDict, check_against_model, conv1d_to_conv2d, rename_tensors, unwrap_checkpoint
 from ._hst import IMAGENET_CFG, Embedding, HierarchicalSpikingTransformer, StageEmbed, per_stage
@@ -403,9 +403,16 @@ def qkformer_hst10_768_ms(pretrained: bool = False, **kwargs: Any) -> QKFormer:
 def qkformer_hst3_256(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-3-256 for CIFAR on one CPU: 2.23 M parameters with 10 classes, T = 2. Ours, not the paper's.
 
-    ImageNet's embedding, so 8 x 8 tokens in the first stage where the paper's HST-4-384 has 32 x 32.
+    ImageNet's embedding, so 8 x 8 tokens in the first stage where the paper's HST-4-384 has 32 x 32. Neurons fire at
+    half the paper's threshold: with so few time steps most would keep silent at first, and learn slowly.
     """
-    model_args = {"embed_dims": (64, 128, 256), "depths": (1, 1, 1), "num_heads": 4, "time_steps": 2}
+    model_args = {
+        "embed_dims": (64, 128, 256),
+        "depths": (1, 1, 1),
+        "num_heads": 4,
+        "time_steps": 2,
+        "neuron": partial(LIF, v_threshold=0.5, surrogate="atan"),
+    }
     return _create_qkformer("qkformer_hst3_256", pretrained, **dict(model_args, **kwargs))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .checkpoint import DivergedError
 from .loaders import TrainLoader, readable
+from .rounding import rounded_weights
 
 __all__ = ["Parts", "Update", "learning_rate", "train_epoch", "updates_per_epoch"]
 
@@ -34,6 +35,12 @@ class Parts:
     def dtype(self) -> Optional[torch.dtype]:
         """dtype of the inputs; None leaves them as they are."""
         return getattr(torch, self.args.model_dtype) if self.args.model_dtype else None
+
+    def weights(self, model: torch.nn.Module, training: bool = False) -> ContextManager[None]:
+        """Context of the model's passes, and with `training` of an update: rounds its weights if the run is to."""
+        if not self.args.round_weights:
+            return nullcontext()
+        return rounded_weights(model, self.optimizer if training else None)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ def train_epoch(
     args, task = parts.args, parts.task
     mixes = not (args.mixup_off_epoch and epoch >= args.mixup_off_epoch)
     parts.loader.begin(epoch, mixes)
-    task.get_trainable_module().train()
+    model = task.get_trainable_module()
+    model.train()
     total = len(parts.loader)
     last_accum = total % args.grad_accum_steps
     updates = epoch * updates_per_epoch(parts) + consumed // args.grad_accum_steps
@@ -97,7 +105,8 @@ def train_epoch(
         need_update = index + 1 == total or (index + 1) % args.grad_accum_steps == 0
         accum_steps = last_accum if index >= total - last_accum else args.grad_accum_steps
         x, target = _prepare(parts, x, target)
-        with task.no_sync() if args.distributed and not need_update else nullcontext():
+        sync = task.no_sync() if args.distributed and not need_update else nullcontext()
+        with sync, parts.weights(model, training=True):
             with parts.autocast():
                 loss = task(x, target)["loss"]
             if accum_steps > 1:

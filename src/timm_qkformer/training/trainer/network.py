@@ -16,6 +16,7 @@ from timm.models import load_checkpoint
 from timm.task import ClassificationTask
 from torch import nn
 
+from ...models._hst import HierarchicalSpikingTransformer
 from .datasets import is_events
 from .sync_bn import synchronize_batch_norm
 
@@ -59,6 +60,9 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         )
     except TypeError as error:
         raise ValueError(f"model {args.model} does not take these arguments: {error}") from error
+    if getattr(args, "round_weights", False) and not isinstance(model, HierarchicalSpikingTransformer):
+        kind = type(model).__name__
+        raise ValueError(f"round_weights=True: model {args.model} is a {kind}, expected a QKFormer or MaxFormer")
     if getattr(args, "initial_checkpoint", ""):
         load_weights(model, args.initial_checkpoint, args.model)
     if args.num_classes is None:

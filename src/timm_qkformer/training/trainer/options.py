@@ -205,6 +205,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
 OURS: tuple[Option, ...] = (
     _o("--on-error", "raise", "unreadable image or recording: stop and name it, or take another",
        choices=("raise", "skip")),
+    _o("--round-weights", False, "learn weights that 8 bits hold: the loss is that of weights rounded to them", bool),
     _o("--tensorboard", None, "write TensorBoard files (where tensorboard is installed)", bool),
     _o("--event-split-by", "number", "frames of as many events each, or of as long a time each",
        choices=("number", "time")),

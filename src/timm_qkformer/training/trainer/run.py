@@ -387,15 +387,16 @@ class _Run:
         return measured
 
     def _evaluate(self, model: nn.Module) -> Evaluation:
-        return evaluate(
-            model,
-            self.eval_loader,
-            self.device,
-            self.parts.autocast,
-            self.parts.dtype,
-            self.args.channels_last,
-            self.args.distributed,
-        )
+        with self.parts.weights(model):
+            return evaluate(
+                model,
+                self.eval_loader,
+                self.device,
+                self.parts.autocast,
+                self.parts.dtype,
+                self.args.channels_last,
+                self.args.distributed,
+            )
 
     def _trainer_state(self, consumed: int) -> dict[str, Any]:
         """The checkpoint's entry "trainer"; every process has to call this."""
