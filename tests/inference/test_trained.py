@@ -1,5 +1,6 @@
 """What rounded weights cost a model that has been trained, on photographs: the shipped one for CIFAR-10."""
 
+import copy
 import tarfile
 
 import pytest
@@ -13,14 +14,29 @@ import timm_qkformer
 from timm_qkformer.training.demo import MODEL
 from timm_qkformer.training.demo.photographs import classify_photographs
 
-# Least cosine similarity of the maps and least share of the same top-1; measured is more, see docs/deploy.md. Spikes
-# flip wherever a potential is within the rounding error of the threshold, and T = 2 steps leave coarse rates.
-PRECISIONS = [("fp32", 0.999, 0.99), ("bf16", 0.87, 0.91), ("int8", 0.84, 0.90)]
+# Whether weights are rounded before, precision, least cosine similarity of the maps and least share of the same top-1;
+# measured is more, see docs/deploy.md. Spikes flip wherever a potential is within the rounding error of the threshold,
+# and T = 2 steps leave coarse rates.
+CASES = [
+    (False, "fp32", 0.999, 0.99),
+    (False, "bf16", 0.87, 0.91),
+    (False, "int8", 0.84, 0.90),
+    (True, "fp32", 0.999, 0.99),
+    (True, "bf16", 0.999, 0.99),
+    (True, "int8", 0.999, 0.99),
+]
 
 
 @pytest.fixture(scope="module")
 def trained():
     return timm.create_model(MODEL, pretrained=True).eval()
+
+
+@pytest.fixture(scope="module")
+def rounded(trained):
+    model = copy.deepcopy(trained)
+    timm_qkformer.round_weights(model)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +53,12 @@ def compare(model, precision, images):
     return F.cosine_similarity(found.flatten(), features.flatten(), 0).item(), same.float().mean().item()
 
 
-@pytest.mark.parametrize(("precision", "least_similarity", "least_same"), PRECISIONS)
+@pytest.mark.parametrize(("is_rounded", "precision", "least_similarity", "least_same"), CASES)
 @torch.inference_mode()
-def test_photographs_as_the_plain_model(trained, photographs, precision, least_similarity, least_same):
-    similarity, same = compare(trained, precision, photographs.images)
+def test_photographs_as_the_plain_model(
+    trained, rounded, photographs, is_rounded, precision, least_similarity, least_same
+):
+    similarity, same = compare(rounded if is_rounded else trained, precision, photographs.images)
     assert similarity > least_similarity
     assert same >= least_same - 0.025  # 40 photographs: one more may differ
 
@@ -54,9 +72,11 @@ def test_in_float64_spike_for_spike(trained, photographs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "least_similarity", "least_same"), PRECISIONS)
+@pytest.mark.parametrize(("is_rounded", "precision", "least_similarity", "least_same"), CASES)
 @torch.inference_mode()
-def test_a_thousand_images_as_the_plain_model(trained, precision, least_similarity, least_same, tmp_path, capsys):
+def test_a_thousand_images_as_the_plain_model(
+    trained, rounded, is_rounded, precision, least_similarity, least_same, tmp_path, capsys
+):
     archive = SHARED / "data" / "cifar10.tar.gz"
     if not archive.exists():
         pytest.skip(f"needs {archive.name} of the shared data")
@@ -66,8 +86,9 @@ def test_a_thousand_images_as_the_plain_model(trained, precision, least_similari
     transform = create_transform(**resolve_model_data_config(trained), is_training=False)
     dataset = create_dataset("", tmp_path / "cifar10", split="test", transform=transform)
     images = torch.stack([dataset[i][0] for i in range(0, len(dataset), 10)])
-    similarity, same = compare(trained, precision, images)
+    similarity, same = compare(rounded if is_rounded else trained, precision, images)
+    name = f"{precision}, {'rounded before' if is_rounded else 'as trained'}"
     with capsys.disabled():
-        print(f"\n{precision}: cosine similarity {similarity:.5f}, same top-1 {same:.2%} of {len(images)}")
+        print(f"\n{name}: cosine similarity {similarity:.5f}, same top-1 {same:.2%} of {len(images)}")
     assert similarity > least_similarity
     assert same >= least_same
