@@ -171,6 +171,24 @@ def test_neuron_layers_of_ones_own():
     assert {(m.tau, m.surrogate) for m in model.modules() if isinstance(m, LIF)} == {(1.5, "atan")}
 
 
+def test_arguments_of_the_neurons():
+    model = tiny(neuron="plif", neuron_args={"init_tau": 3.0, "v_threshold": 0.25})
+    neurons = {name: m for name, m in model.named_modules() if isinstance(m, ParametricLIF)}
+    assert {m.init_tau for m in neurons.values()} == {3.0}
+    assert {m.v_threshold for name, m in neurons.items() if not name.endswith("attn_neuron")} == {0.25}
+    assert {m.v_threshold for name, m in neurons.items() if name.endswith("attn_neuron")} == {0.5}
+
+
+def test_the_model_for_one_cpu_fires_early_unless_asked_not_to():
+    def thresholds(**kwargs):
+        model = timm.create_model("qkformer_hst3_256", device="meta", **kwargs)
+        neurons = {name: m for name, m in model.named_modules() if isinstance(m, LIF | IF)}
+        return {m.v_threshold for name, m in neurons.items() if not name.endswith("attn_neuron")}
+
+    assert thresholds() == thresholds(neuron="if") == {0.5}
+    assert thresholds(neuron_args={}) == {1.0}
+
+
 @torch.inference_mode()
 def test_copies():
     model, x = tiny(neuron="plif"), images(2)

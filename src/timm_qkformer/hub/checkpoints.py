@@ -232,11 +232,14 @@ def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items() if _is_plain(value)}
 
 
-def _is_plain(value: Any) -> bool:
-    """A number, a word, a short row of them, such as a mean, or some of these by name, such as a model's arguments."""
+def _is_plain(value: Any, depth: int = 2) -> bool:
+    """A number, a word, a short row of them, such as a mean, or some of these by name, such as a model's arguments and
+    those of its neurons."""
     if isinstance(value, Mapping):
-        return len(value) <= 32 and all(
-            isinstance(key, str) and not isinstance(item, Mapping) and _is_plain(item) for key, item in value.items()
+        return (
+            depth > 0
+            and len(value) <= 32
+            and all(isinstance(key, str) and _is_plain(item, depth - 1) for key, item in value.items())
         )
     if isinstance(value, (list, tuple)):
         return len(value) <= 16 and all(isinstance(item, (str, int, float)) for item in value)

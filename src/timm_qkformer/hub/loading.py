@@ -10,23 +10,11 @@ from timm.data import resolve_data_config
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 
 from .checkpoints import Checkpoint, read_checkpoint
-from .recognise import architectures, fit_tensors, recognise
+from .recognise import architectures, fit_tensors, recognise, stated_args
 
 __all__ = ["LoadedModel", "load_model", "shipped_models"]
 
-# Of a training's arguments, those that make the model and those that prepare its input.
-_MODEL_ARGS = (
-    "attn",
-    "depths",
-    "embed_dims",
-    "membrane_shortcut",
-    "mixer",
-    "mlp_ratio",
-    "neuron",
-    "num_heads",
-    "patch_embed",
-    "time_steps",
-)
+# Of a training's arguments, those that prepare the model's input.
 _DATA_ARGS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
@@ -136,8 +124,7 @@ def _recognised(path: Path, time_steps: Optional[int]) -> LoadedModel:
 
 def _trained(read: Checkpoint, time_steps: Optional[int]) -> LoadedModel:
     """The model of a training checkpoint that says what it was created with, as timm's train.py writes it."""
-    name, stated = read.args["model"], read.args.get("model_kwargs") or {}
-    args = {key: stated[key] for key in _MODEL_ARGS if key in stated}
+    name, args = read.args["model"], stated_args(read)
     args |= {key: read.args[key] for key in ("num_classes", "in_chans") if key in read.args}
     if "in_chans" not in args and read.args.get("input_size"):
         args["in_chans"] = read.args["input_size"][0]

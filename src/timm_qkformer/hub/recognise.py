@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Optional
@@ -16,7 +17,22 @@ from ..models._checkpoint import check_against_model
 from .checkpoints import Checkpoint, CheckpointError
 from .releases import find_release
 
-__all__ = ["Recognised", "architectures", "find_asset", "fit_tensors", "recognise"]
+__all__ = ["Recognised", "architectures", "find_asset", "fit_tensors", "recognise", "stated_args"]
+
+# Of a training's `model_kwargs`, those that make another model of the registered one.
+_MODEL_ARGS = (
+    "attn",
+    "depths",
+    "embed_dims",
+    "membrane_shortcut",
+    "mixer",
+    "mlp_ratio",
+    "neuron",
+    "neuron_args",
+    "num_heads",
+    "patch_embed",
+    "time_steps",
+)
 
 _FIRST_STAGE = re.compile(r"(patch_embed1|stem)\..*weight")
 _MLP = re.compile(r".*mlp\.(?:fc|mlp)1[_.]conv\.weight")
@@ -59,10 +75,11 @@ def recognise(checkpoint: Checkpoint, model: Optional[str] = None, time_steps: O
     reasons = []
     candidates = [model] if model else sorted(known, key=lambda name: name != likely)
     for name in candidates:
-        if _width(name) != width:
+        stated = stated_args(checkpoint) if name == checkpoint.args.get("model") else {}
+        if not stated and _width(name) != width:
             continue
         try:
-            found = _fit(name, checkpoint.tensors, shapes, args)
+            found = _fit(name, checkpoint.tensors, shapes, args, stated)
         except ValueError as error:
             reasons.append(f"{name}: {error}")
             continue
@@ -81,6 +98,18 @@ def recognise(checkpoint: Checkpoint, model: Optional[str] = None, time_steps: O
     found.also_fits = list(fits)
     _find_time_steps(found, checkpoint, time_steps)
     return found
+
+
+def stated_args(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a training says that its model was created with, as timm's train.py and this package's write it."""
+    kwargs = checkpoint.args.get("model_kwargs")
+    stated = {key: kwargs[key] for key in _MODEL_ARGS if key in kwargs} if isinstance(kwargs, Mapping) else {}
+    depths, tensors = stated.get("depths", ()), len(checkpoint.tensors)
+    blocks = depths if isinstance(depths, (list, tuple)) else [depths]
+    if any(isinstance(count, int) and count > tensors for count in blocks):
+        # A model on the meta device takes no memory for its weights, but for each block some, and time.
+        raise CheckpointError(f"{checkpoint.path}: its training states depths={depths}, but it has {tensors} tensors")
+    return stated
 
 
 def architectures() -> list[str]:
@@ -113,16 +142,27 @@ def _sizes(checkpoint: Checkpoint, shapes: dict[str, list[int]], any_names: bool
     return head[1], {"num_classes": head[0], "in_chans": min(channels)}
 
 
-def _fit(name: str, tensors: dict[str, Tensor], shapes: dict[str, list[int]], args: dict[str, Any]) -> Recognised:
+def _fit(
+    name: str,
+    tensors: dict[str, Tensor],
+    shapes: dict[str, list[int]],
+    args: dict[str, Any],
+    stated: dict[str, Any],
+) -> Recognised:
     """The model of this name with these tensors, if all of them fit; else ValueError."""
     cfg: Any = get_pretrained_cfg(name)
     defaults = {"num_classes": cfg.num_classes, "in_chans": cfg.input_size[0]}
-    model_args: dict[str, Any] = {key: value for key, value in args.items() if value != defaults[key]}
-    model: Any = timm.create_model(name, device="meta", **args)
+    model_args: dict[str, Any] = {key: value for key, value in stated.items() if key != "time_steps"}
+    model_args |= {key: value for key, value in args.items() if value != defaults[key]}
+    args = {**stated, **args}
+    try:
+        model: Any = timm.create_model(name, device="meta", **args)
+    except (TypeError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"not with the arguments that its training states: {error}") from error
     ratio = _mlp_ratio(shapes)
     if ratio is not None and ratio != _mlp_ratio({key: list(value.shape) for key, value in model.state_dict().items()}):
         model_args["mlp_ratio"] = ratio
-        model = timm.create_model(name, device="meta", mlp_ratio=ratio, **args)
+        model = timm.create_model(name, device="meta", **{**args, "mlp_ratio": ratio})
     state_dict = fit_tensors(name, tensors, model)
     return Recognised(name, model_args, state_dict, model.time_steps, "by default, the file does not say")
 
@@ -186,8 +226,9 @@ def _find_time_steps(found: Recognised, checkpoint: Checkpoint, time_steps: Opti
             raise ValueError(f"time_steps={time_steps} must be at least 1")
         found.time_steps, found.time_steps_from = time_steps, "as given"
         return
+    args = {**stated_args(checkpoint), **checkpoint.args}
     for key in ("time_step", "time_steps", "T"):
-        value = checkpoint.args.get(key)
+        value = args.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
             found.time_steps, found.time_steps_from = value, f"from the training's arguments, {key}={value}"
             return

@@ -5,7 +5,8 @@ nothing to reset between batches and one module may serve several threads.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Optional, Union
 
 import torch
@@ -236,14 +237,24 @@ NeuronLayer = Callable[..., nn.Module]
 NEURONS: dict[str, NeuronLayer] = {"lif": LIF, "if": IF, "plif": ParametricLIF}
 
 
-def get_neuron_layer(neuron: Union[str, NeuronLayer]) -> NeuronLayer:
+def get_neuron_layer(neuron: Union[str, NeuronLayer], args: Optional[Mapping[str, Any]] = None) -> NeuronLayer:
     """Resolve "lif", "if" or "plif"; a class or a `functools.partial` of one passes through.
 
+    Args:
+        neuron: Name or layer.
+        args: Arguments of the layer, such as {"v_threshold": 0.5}.
+
     Raises:
-        ValueError: For an unknown name.
+        ValueError: For an unknown name, or arguments that the layer does not take.
     """
-    if not isinstance(neuron, str):
-        return neuron
-    if neuron not in NEURONS:
+    if isinstance(neuron, str) and neuron not in NEURONS:
         raise ValueError(f"neuron={neuron!r} is unknown, choose one of {sorted(NEURONS)}")
-    return NEURONS[neuron]
+    layer = NEURONS[neuron] if isinstance(neuron, str) else neuron
+    if not args:
+        return layer
+    try:
+        layer = partial(layer, **args)
+        layer()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"neuron_args={args!r}: {error}") from error
+    return layer

@@ -12,7 +12,7 @@ The two kinds of residual connection:
 MS has a neuron in front of every weight layer and none after the addition (QKFormer, arXiv 2403.16552, eq. 17).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, List, NamedTuple, Optional, Set, Tuple, Union
 
 import torch
@@ -173,6 +173,8 @@ class HierarchicalSpikingTransformer(nn.Module):
         depths: Blocks in each stage.
         mlp_ratio: MLP width relative to the stage's, one number or one per stage.
         neuron: "lif", "if" or "plif", or a neuron layer such as `functools.partial(LIF, surrogate="atan")`.
+        neuron_args: Arguments of all neuron layers, such as {"v_threshold": 0.5, "surrogate": "atan"}. The neurons
+            after attention keep their threshold of 0.5.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout after every token mixer and MLP, one mask for all time steps.
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0, one mask for all time steps.
@@ -194,6 +196,7 @@ class HierarchicalSpikingTransformer(nn.Module):
         depths: Sequence[int] = (1, 2, 7),
         mlp_ratio: Union[float, Sequence[float]] = 4.0,
         neuron: Union[str, NeuronLayer] = "lif",
+        neuron_args: Optional[Mapping[str, Any]] = None,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -205,7 +208,7 @@ class HierarchicalSpikingTransformer(nn.Module):
         widths = per_stage("embed_dims", embed_dims, minimum=2)
         blocks = per_stage("depths", depths, minimum=0)
         ratios = per_stage("mlp_ratio", mlp_ratio)
-        neuron_layer = get_neuron_layer(neuron)
+        neuron_layer = get_neuron_layer(neuron, neuron_args)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate

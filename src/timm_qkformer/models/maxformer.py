@@ -48,7 +48,7 @@ class MaxFormer(HierarchicalSpikingTransformer):
             "dwc7") or spiking self-attention ("ssa").
         num_heads: Attention heads, one number or one per stage; only "ssa" has any.
         **kwargs: `in_chans`, `num_classes`, `global_pool`, `time_steps`, `embed_dims`, `depths`, `mlp_ratio`,
-            `neuron`, `drop_rate`, `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see
+            `neuron`, `neuron_args`, `drop_rate`, `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see
             `HierarchicalSpikingTransformer`.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import Any, Optional, Union
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import LIF, QKChannelAttention, QKTokenAttention, SpikingSelfAttention
+from ..layers import QKChannelAttention, QKTokenAttention, SpikingSelfAttention
 from . import _build
 from ._checkpoint import StateDict, check_against_model, conv1d_to_conv2d, rename_tensors, unwrap_checkpoint
 from ._hst import IMAGENET_CFG, Embedding, HierarchicalSpikingTransformer, StageEmbed, per_stage
@@ -67,7 +67,7 @@ class QKFormer(HierarchicalSpikingTransformer):
         batch_coupled: Reproduce the release's self-attention, in which samples influence their batch mates (its
             published accuracies were measured so). Off, each sample is on its own. Not with `membrane_shortcut`.
         **kwargs: `in_chans`, `num_classes`, `global_pool`, `time_steps`, `embed_dims`, `depths`, `mlp_ratio`,
-            `neuron`, `drop_rate`, `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see
+            `neuron`, `neuron_args`, `drop_rate`, `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see
             `HierarchicalSpikingTransformer`.
 
     Raises:
@@ -411,7 +411,7 @@ def qkformer_hst3_256(pretrained: bool = False, **kwargs: Any) -> QKFormer:
         "depths": (1, 1, 1),
         "num_heads": 4,
         "time_steps": 2,
-        "neuron": partial(LIF, v_threshold=0.5, surrogate="atan"),
+        "neuron_args": {"v_threshold": 0.5, "surrogate": "atan"},
     }
     return _create_qkformer("qkformer_hst3_256", pretrained, **dict(model_args, **kwargs))
 
