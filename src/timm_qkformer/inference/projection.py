@@ -138,7 +138,7 @@ class Projection(DerivedState):
     def _pack(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         if x.dtype == torch.uint8:
             return self._pack_int8(x)
-        weight = self.weight.to(self.bias.dtype)
+        weight = self.weight.to(torch.promote_types(x.dtype, self.bias.dtype))  # rounded to x's once scaled
         if self.scale is not None:
             weight = weight * self.scale.view(-1, 1, 1, 1)
         weight = weight.to(x.dtype)

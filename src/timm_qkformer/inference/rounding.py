@@ -20,7 +20,8 @@ def round_weights(model: nn.Module) -> None:
 
     In all convolutions but the first, the weights of every output channel become multiples, -127 to 127, of one step.
     Deployed in "int8" or "bf16" they are no longer rounded: the deployed model is then equal to this one, as in "fp32",
-    but for the order of sums. So measure the rounded model, and what is measured is what will run.
+    but for the order of sums and, in "bf16" where products are dense, rounded currents. So measure the rounded model,
+    and what is measured is what will run.
 
     Batch norms keep their statistics and weights. Training moves weights off their steps again. Rounding twice is
     rounding once.
