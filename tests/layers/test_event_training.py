@@ -30,6 +30,14 @@ def _eager_neurons(monkeypatch):
 
 
 @pytest.fixture
+def small_layers_too(monkeypatch):
+    """Lets layers as small as these tests' add events up."""
+    for thresholds in (event_training._PRODUCTS, event_training._GRADIENTS):
+        for dtype in thresholds:
+            monkeypatch.setitem(thresholds, dtype, event_training._BreakEven(0.5, 0.0))
+
+
+@pytest.fixture
 def chosen(monkeypatch):
     """What was chosen for each convolution."""
     choices = []
@@ -61,15 +69,18 @@ def test_products_and_gradients_are_exact(shape, outputs, side, stride, rate, la
     weight = integers(outputs, shape[1], side, side).requires_grad_()
     expected = F.conv2d(x, weight, None, stride, side // 2)
     assert torch.equal(event_training.event_products(x, weight.detach(), None, stride), expected)
+    if stride > 1:  # the weights' gradients of those are dense
+        return
     grad = integers(*expected.shape)
     expected.backward(grad)
     bytes_ = x.to(torch.uint8)
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        grad = grad.contiguous(memory_format=memory_format)
-        like = weight.detach().contiguous(memory_format=memory_format)
-        gradient = event_training.event_weight_gradient(bytes_, grad, like, stride)
-        assert torch.equal(gradient, weight.grad)
-        assert gradient.stride() == like.stride()
+        for dtype in (torch.float32, torch.bfloat16):
+            grads = grad.to(dtype, memory_format=memory_format)
+            like = weight.detach().contiguous(memory_format=memory_format)
+            gradient = event_training.event_weight_gradient(bytes_, grads, like)
+            assert torch.equal(gradient, weight.grad)
+            assert gradient.stride() == like.stride()
 
 
 def test_answers_do_not_depend_on_threads():
@@ -81,7 +92,7 @@ def test_answers_do_not_depend_on_threads():
         for n in (1, 3):
             torch.set_num_threads(n)
             products = event_training.event_products(x, weight, torch.ones(64), 1)
-            results.append((products, event_training.event_weight_gradient(x.to(torch.uint8), grad, weight, 1)))
+            results.append((products, event_training.event_weight_gradient(x.to(torch.uint8), grad, weight)))
     finally:
         torch.set_num_threads(threads)
     for one, three in zip(*results, strict=True):
@@ -116,13 +127,14 @@ def unit(*args, **kwargs):
     ],
     ids=["1x1", "3x3", "strided", "strided pixels", "frozen"],
 )
-def test_units_train_as_with_dense_products(layer, half, chosen):
+def test_units_train_as_with_dense_products(layer, half, chosen, small_layers_too):
     layer = layer()
     x = counts((8, 24, 7, 6), 0.07, 2).unflatten(0, (4, 2))
     with lean_training(False):
         plain = train(layer, x, "eager", half)
     dense, ours = train(layer, x, "eager", half), train(layer, x, "compile", half)
-    assert chosen == [event_training.Choice(), event_training.Choice(True, True)]
+    strided = layer.conv.stride != (1, 1) and layer.conv.kernel_size != (1, 1)
+    assert chosen == [event_training.Choice(), event_training.Choice(True, not strided)]
     assert 0.05 < ours[0].mean() < 0.95
     tolerance = {"rtol": 0.05, "atol": 0.05} if half else {"rtol": 1e-4, "atol": 1e-4}
     for own, wanted, readable in zip(ours, dense, plain, strict=True):
@@ -134,20 +146,32 @@ def test_units_train_as_with_dense_products(layer, half, chosen):
 @pytest.mark.parametrize(
     ("layer", "rate", "expected"),
     [
-        (lambda: unit(16, 16), 0.1, (True, True)),
-        (lambda: unit(16, 16), 0.2, (False, True)),
-        (lambda: unit(16, 16), 0.3, (False, False)),
-        (lambda: unit(16, 16, 3), 0.2, (True, True)),
-        (lambda: unit(16, 16, 3), 0.4, (False, True)),
-        (lambda: unit(16, 16, 3), 0.5, (False, False)),
-        (lambda: unit(16, 24), 0.1, (False, False)),
+        (lambda: unit(256, 256), 0.1, (True, True)),
+        (lambda: unit(256, 256), 0.2, (True, False)),
+        (lambda: unit(256, 256), 0.4, (False, False)),
+        (lambda: unit(256, 1024), 0.38, (False, True)),
+        (lambda: unit(64, 64, 3), 0.2, (True, True)),
+        (lambda: unit(64, 64, 3), 0.4, (True, False)),
+        (lambda: unit(64, 64, 3), 0.5, (False, False)),
+        (lambda: unit(64, 64, 3, 2), 0.2, (True, False)),
+        (lambda: unit(256, 264), 0.1, (False, False)),
+        (lambda: unit(64, 64), 0.01, (False, False)),
     ],
 )
 def test_dense_products_where_many_fire_or_nothing_fits(layer, rate, expected, chosen):
-    x = torch.zeros(4, 1, 16, 10, 10)
+    layer = layer()
+    x = torch.zeros(2, 1, layer.conv.in_channels, 6, 6)
     x.view(-1)[: round(rate * x.numel())] = 1
-    train(layer(), x, "compile")
+    train(layer, x, "compile")
     assert chosen == [expected]
+
+
+def test_native_bfloat16_is_harder_to_beat(monkeypatch):
+    x, weight = torch.zeros(2, 256, 6, 6), torch.zeros(256, 256, 3, 3)
+    x.view(-1)[: round(0.25 * x.numel())] = 1
+    with set_lif_backend("compile"):
+        for dtype, expected in ((torch.float32, (True, True)), (torch.bfloat16, (True, False))):
+            assert event_training.choose(x, weight.to(dtype), [1, 1], [1, 1], [1, 1]) == expected
 
 
 @pytest.mark.parametrize("backend", ["eager", "spikingjelly"])
@@ -167,7 +191,7 @@ def test_groups_unknown_input_and_other_precision_multiply(chosen):
     assert chosen == [(False, False)]
 
 
-def test_auto_begins_once_it_pays_and_so_does_a_resumed_process(monkeypatch):
+def test_auto_begins_once_it_pays_and_so_does_a_resumed_process(monkeypatch, small_layers_too):
     x, weight = counts((2, 16, 4, 4), 0.1), torch.zeros(16, 16, 3, 3)
     work = 2 * 4 * 4 * 16 * 16 * 9
     monkeypatch.setattr(event_training, "AUTO_BUDGET", 3 * work)
@@ -187,7 +211,7 @@ def test_auto_begins_once_it_pays_and_so_does_a_resumed_process(monkeypatch):
         assert [adds_events() for _ in range(2)] == [False, True]
 
 
-def test_a_model_trains_alike(chosen):
+def test_a_model_trains_alike(chosen, small_layers_too):
     """One step of a whole model, whose attention, residual sums and pooling are between the convolutions."""
     torch.manual_seed(0)
     model = timm.create_model("test_qkformer", num_classes=5).train()
@@ -204,7 +228,7 @@ def test_a_model_trains_alike(chosen):
     assert F.cosine_similarity(ours, dense, 0) > 0.999
 
 
-def test_without_a_compiler_products_stay_dense_after_one_warning(monkeypatch):
+def test_without_a_compiler_products_stay_dense_after_one_warning(monkeypatch, small_layers_too):
     from torch._inductor.codecache import CppCodeCache
 
     def fail(*args, **kwargs):

@@ -1,8 +1,8 @@
 """Whether a convolution adds spikes up event by event while a model trains, rather than multiply matrices.
 
-On CPUs, in float32, where the input is known to be spikes or spike sums (`counts`) and few of them are not zero: the
-products and the weights' gradients then cost a fraction (`events`). The inputs' gradients are dense as ever. Results
-agree to rounding, as those of any two orders of summation.
+On CPUs, in float32 and bfloat16, where the input is known to be spikes or spike sums (`counts`) and few of them are not
+zero: the products and the weights' gradients then cost a fraction (`events`). The inputs' gradients are dense as ever.
+Results agree to rounding, as those of any two orders of summation; sums of bfloat16 weights and gradients are float32.
 
 When does compiling the kernels pay? As with neurons (`fused`): the backend "compile" compiles at once, "auto" keeps
 count of the multiplications that dense products have done in their stead and compiles once they exceed `AUTO_BUDGET`,
@@ -25,11 +25,21 @@ __all__ = ["AUTO_BUDGET", "Choice", "choose", "event_products", "event_weight_gr
 # Multiply-adds of products alone, without gradients: one core takes about as long for them as for compiling.
 AUTO_BUDGET = 2**37
 
-# Mean spikes an element beyond which dense arithmetic is as fast, by the side of the kernel: measured with AVX2.
-_MOST_FOR_PRODUCTS = {1: 0.15}
-_MOST_FOR_GRADIENTS = {1: 0.25}
-_MOST_FOR_PRODUCTS_OF_MORE = 0.3
-_MOST_FOR_GRADIENTS_OF_MORE = 0.45
+
+class _BreakEven(NamedTuple):
+    """Mean spikes an element up to which events are faster: `most`, less an overhead that many additions share."""
+
+    most: float
+    overhead: float
+
+    def holds(self, density: float, additions: int) -> bool:
+        return density < self.most - self.overhead / additions
+
+
+# Measured with AVX-512, for products by the additions that make an output, for gradients by those that a spike takes part
+# in. Dense float32 products and events are as fast with AVX2; dense bfloat16 ones, twice as fast, need instructions.
+_PRODUCTS = {torch.float32: _BreakEven(0.6, 65), torch.bfloat16: _BreakEven(0.3, 100)}
+_GRADIENTS = {torch.float32: _BreakEven(0.48, 90), torch.bfloat16: _BreakEven(0.22, 45)}
 
 _counting = Lock()
 _work = 0
@@ -70,9 +80,9 @@ def choose(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[i
     """
     outputs, channels, side, width = weight.shape
     fits = (
-        weight.dtype == torch.float32
+        weight.dtype in _PRODUCTS
         and channels <= events.MOST_CHANNELS
-        and outputs % events.NARROW == 0
+        and outputs % events.LEAST_OUTPUTS == 0
         and side == width
         and side % 2 == 1
         and list(padding) == [side // 2] * 2
@@ -84,25 +94,33 @@ def choose(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[i
     # A sum of spikes above one is one event, and counts as several here: cheaper than looking for them.
     density = x.sum(dtype=torch.float32).item() / x.numel()
     choice = Choice(
-        density < _MOST_FOR_PRODUCTS.get(side, _MOST_FOR_PRODUCTS_OF_MORE),
-        density < _MOST_FOR_GRADIENTS.get(side, _MOST_FOR_GRADIENTS_OF_MORE),
+        _PRODUCTS[weight.dtype].holds(density, channels * side**2),
+        stride[0] == 1 and _GRADIENTS[weight.dtype].holds(density, outputs * side**2),
     )
     if not any(choice):
         return choice
     if current_lif_backend() == "auto" and _work < AUTO_BUDGET:
         _add_work(x.numel() // stride[0] ** 2 * weight[:, 0].numel())
         return Choice()
-    return choice if events.can_run(x) else Choice()
+    return choice if events.can_train(x) else Choice()
 
 
 def event_products(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """The convolution of spikes x [M, C, H, W] event by event, in channels-last memory."""
-    weights = events.EventWeights(weight, weight.new_zeros(len(weight)) if bias is None else bias, None, stride)
-    return weights.currents(x.permute(0, 2, 3, 1).to(torch.uint8)).permute(0, 3, 1, 2)
+    """The convolution of spikes x [M, C, H, W] event by event, in the weights' dtype and channels-last memory."""
+    bias = torch.zeros(len(weight)) if bias is None else bias.float()
+    weights = events.EventWeights(weight, bias, None, stride)
+    return weights.currents(x.permute(0, 2, 3, 1).to(torch.uint8), dtype=weight.dtype).permute(0, 3, 1, 2)
 
 
-def event_weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Its weights' gradient, from spikes x [M, C, H, W], bytes in channels-last memory, and that of its result."""
+def event_weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """The weights' gradient of such a convolution of stride 1, in their dtype.
+
+    Args:
+        x: Spikes [M, C, H, W] as bytes in channels-last memory.
+        grad: The result's gradient in float32 or bfloat16.
+        weight: The weights.
+    """
     rows = grad.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    gradient = events.weight_gradient(x.permute(0, 2, 3, 1), rows, weight.shape[-1], stride)
-    return torch.empty_like(weight).copy_(gradient)  # in memory as the weight is, which DistributedDataParallel wants
+    gradient = torch.empty_like(weight)  # in memory as the weight is, which DistributedDataParallel wants
+    events.weight_gradient(x.permute(0, 2, 3, 1), rows, gradient)
+    return gradient

@@ -6,8 +6,6 @@
 // output channels, [C' / WIDTH, k k, C, WIDTH], so that a tile stays in the cache while all outputs of it are computed
 // and an event reads a piece of memory from end to end. Neurons that follow fire before their currents leave the cache.
 // What comes before this file is neurons.cpp.
-//
-// The weights' gradient is made of the same events: every spike adds the gradients of the outputs that see it.
 
 #include <memory>
 
@@ -247,10 +245,11 @@ struct Currents<std::uint8_t, WIDTH> {
     static constexpr int BYTES_OF_V = LANES * sizeof(std::uint16_t);
 };
 
-// Where currents go: to memory, or into neurons, whose spikes are added to `sums` if there are any. Steps of sums and
-// spikes lie so far apart.
+// Where currents go: to memory, rounded or not, or into neurons, whose spikes are added to `sums` if there are any. Steps of
+// sums and spikes lie so far apart.
 struct Target {
     float* currents;
+    BFloat16* rounded_currents;
     const Neuron* neuron;
     const std::uint8_t* sums;
     Int sums_step;
@@ -337,8 +336,14 @@ void convolve_as(const std::uint8_t* x, const Weight* weight, const float* bias,
                 fire<WIDTH>(currents, bias + start, scale + start, T, positions, first * C_out + start, C_out, to);
             } else {
                 for (Int o = 0; o < n; ++o) {
-                    const Int at = o / positions * all_positions + first + o % positions;
-                    currents.store(o, to.currents + at * C_out + start, bias + start, scale + start);
+                    const Int at = (o / positions * all_positions + first + o % positions) * C_out + start;
+                    if (to.currents != nullptr) {
+                        currents.store(o, to.currents + at, bias + start, scale + start);
+                    } else {
+                        float x[WIDTH];
+                        currents.store(o, x, bias + start, scale + start);
+                        for (int i = 0; i < WIDTH; ++i) to.rounded_currents[at + i] = rounded(x[i]);
+                    }
                 }
             }
         }
@@ -354,87 +359,23 @@ void convolve(const std::uint8_t* x, const Weight* weight, const float* bias, co
     run(x, weight, bias, scale, to, T, periodic, M, H, W, C, C_out, side, stride, threads);
 }
 
-constexpr int NARROW = 16;    // output channels of the gradient's tiles: those of all channels stay in the first cache
-constexpr Int PIXELS = 1024;  // whose gradients are summed up apart, lest rounding errors grow with an image's size
-
-// Gradients of NARROW output channels, `grad` of outputs [M, H', W', C'], to those of the weights of one place in the
-// kernel, `total` [C, NARROW]. Of all rows of the outputs [M H'], those from `row` to `last` count.
-void add_gradients(const Events& events, const float* grad, Int row, Int last, Int H, Int W, Int C, Int H_out,
-                   Int W_out, Int C_out, Int stride, Int top, Int left, float* total) {
-    constexpr int LANES = std::min<int>(BYTES / sizeof(float), NARROW), N = NARROW / LANES;
-    using V = typename Vector<float, LANES>::type;
-    static thread_local Buffer<float> of_this_thread;
-    of_this_thread.resize(C * NARROW);
-    float* sums = of_this_thread.get();
-    std::fill_n(total, C * NARROW, 0.0f);
-    while (row < last) {
-        std::fill_n(sums, C * NARROW, 0.0f);
-        for (const Int stop = std::min(last, row + PIXELS / W_out + 1); row < stop; ++row) {
-            const Int from = row % H_out * stride + top;
-            if (from < 0 || from >= H) continue;
-            for (Int column = 0; column < W_out; ++column) {
-                const Int at = column * stride + left;
-                if (at < 0 || at >= W) continue;
-                const Int pixel = (row / H_out * H + from) * W + at;
-                V g[N];
-                for (int i = 0; i < N; ++i) g[i] = vector_at<V>(grad + (row * W_out + column) * C_out + i * LANES);
-                for (Int e = events.single_begin[pixel]; e < events.single_end[pixel]; ++e) {
-                    float* to = sums + events.single[e] * NARROW;
-                    for (int i = 0; i < N; ++i) {
-                        const V sum = vector_at<V>(to + i * LANES) + g[i];
-                        std::memcpy(to + i * LANES, &sum, sizeof sum);
-                    }
-                }
-                for (Int e = events.several_begin[pixel]; e < events.several_end[pixel]; ++e) {
-                    float* to = sums + events.several[e].channel * NARROW;
-                    for (int i = 0; i < N; ++i) {
-                        const V sum = vector_at<V>(to + i * LANES) + g[i] * static_cast<float>(events.several[e].times);
-                        std::memcpy(to + i * LANES, &sum, sizeof sum);
-                    }
-                }
-            }
-        }
-        for (Int i = 0; i < C * NARROW; ++i) total[i] += sums[i];
-    }
-}
-
 }  // namespace
 
-// Gradients [M, H', W', C'] of `convolve_float32`'s currents to those of its weights, [parts, C' / 16, k k, C, 16]: each
-// part has its share of the images, and the parts are to be added up.
-EXPORT void weight_gradient(const std::uint8_t* x, const float* grad, Int M, Int H, Int W, Int C, Int C_out, Int side,
-                            Int stride, Int parts, float* out, int threads) {
-    const Int H_out = (H - 1) / stride + 1, W_out = (W - 1) / stride + 1, rows = M * H_out;
-    const Int tiles = C_out / NARROW, places = side * side;
-    const Events& events = list_events(x, M * H * W, C, threads);
-#pragma omp parallel for collapse(3) num_threads(threads) schedule(static)
-    for (Int part = 0; part < parts; ++part) {
-        for (Int tile = 0; tile < tiles; ++tile) {
-            for (Int place = 0; place < places; ++place) {
-                const Int top = place / side - side / 2, left = place % side - side / 2;
-                add_gradients(events, grad + tile * NARROW, rows * part / parts, rows * (part + 1) / parts, H, W, C,
-                              H_out, W_out, C_out, stride, top, left,
-                              out + ((part * tiles + tile) * places + place) * C * NARROW);
-            }
-        }
-    }
-}
-
 // A kernel of side x side with as much padding as keeps the size. `width` is that of the weights' tiles. The first gives
-// currents [M, H', W', C']; with `periods` above one, M is this many steps of neurons that fire at every k-th, and x has
-// their first spikes. The second gives the spikes of neurons, which takes M = T B. Both: up to 64 steps.
+// currents [M, H', W', C'], in one of the two types; with `periods` above one, M is this many steps of neurons that fire at
+// every k-th, and x has their first spikes. The second gives the spikes of neurons, which takes M = T B. Both: up to 64 steps.
 #define CONVOLVE(NAME, WEIGHT)                                                                                        \
     EXPORT void convolve_##NAME(const std::uint8_t* x, const WEIGHT* weight, const float* bias, const float* scale,   \
                                 Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, Int width, Int periods,  \
-                                float* out, int threads) {                                                            \
-        const Target to{out, nullptr, nullptr, 0, nullptr, 0};                                                        \
+                                float* out, BFloat16* rounded_out, int threads) {                                     \
+        const Target to{out, rounded_out, nullptr, nullptr, 0, nullptr, 0};                                           \
         convolve(x, weight, bias, scale, to, periods, periods > 1, M, H, W, C, C_out, side, stride, width, threads);  \
     }                                                                                                                 \
     EXPORT void convolve_fire_##NAME(const std::uint8_t* x, const WEIGHT* weight, const float* bias,                  \
                                      const float* scale, Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, \
                                      Int width, Int T, const Neuron* neuron, const std::uint8_t* sums,                \
                                      Int sums_step, std::uint8_t* spikes, Int spikes_step, int threads) {             \
-        const Target to{nullptr, neuron, sums, sums_step, spikes, spikes_step};                                       \
+        const Target to{nullptr, nullptr, neuron, sums, sums_step, spikes, spikes_step};                              \
         convolve(x, weight, bias, scale, to, T, false, M, H, W, C, C_out, side, stride, width, threads);              \
     }
 

@@ -1,4 +1,7 @@
-"""Convolutions of spikes by adding weights up, event by event, and the weights' gradients: what events.cpp computes."""
+"""Convolutions of spikes by adding weights up, event by event, and the weights' gradients.
+
+The kernels are in events.cpp and event_gradients.cpp.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +12,14 @@ from torch import Tensor
 
 from .native import INT, POINTER, THREADS, function, may_run, neuron_operand
 
-__all__ = ["MOST_CHANNELS", "NARROW", "EventWeights", "can_run", "first_spikes", "weight_gradient"]
+__all__ = ["LEAST_OUTPUTS", "MOST_CHANNELS", "EventWeights", "can_run", "can_train", "first_spikes", "weight_gradient"]
 
 _ARITHMETIC = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.int8: torch.int8}
 _TILES = (64, 32, 16)  # output channels
 MOST_CHANNELS = 2**16  # that 16 bits can name
 _MOST_STEPS = 64  # whose sums the kernel keeps in the cache together
-NARROW = 16  # output channels of the gradient's tiles
-_LEAST_TASKS = 32  # that the gradient is divided into, for as many threads
+LEAST_OUTPUTS = _TILES[-1]  # a whole number of which the gradient takes
+_LEAST_TASKS = 16  # that the gradient is divided into, for as many threads
 
 # Input, weights, bias, scale; M, H, W, C, C', side, stride, width of a tile
 _CONVOLUTION: list[Any] = [*[POINTER] * 4, *[INT] * 8]
@@ -24,22 +27,34 @@ _OPERANDS: dict[str, list[Any]] = {
     f"{name}_{weights}": operands
     for weights in ("float32", "int8")
     for name, operands in (
-        ("convolve", [*_CONVOLUTION, INT, POINTER, THREADS]),
+        ("convolve", [*_CONVOLUTION, INT, POINTER, POINTER, THREADS]),
         ("convolve_fire", [*_CONVOLUTION, INT, POINTER, POINTER, INT, POINTER, INT, THREADS]),
     )
 }
-_OPERANDS["weight_gradient"] = [POINTER, POINTER, *[INT] * 8, POINTER, THREADS]
+_GRADIENT_OPERANDS: dict[str, list[Any]] = {
+    f"weight_gradient_{gradients}": [POINTER, POINTER, *[INT] * 8, POINTER, THREADS]
+    for gradients in ("float32", "bfloat16")
+}
 
 
-def _kernel(name: str, weights: torch.dtype | None = None) -> Callable[..., None] | None:
-    if weights is not None:
-        name += f"_{str(weights).removeprefix('torch.')}"
+def _kernel(name: str, weights: torch.dtype) -> Callable[..., None] | None:
+    name += f"_{str(weights).removeprefix('torch.')}"
     return function(name, __package__, "events.cpp", _OPERANDS)
+
+
+def _gradient_kernel(gradients: torch.dtype) -> Callable[..., None] | None:
+    name = f"weight_gradient_{str(gradients).removeprefix('torch.')}"
+    return function(name, __package__, "event_gradients.cpp", _GRADIENT_OPERANDS)
 
 
 def can_run(x: Tensor) -> bool:
     """Whether there are kernels for spikes x here and now; compiles them if they may run and none are there yet."""
-    return may_run(x) and _kernel("weight_gradient") is not None
+    return may_run(x) and _kernel("convolve", torch.float32) is not None
+
+
+def can_train(x: Tensor) -> bool:
+    """Whether there are kernels for the weights' gradients, too."""
+    return can_run(x) and _gradient_kernel(torch.float32) is not None
 
 
 def first_spikes(x: Tensor) -> Tensor:
@@ -56,24 +71,25 @@ def first_spikes(x: Tensor) -> Tensor:
     return first
 
 
-def weight_gradient(x: Tensor, grad: Tensor, side: int, stride: int) -> Tensor:
-    """Gradient of a convolution's weights, [C', C, side, side].
+def weight_gradient(x: Tensor, grad: Tensor, out: Tensor) -> None:
+    """Gradient of a convolution's weights. It has stride 1 and a padding of half a kernel.
 
     Args:
         x: Spikes or spike sums as bytes, [M, H, W, C], contiguous.
-        grad: Gradient of the currents in float32, [M, H', W', C'], contiguous; C' a multiple of 16.
-        side, stride: Of the convolution; the padding is half a kernel.
+        grad: Gradient of the currents in float32 or bfloat16, [M, H, W, C'], contiguous; C' a multiple of 16.
+        out: The result, [C', C, k, k], in any dtype, contiguous or in channels-last memory.
     """
     M, _, _, C = x.shape
-    outputs = grad.shape[-1]
-    tiles, places = outputs // NARROW, side**2
-    parts = min(M, -(-_LEAST_TASKS // (tiles * places)))
-    out = torch.empty(parts, tiles, places, C, NARROW, dtype=torch.float32)
-    kernel = _kernel("weight_gradient")
+    outputs, _, side, _ = out.shape
+    width = next(width for width in _TILES if outputs % width == 0)
+    tiles = outputs // width
+    parts = min(M, -(-_LEAST_TASKS // tiles))
+    sums = torch.empty(parts, tiles, side**2, C, width, dtype=torch.float32)
+    kernel = _gradient_kernel(grad.dtype)
     assert kernel is not None
-    operands = (*x.shape, outputs, side, stride, parts, out.data_ptr(), torch.get_num_threads())
+    operands = (*x.shape, outputs, side, width, parts, sums.data_ptr(), torch.get_num_threads())
     kernel(x.data_ptr(), grad.data_ptr(), *operands)
-    return out.sum(0).permute(0, 3, 2, 1).reshape(outputs, C, side, side)
+    out.unflatten(0, (tiles, width)).flatten(3).copy_(sums.sum(0).permute(0, 3, 2, 1))
 
 
 class EventWeights:
@@ -110,18 +126,19 @@ class EventWeights:
             return False
         return can_run(x)
 
-    def currents(self, x: Tensor, periods: int = 1) -> Tensor:
-        """Spikes [M, H, W, C] to input currents [M, H', W', C'] in float32.
+    def currents(self, x: Tensor, periods: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Spikes [M, H, W, C] to input currents [M, H', W', C'] in float32 or, rounded, in bfloat16.
 
         With `periods` above one, at most 64, M is T B with this T, and the neurons are those of `first_spikes`.
         """
         if periods > 1:
             x = first_spikes(x.unflatten(0, (periods, -1))).flatten(0, 1)
         x, stride = self._needed(x)
-        out = torch.empty(*x.shape[:1], *self._size(x, stride), len(self.bias), dtype=torch.float32)
+        out = torch.empty(*x.shape[:1], *self._size(x, stride), len(self.bias), dtype=dtype)
         kernel = _kernel("convolve", self.arithmetic)
         assert kernel is not None
-        kernel(*self._operands(x, stride), periods, out.data_ptr(), torch.get_num_threads())
+        results = (out.data_ptr(), None) if dtype == torch.float32 else (None, out.data_ptr())
+        kernel(*self._operands(x, stride), periods, *results, torch.get_num_threads())
         return out[..., : self.outputs].contiguous()
 
     def can_fire(self, steps: int) -> bool:

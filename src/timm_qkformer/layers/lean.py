@@ -208,7 +208,7 @@ class _ConvKeepsCounts(torch.autograd.Function):
         grad_w = None
         if ctx.events.weight_gradient and needs_w:
             spikes = unpack(saved.pop(), ctx.bound, ctx.shape, torch.uint8)
-            grad_w = event_weight_gradient(_every(spikes, conv) if ctx.sampled else spikes, grad, w, ctx.stride[0])
+            grad_w = event_weight_gradient(_every(spikes, conv) if ctx.sampled else spikes, grad, w)
             needs_w = False
         if saved and ctx.bound == 0:
             x = saved[0].to(compute)

@@ -34,6 +34,14 @@ inline float load(BFloat16 x) {
     return value;
 }
 
+// To the nearest, or to the even one of two.
+inline BFloat16 rounded(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const std::uint32_t quiet = (bits >> 16) | 0x40, nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return {static_cast<std::uint16_t>(x == x ? nearest : quiet)};
+}
+
 // Whole numbers up to 256, which all of the types hold exactly.
 template <class S>
 inline S whole(std::int32_t n) {
