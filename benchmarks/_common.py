@@ -1,5 +1,6 @@
 """What the benchmarks share: turn-taking, medians and quartiles, memory management, JSON and pictures."""
 
+import argparse
 import ctypes
 import json
 import os
@@ -18,6 +19,26 @@ from torch import nn
 from timm_qkformer._files import replacing, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def argument_parser(description: str, rounds: int, least: int = 2) -> argparse.ArgumentParser:
+    """With the options that all benchmarks have: how many rounds, and where the results go.
+
+    Args:
+        description: The script's docstring, of which the first line is shown.
+        rounds: By default.
+        least: How few there may be; quartiles need two.
+    """
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
+        return value
+
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--rounds", type=number, default=rounds, help="turns of every contender and size (%(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and PNG")
+    return parser
 
 
 class Spread(NamedTuple):

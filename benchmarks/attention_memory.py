@@ -6,7 +6,6 @@ C = 256, T = B = 1, one head. The memory is counted, not estimated, and the same
 benchmarks/README.md.
 """
 
-import argparse
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from _common import RESULTS, environment, save_figure, write_json
+from _common import argument_parser, environment, save_figure, write_json
 from timm_qkformer.analysis.memory import PAPER_SIDES, AttentionMemory, attention_memory
 
 LARGE = 80  # beyond this side one round has to do: the cost of (Q K^T) V grows with its fourth power
@@ -96,15 +95,11 @@ def draw(results: list[AttentionMemory], title: str, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__, rounds=5, least=1)
     parser.add_argument("--sides", default=",".join(map(str, PAPER_SIDES)), help="sides sqrt(N) of the token maps")
     parser.add_argument("--dim", type=int, default=256, help="channels C")
-    parser.add_argument("--rounds", type=int, default=5, help=f"turns of every attention (one where sqrt(N) > {LARGE})")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and PNG")
     args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error(f"--rounds={args.rounds} must be at least 1")
 
     start = time.perf_counter()
     results, left_out = measure([int(side) for side in args.sides.split(",")], args.rounds, args.dim, args.device)

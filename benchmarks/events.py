@@ -5,7 +5,6 @@
 Layers are QKFormer-10-768's at 224 px, T = 4. Contenders take turns within every round. See benchmarks/README.md.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from _common import OURS, RESULTS, environment, ratios, save_figure, take_turns, write_json
+from _common import OURS, argument_parser, environment, ratios, save_figure, take_turns, write_json
 from timm_qkformer.inference.projection import Projection
 from timm_qkformer.inference.weights import Folded
 
@@ -86,12 +85,8 @@ def draw(gains: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="times that every contender takes its turn")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and PNG")
+    parser = argument_parser(__doc__, rounds=7)
     args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error(f"--rounds={args.rounds} must be at least 2")
     start = time.perf_counter()
     gains = measure(args.rounds)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ import copy
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -24,9 +23,9 @@ from _common import (
     OURS,
     OURS_SLOWER,
     PEER,
-    RESULTS,
     Bar,
     Spread,
+    argument_parser,
     draw_bars,
     environment,
     ratios,
@@ -213,18 +212,14 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__, rounds=5)
     parser.add_argument("--model", default="qkformer_hst10_768", help="a qkformer_hst10 model")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
-    parser.add_argument("--rounds", type=int, default=5, help="times that every contender takes its turn")
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before those that count")
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
     parser.add_argument("--peak-size", type=int, default=2048, help="side of the matrices for the matrix peak")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and PNG")
     args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error(f"--rounds={args.rounds} must be at least 2")
     if set(args.contenders) & set(ANNS) and args.size != 224:
         parser.error(f"--size={args.size}: {' and '.join(ANNS)} take 224, choose other --contenders")
 

@@ -6,11 +6,9 @@ Contenders take turns within every round, so that whatever else the machine does
 of the rounds' ratios. See benchmarks/README.md.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,9 +18,9 @@ from _common import (
     OURS,
     OURS_SLOWER,
     PEER,
-    RESULTS,
     Bar,
     Spread,
+    argument_parser,
     draw_bars,
     environment,
     keep_freed_memory,
@@ -121,15 +119,11 @@ def print_table(passes: dict[str, list[Row]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__, rounds=15)
     parser.add_argument("--shape", default="4,32,96,32,32", help="input currents T,B,C,H,W")
-    parser.add_argument("--rounds", type=int, default=15, help="times that every contender takes its turn")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--plain-malloc", action="store_true", help="leave the C library's memory management alone")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and PNG")
     args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error(f"--rounds={args.rounds} must be at least 2")
     shape = tuple(int(size) for size in args.shape.split(","))
     reuse = args.device == "cpu" and not args.plain_malloc and keep_freed_memory()
 

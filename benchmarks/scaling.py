@@ -2,11 +2,11 @@
 
     python benchmarks/scaling.py [--rounds 5] [--out benchmarks/results]
 
-Fits cost = c * n^p to each sweep. Spiking networks are linear in T and in the batch by construction; the paper's claim
-is linearity in the number of tokens, of QKTA and, with K^T V first, of SSA. See benchmarks/README.md.
+Ours beside spikingjelly 2.0's model of the same widths, heads and depths, and one of timm's ANNs. Fits cost = c * n^p
+to each sweep. Spiking networks are linear in T and in the batch by construction; the paper's claim is linearity in the
+number of tokens, of QKTA and, with K^T V first, of SSA. See benchmarks/README.md.
 """
 
-import argparse
 import math
 import time
 from collections.abc import Sequence
@@ -17,7 +17,19 @@ import timm
 import torch
 from torch import nn
 
-from _common import OURS, RESULTS, Spread, environment, keep_freed_memory, save_figure, take_turns, write_json
+from _common import (
+    ANN,
+    OURS,
+    PEER,
+    Spread,
+    argument_parser,
+    environment,
+    keep_freed_memory,
+    save_figure,
+    spikingjelly_like,
+    take_turns,
+    write_json,
+)
 from _training import TrainingStep, batch
 
 BASE = {"time steps": 4, "batch": 2, "side": 48}
@@ -31,6 +43,10 @@ SWEEPS: dict[str, Sequence[int]] = {
 MAX_EXPONENT = {"seconds": 1.15, "megabytes": 1.02}
 
 
+OWN, THEIRS, ANN_NAME = "ours", "spikingjelly 2.0", "deit_tiny_patch16_224"
+COLOURS = {OWN: OURS, THEIRS: PEER, ANN_NAME: ANN}
+
+
 class Point(NamedTuple):
     """One size of a sweep. `size` is T, B, or the tokens of the first stage."""
 
@@ -39,24 +55,39 @@ class Point(NamedTuple):
     megabytes: float
 
 
-def step_of(model_name: str, settings: dict[str, int]) -> TrainingStep:
+Sweep = dict[str, list[Point]]  # by contender
+
+
+def step_of(contender: str, model_name: str, settings: dict[str, int]) -> TrainingStep:
     torch.manual_seed(0)
-    model: nn.Module = timm.create_model(
+    images, labels = batch(settings["batch"], settings["side"])
+    if contender == ANN_NAME:
+        ann = timm.create_model(ANN_NAME, num_classes=10, img_size=settings["side"])
+        return TrainingStep(ann, images, labels)
+    ours: nn.Module = timm.create_model(
         model_name, embed_dims=(48, 96, 192), num_classes=10, time_steps=settings["time steps"]
     )
-    return TrainingStep(model, *batch(settings["batch"], settings["side"]), backend="auto")
+    if contender == THEIRS:
+        return TrainingStep(spikingjelly_like(ours), images, labels, stateful=True)
+    return TrainingStep(ours, images, labels, backend="compile")
 
 
-def sweep(model_name: str, name: str, sizes: Sequence[int], rounds: int) -> list[Point]:
-    """All sizes of a sweep take turns."""
-    steps = {str(size): step_of(model_name, {**BASE, name: size}) for size in sizes}
+def sweep(model_name: str, name: str, sizes: Sequence[int], rounds: int) -> Sweep:
+    """All contenders and sizes of a sweep take turns."""
+    contenders = [contender for contender in COLOURS if (contender, name) != (ANN_NAME, "time steps")]
+    steps = {
+        f"{contender} {size}": step_of(contender, model_name, {**BASE, name: size})
+        for size in sizes
+        for contender in contenders
+    }
     # Per batch, not per image.
     megabytes = {label: step.megabytes_kept() * len(step.images) for label, step in steps.items()}
     times = take_turns(steps, rounds, warm_up=1)
-    return [
-        Point((size // 4) ** 2 if name == "side" else size, Spread.of(times[str(size)]), megabytes[str(size)])
-        for size in sizes
-    ]
+
+    def point(label: str, size: int) -> Point:
+        return Point((size // 4) ** 2 if name == "side" else size, Spread.of(times[label]), megabytes[label])
+
+    return {contender: [point(f"{contender} {size}", size) for size in sizes] for contender in contenders}
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
@@ -77,24 +108,27 @@ def exponents(points: list[Point]) -> dict[str, float]:
     }
 
 
-def draw(sweeps: dict[str, list[Point]], title: str, path: Path) -> None:
+def draw(sweeps: dict[str, Sweep], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, len(sweeps), figsize=(4 * len(sweeps), 6), layout="constrained", sharex="col")
-    for column, (name, points) in enumerate(sweeps.items()):
-        sizes = [point.size for point in points]
-        fits = exponents(points)
+    for column, (name, contenders) in enumerate(sweeps.items()):
         for axis, unit in zip(axes[:, column], ("seconds", "megabytes"), strict=True):
-            values = [point.seconds.median if unit == "seconds" else point.megabytes for point in points]
-            axis.plot(sizes, values, "o-", color=OURS, label=f"measured, exponent {fits[unit]:.2f}")
-            axis.plot(sizes, [values[-1] * size / sizes[-1] for size in sizes], ":", color="grey", label="linear")
+            for contender, points in contenders.items():
+                sizes = [point.size for point in points]
+                values = [point.seconds.median if unit == "seconds" else point.megabytes for point in points]
+                label = f"{contender}, exponent {exponents(points)[unit]:.2f}"
+                axis.plot(sizes, values, "o-", color=COLOURS[contender], label=label)
+            own = contenders[OWN][-1]
+            end = own.seconds.median if unit == "seconds" else own.megabytes
+            axis.plot(sizes, [end * size / own.size for size in sizes], ":", color="grey", label="linear")
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.set_ylabel(unit if unit == "seconds" else "MB kept for the backward pass")
-            axis.legend()
+            axis.legend(fontsize=7)
         axes[1, column].set_xlabel(label_of(name))
     figure.suptitle(title)
     save_figure(figure, path)
@@ -105,38 +139,48 @@ def label_of(name: str) -> str:
     return "tokens of the first stage" if name == "side" else name
 
 
+def print_tables(sweeps: dict[str, Sweep]) -> None:
+    print(f"{'sweep':26} {'size':>5} {'contender':22} {'seconds (quartiles)':>24} {'MB kept':>9}")
+    for name, contenders in sweeps.items():
+        for contender, points in contenders.items():
+            for point in points:
+                cells = f"{f'{point.seconds:.3f}':>24} {point.megabytes:>9.1f}"
+                print(f"{label_of(name):26} {point.size:>5} {contender:22} {cells}")
+    for name, contenders in sweeps.items():
+        for contender, points in contenders.items():
+            powers = exponents(points)
+            for unit, value in powers.items():
+                verdict = ""
+                if contender == OWN:
+                    limit = MAX_EXPONENT[unit]
+                    verdict = ": linear or less" if value <= limit else f": MORE than linear (above {limit})"
+                print(f"{contender}: {unit} grow with {label_of(name)} to the power of {value:.2f}{verdict}")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__, rounds=5)
     parser.add_argument("--model", default="qkformer_hst10_384", help="built at half its width")
-    parser.add_argument("--rounds", type=int, default=5, help="times that every size takes its turn")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and PNG")
     args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error(f"--rounds={args.rounds} must be at least 2")
 
     start = time.perf_counter()
     reuse = keep_freed_memory()
     sweeps = {name: sweep(args.model, name, sizes, args.rounds) for name, sizes in SWEEPS.items()}
-    fits = {name: exponents(points) for name, points in sweeps.items()}
-    print(f"{'sweep':26} {'size':>6} {'seconds (quartiles)':>28} {'MB kept':>9}")
-    for name, points in sweeps.items():
-        for point in points:
-            spread = f"{point.seconds:.3f}"
-            print(f"{label_of(name):26} {point.size:>6} {spread:>28} {point.megabytes:>9.1f}")
-    for name, fit in fits.items():
-        for unit, value in fit.items():
-            limit = MAX_EXPONENT[unit]
-            verdict = "linear or less" if value <= limit else f"MORE than linear (above {limit})"
-            print(f"{unit} grow with {label_of(name)} to the power of {value:.2f}: {verdict}")
+    print_tables(sweeps)
 
     args.out.mkdir(parents=True, exist_ok=True)
     content = {
         "model": args.model,
         "base": BASE,
         "freed_memory_reused": reuse,
-        **environment(),
-        "points": {name: [point._asdict() for point in points] for name, points in sweeps.items()},
-        "exponents": fits,
+        **environment("timm", "spikingjelly"),
+        "points": {
+            name: {contender: [point._asdict() for point in points] for contender, points in contenders.items()}
+            for name, contenders in sweeps.items()
+        },
+        "exponents": {
+            name: {contender: exponents(points) for contender, points in contenders.items()}
+            for name, contenders in sweeps.items()
+        },
         "total_seconds": time.perf_counter() - start,
     }
     write_json(content, args.out / "scaling.json")

@@ -5,14 +5,12 @@
 Contenders take turns within every round. See benchmarks/README.md.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import timm
@@ -23,9 +21,9 @@ from _common import (
     OURS,
     OURS_SLOWER,
     PEER,
-    RESULTS,
     Bar,
     Spread,
+    argument_parser,
     draw_bars,
     environment,
     keep_freed_memory,
@@ -189,16 +187,12 @@ def memory_bars(rows: list[Row]) -> list[Bar]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__, rounds=5)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5, help="times that every contender takes its turn")
     parser.add_argument("--imagenet-batch", type=int, default=4, help="for spikingjelly's own model; 0 leaves it out")
     parser.add_argument("--no-cold-start", action="store_true", help="leave out the fresh process")
     parser.add_argument("--cold-start-only", action="store_true", help="print the seconds of a fresh process's steps")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and PNG")
     args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error(f"--rounds={args.rounds} must be at least 2")
     if args.batch < 1:
         parser.error(f"--batch={args.batch} must be at least 1")
     if args.cold_start_only:

@@ -56,7 +56,7 @@ def visualize(args: argparse.Namespace) -> None:
 
 
 # Of Table 7 and Fig. 3, where no trained model ships.
-_UNTRAINED = "qkformer_hst3_256"
+_UNTRAINED = "qkformer_hst3_192"
 
 
 def add_paper(parser: argparse.ArgumentParser) -> None:

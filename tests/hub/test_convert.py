@@ -173,11 +173,11 @@ def test_our_own_training_checkpoints_name_their_model(folder, tmp_path):
 def test_our_own_training_checkpoints_state_the_arguments_of_their_model(folder, tmp_path):
     kwargs = {"embed_dims": [8, 16, 32], "depths": [1, 0, 1], "attn": "qkca", "time_steps": 3, "mlp_ratio": 2.0}
     kwargs |= {"neuron": "plif", "neuron_args": {"v_threshold": 0.25}}
-    model = timm.create_model("qkformer_hst3_256", num_classes=7, **kwargs).eval()
-    args = argparse.Namespace(model="qkformer_hst3_256", model_kwargs=kwargs, num_classes=7, drop_path=0.2)
+    model = timm.create_model("qkformer_hst3_192", num_classes=7, **kwargs).eval()
+    args = argparse.Namespace(model="qkformer_hst3_192", model_kwargs=kwargs, num_classes=7, drop_path=0.2)
     source = save({"state_dict": model.state_dict(), "args": args}, tmp_path / "x.pth")
     done = convert(source, folder)
-    assert done.model == "qkformer_hst3_256"
+    assert done.model == "qkformer_hst3_192"
     assert done.model_args["neuron_args"] == {"v_threshold": 0.25}
     assert any("T = 3 from the training's arguments, time_steps=3" in line for line in done.report)
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -188,7 +188,7 @@ def test_our_own_training_checkpoints_state_the_arguments_of_their_model(folder,
     with pytest.raises(CheckpointError, match=r"its training states depths=\[1, 1000000000, 1\], but it has \d+ t"):
         convert(save({"state_dict": model.state_dict(), "args": args}, tmp_path / "w.pth"), folder, force=True)
     args.model_kwargs = {**kwargs, "attn": "softmax"}
-    with pytest.raises(CheckpointError, match="qkformer_hst3_256: attn='softmax': 'softmax' is unknown"):
+    with pytest.raises(CheckpointError, match="qkformer_hst3_192: attn='softmax': 'softmax' is unknown"):
         convert(save({"state_dict": model.state_dict(), "args": args}, tmp_path / "y.pth"), folder, force=True)
     args.model_kwargs = {**kwargs, "mixer": "ssa"}
     with pytest.raises(CheckpointError, match=r"not with the arguments that its training states: .*mixer"):

@@ -181,12 +181,21 @@ def test_arguments_of_the_neurons():
 
 def test_the_model_for_one_cpu_fires_early_unless_asked_not_to():
     def thresholds(**kwargs):
-        model = timm.create_model("qkformer_hst3_256", device="meta", **kwargs)
+        model = timm.create_model("qkformer_hst3_192", device="meta", **kwargs)
         neurons = {name: m for name, m in model.named_modules() if isinstance(m, LIF | IF)}
         return {m.v_threshold for name, m in neurons.items() if not name.endswith("attn_neuron")}
 
     assert thresholds() == thresholds(neuron="if") == {0.5}
     assert thresholds(neuron_args={}) == {1.0}
+
+
+@torch.inference_mode()
+def test_small_images_keep_16_x_16_tokens_in_the_first_stage():
+    model = timm.create_model("qkformer_hst3_192", num_classes=10).eval()
+    assert sum(p.numel() for p in model.parameters()) == 1_238_050
+    assert [info["reduction"] for info in model.feature_info] == [2, 4, 8]
+    maps = model.forward_intermediates(torch.randn(1, 3, 32, 32), intermediates_only=True)
+    assert [tuple(x.shape[1:]) for x in maps] == [(48, 16, 16), (96, 8, 8), (192, 4, 4)]
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ import timm_qkformer
 from timm_qkformer.cli import main
 
 WEIGHTS = Path(timm_qkformer.__file__).parent / "models" / "weights"
-SHIPPED = {"qkformer_hst3_128.nmnist": (4, 8, 2, 34, 34), "qkformer_hst3_256.cifar10": (4, 3, 32, 32)}
+SHIPPED = {"qkformer_hst3_128.nmnist": (4, 8, 2, 34, 34), "qkformer_hst3_192.cifar10": (4, 3, 32, 32)}
 
 
 def test_each_file_has_its_config_and_card_and_all_are_small():
@@ -40,7 +40,7 @@ def test_loads_without_a_network(name, monkeypatch):
 
 
 def test_cifar10_s_classes_are_named():
-    names = timm.create_model("qkformer_hst3_256.cifar10", pretrained=True).pretrained_cfg["label_names"]
+    names = timm.create_model("qkformer_hst3_192.cifar10", pretrained=True).pretrained_cfg["label_names"]
     assert len(names) == 10
     assert list(names) == sorted(names)  # as folders are numbered
 
@@ -61,7 +61,7 @@ def _top1_on_card(name: str) -> str:
             "nmnist_small",
             ["--dataset", "events/nmnist", "--split", "test"],
         ),
-        ("qkformer_hst3_256.cifar10", "cifar10.tar.gz", "cifar10", ["--split", "test"]),
+        ("qkformer_hst3_192.cifar10", "cifar10.tar.gz", "cifar10", ["--split", "test"]),
     ],
 )
 def test_the_card_s_accuracy_is_reproduced_to_the_last_digit(name, archive, folder, flags, tmp_path):

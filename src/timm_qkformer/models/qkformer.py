@@ -61,8 +61,8 @@ class QKFormer(HierarchicalSpikingTransformer):
     Each forward pass starts from rest, and no sample sees its batch mates.
 
     Args:
-        patch_embed: Downsampling: "imagenet" (stride 16), "cifar" (stride 4), "events" (stride 16) or "small" (stride 8;
-            ours, for small images on little hardware).
+        patch_embed: Downsampling: "imagenet" (stride 16), "cifar" (stride 4), "events" (stride 16) or ours, "small"
+            (stride 8, for small images on little hardware).
         num_heads: Attention heads, one number or one per stage.
         attn: Attention, one or one per stage: "qkta", "qkca" or "ssa".
         membrane_shortcut: Residual connections between membrane potentials (paper, eq. 17) instead of spike sums. The

@@ -18,7 +18,7 @@ from .report import draw_masks, print_answers
 
 __all__ = ["MODEL", "DemoResult", "run_demo"]
 
-MODEL = "qkformer_hst3_256.cifar10"
+MODEL = "qkformer_hst3_192.cifar10"
 
 
 @dataclass(frozen=True)
