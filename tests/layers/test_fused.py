@@ -295,3 +295,13 @@ def test_neurons_in_a_compiled_module(training):
 def test_compiling_a_whole_model(training):
     model = timm.create_model("test_qkformer", num_classes=5).double()
     check_compiled(model, "inductor", training, torch.rand(2, 3, 64, 64, dtype=torch.float64))
+
+
+def test_vectors_of_another_width_are_other_kernels_on_disk(monkeypatch):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("needs AVX-512")
+    widths = []
+    for capability in ("avx2", "avx512"):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        widths.append(fused.inductor_options("cpu")["cpp.simdlen"])
+    assert widths == [256, 512]

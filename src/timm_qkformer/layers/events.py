@@ -20,6 +20,7 @@ MOST_CHANNELS = 2**16  # that 16 bits can name
 _MOST_STEPS = 64  # whose sums the kernel keeps in the cache together
 LEAST_OUTPUTS = _TILES[-1]  # a whole number of which the gradient takes
 _LEAST_TASKS = 16  # that the gradient is divided into, for as many threads
+_CHUNK = 256  # pixels of a chunk in event_gradients.cpp, about
 
 # Input, weights, bias, scale; M, H, W, C, C', side, stride, width of a tile
 _CONVOLUTION: list[Any] = [*[POINTER] * 4, *[INT] * 8]
@@ -79,11 +80,10 @@ def weight_gradient(x: Tensor, grad: Tensor, out: Tensor) -> None:
         grad: Gradient of the currents in float32 or bfloat16, [M, H, W, C'], contiguous; C' a multiple of 16.
         out: The result, [C', C, k, k], in any dtype, contiguous or in channels-last memory.
     """
-    M, _, _, C = x.shape
-    outputs, _, side, _ = out.shape
+    outputs, C, side, _ = out.shape
     width = next(width for width in _TILES if outputs % width == 0)
     tiles = outputs // width
-    parts = min(M, -(-_LEAST_TASKS // tiles))
+    parts = min(-(-x.numel() // C // _CHUNK), -(-_LEAST_TASKS // tiles))
     sums = torch.empty(parts, tiles, side**2, C, width, dtype=torch.float32)
     kernel = _gradient_kernel(grad.dtype)
     assert kernel is not None

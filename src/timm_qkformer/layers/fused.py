@@ -308,11 +308,11 @@ def _compile(key: _Key) -> Callable[..., Any]:
 
 def inductor_options(device_type: str) -> dict[str, str | int | bool | Callable[..., Any]]:
     """What Inductor is told beyond its defaults."""
-    # Products are rounded before they are added, as in eager mode: no fused multiply-add, the same spikes.
-    if device_type == "cpu":
-        return {"cpp.enable_floating_point_contract_flag": "off"}
     from torch._inductor import config  # not at import: it takes seconds
 
+    # Products are rounded before they are added, as in eager mode: no fused multiply-add, the same spikes.
+    if device_type == "cpu":
+        return {"cpp.enable_floating_point_contract_flag": "off", **_vector_bits()}
     options = {
         "emulate_precision_casts": True,
         # Each step's result is stored where it belongs. By default each element of the whole result would be computed
@@ -321,6 +321,18 @@ def inductor_options(device_type: str) -> dict[str, str | int | bool | Callable[
         "max_complex_pointwise_cat_inputs": 0,
     }
     return {name: value for name, value in options.items() if hasattr(config, name)}
+
+
+def _vector_bits() -> dict[str, int]:
+    """The width of vectors, said aloud, so that it is part of what names a kernel in Inductor's cache on disk.
+
+    Else, with torch 2.14, a process with ATEN_CPU_CAPABILITY=avx2 takes up loops written for AVX-512, and half of the
+    neurons are left out.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa  # not at import: it takes seconds
+
+    isa = pick_vec_isa()
+    return {"cpp.simdlen": isa.bit_width()} if isa else {}
 
 
 def _unsplit() -> dict[str, int]:

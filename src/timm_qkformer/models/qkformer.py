@@ -404,17 +404,16 @@ def qkformer_hst10_768_ms(pretrained: bool = False, **kwargs: Any) -> QKFormer:
 
 @register_model
 def qkformer_hst3_192(pretrained: bool = False, **kwargs: Any) -> QKFormer:
-    """HST-3-192 for CIFAR on one CPU: 1.24 M parameters with 10 classes, T = 2. Ours, not the paper's.
+    """HST-3-192 for CIFAR on one CPU: 1.24 M parameters with 10 classes, T = 4. Ours, not the paper's.
 
     16 x 16 tokens in the first stage, where the paper's HST-4-384 has 32 x 32. Neurons fire at half the paper's
-    threshold: with so few time steps most would keep silent at first, and learn slowly.
+    threshold: trained with one or two time steps, most would keep silent at first, and learn slowly.
     """
     model_args = {
         "patch_embed": "small",
         "embed_dims": (48, 96, 192),
         "depths": (1, 1, 1),
         "num_heads": 4,
-        "time_steps": 2,
         "neuron_args": {"v_threshold": 0.5, "surrogate": "atan"},
     }
     return _create_qkformer("qkformer_hst3_192", pretrained, **dict(model_args, **kwargs))

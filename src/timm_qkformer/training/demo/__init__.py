@@ -58,7 +58,7 @@ def run_demo(output: Path, epochs: int = 4, seed: int = 42) -> DemoResult:
     print(f"{photographs.correct} of {len(photographs.labels)} photographs of CIFAR-10's test set right\n")
     first = draw_masks(model, photographs, output / "photographs.png")
 
-    print("fine-tuning on handwritten digits: one input channel instead of three, a new classifier")
+    print("fine-tuning on handwritten digits: one input channel instead of three, two time steps, a new classifier")
     model, digits, speed = fine_tune_on_digits(MODEL, epochs, seed)
     print_answers(digits, rows=12)
     rate = firing_rates(model, digits.images[:64]).mean

@@ -31,7 +31,8 @@ def fine_tune_on_digits(model_name: str, epochs: int, seed: int) -> tuple[nn.Mod
     Returns:
         The model, its answers to the held-out digits, and how many it classified in a second.
     """
-    model = timm.create_model(model_name, pretrained=True, in_chans=1)  # sums the first convolution over its channels
+    # One input channel: the first convolution is summed over its three. Two time steps: half the time of four.
+    model = timm.create_model(model_name, pretrained=True, in_chans=1, time_steps=2)
     model.reset_classifier(NUM_CLASSES)
     with tempfile.TemporaryDirectory() as folder:
         _write_digits(Path(folder), seed)
