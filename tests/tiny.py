@@ -4,6 +4,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from timm_qkformer.inference.precision import has_onednn
+
 
 def lively(module: nn.Module, bias: tuple[float, float] = (0.2, 1.2)) -> nn.Module:
     """Scale up the batch norms, draw their biases from a range, and turn to float64 and eval mode."""
@@ -22,3 +24,8 @@ def tiny(name: str, **kwargs) -> nn.Module:
 
 def images(batch: int = 3, chans: int = 3, size: tuple[int, int] = (32, 32)) -> Tensor:
     return torch.randn(batch, chans, *size, dtype=torch.float64)
+
+
+def rounds_currents(precision: str, products: str) -> bool:
+    """Whether a deployed model rounds currents, besides weights: where the processor multiplies bfloat16, it does."""
+    return (precision, products) == ("bf16", "dense") and has_onednn(torch.bfloat16, torch.device("cpu"))

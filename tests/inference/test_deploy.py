@@ -18,7 +18,7 @@ from timm_qkformer.inference import precision as precision_module
 from timm_qkformer.inference import projection as projection_module
 from timm_qkformer.layers import LIF, ParametricLIF, SpikingNeuron, set_lif_backend
 from timm_qkformer.models import maxformer, qkformer
-from tiny import images, tiny
+from tiny import images, rounds_currents, tiny
 
 MODELS = {
     "sew": ("test_qkformer", {}),
@@ -205,7 +205,7 @@ def test_low_precision_rounds_weights_alone(kind, precision, products):
     exact.load_state_dict(rest | rounded)
     expected, found = exact.forward_features(x), deployed.forward_features(x.float())
     assert found.dtype == torch.float32
-    assert similarity(found, expected) > 0.995
+    assert similarity(found, expected) > (0.9 if rounds_currents(precision, products) else 0.995)
     assert similarity(found, original) > 0.8
     assert (precision == "fp32") == (similarity(expected, original) > 0.9999)
 
