@@ -166,7 +166,7 @@ def test_dense_products_where_many_fire_or_nothing_fits(layer, rate, expected, c
     assert chosen == [expected]
 
 
-def test_native_bfloat16_is_harder_to_beat(monkeypatch):
+def test_native_bfloat16_is_harder_to_beat():
     x, weight = torch.zeros(2, 256, 6, 6), torch.zeros(256, 256, 3, 3)
     x.view(-1)[: round(0.25 * x.numel())] = 1
     with set_lif_backend("compile"):

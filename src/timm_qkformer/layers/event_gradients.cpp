@@ -14,12 +14,6 @@
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int BYTES = 64;
-#else
-constexpr int BYTES = 32;
-#endif
-
 constexpr Int PIXELS = 256;  // of a chunk, about
 
 // How images are cut: into chunks of several whole images or, where these are large, of some rows of one.

@@ -17,12 +17,6 @@ namespace {
 
 using Channel = std::uint16_t;
 
-#ifdef __AVX512F__
-constexpr int BYTES = 64;
-#else
-constexpr int BYTES = 32;
-#endif
-
 template <class T, int n>
 struct Vector {
     typedef T type __attribute__((vector_size(n * sizeof(T))));

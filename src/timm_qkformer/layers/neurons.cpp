@@ -1,5 +1,5 @@
-// What all kernels share: element types, and one time step of neurons. native.py puts it before each of the others.
-// Equations and symbols are those of layers/dynamics.py.
+// What all kernels share: element types, the size of vectors, and one time step of neurons. native.py puts it before each
+// of the others. Equations and symbols are those of layers/dynamics.py.
 //
 // Compiled without contraction to fused multiply-adds: same spikes as step-by-step torch operations.
 
@@ -20,6 +20,13 @@
 namespace {
 
 using Int = std::int64_t;
+
+// Of a vector register.
+#ifdef __AVX512F__
+constexpr int BYTES = 64;
+#else
+constexpr int BYTES = 32;
+#endif
 
 struct BFloat16 {
     std::uint16_t bits;
