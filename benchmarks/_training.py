@@ -11,15 +11,17 @@ from timm_qkformer.layers import lean_training, set_lif_backend
 
 
 @contextmanager
-def counting_what_is_kept() -> Iterator[list[int]]:
+def counting_what_is_kept(model: nn.Module) -> Iterator[list[int]]:
     """Yields the bytes of each piece of memory that autograd keeps for the backward pass, parameters aside."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}  # kept as views, too
     kept: dict[int, Tensor] = {}  # by address; the tensors stay, so that no address is used twice
     sizes: list[int] = []
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if not isinstance(x, nn.Parameter) and storage.data_ptr() not in kept:
-            kept[storage.data_ptr()] = x
+        address = storage.data_ptr()
+        if address not in parameters and address not in kept:
+            kept[address] = x
             sizes.append(storage.nbytes())
         return x
 
@@ -78,7 +80,7 @@ class TrainingStep:
 
     def megabytes_kept(self) -> float:
         """MB (10^6 bytes) that one image's forward pass keeps for the backward pass."""
-        with counting_what_is_kept() as sizes:
+        with counting_what_is_kept(self.model) as sizes:
             self.loss()
         return sum(sizes) / len(self.images) / 1e6
 

@@ -138,12 +138,8 @@ void copy_with_margins(const Gradient* grad, const Chunks& chunks, Int k, Int C_
 template <int WIDTH>
 void add_chunk(const float* grad, const Events& events, const Chunks& chunks, Int k, Int C, Int side, float* total) {
     constexpr int LANES = std::min<int>(BYTES / sizeof(float), WIDTH), N = WIDTH / LANES;
-    typedef float V __attribute__((vector_size(LANES * sizeof(float))));
-    const auto at = [](const float* from, int i) {
-        V value;
-        std::memcpy(&value, from + i * LANES, sizeof value);
-        return value;
-    };
+    using V = typename Vector<float, LANES>::type;
+    const auto at = [](const float* from, int i) { return vector_at<V>(from + i * LANES); };
     const Int width = Chunk(chunks, k).width;
     for (Int c = 0; c < C; ++c) {
         const Int of_channel = k * C + c;

@@ -17,18 +17,6 @@ namespace {
 
 using Channel = std::uint16_t;
 
-template <class T, int n>
-struct Vector {
-    typedef T type __attribute__((vector_size(n * sizeof(T))));
-};
-
-template <class V, class T>
-inline V vector_at(const T* from) {
-    V value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
 // A sum of spikes above one.
 struct Several {
     Channel channel, times;

@@ -25,27 +25,24 @@ _CHUNK = 256  # pixels of a chunk in event_gradients.cpp, about
 # Input, weights, bias, scale; M, H, W, C, C', side, stride, width of a tile
 _CONVOLUTION: list[Any] = [*[POINTER] * 4, *[INT] * 8]
 _OPERANDS: dict[str, list[Any]] = {
-    f"{name}_{weights}": operands
-    for weights in ("float32", "int8")
-    for name, operands in (
-        ("convolve", [*_CONVOLUTION, INT, POINTER, POINTER, THREADS]),
-        ("convolve_fire", [*_CONVOLUTION, INT, POINTER, POINTER, INT, POINTER, INT, THREADS]),
+    "convolve": [*_CONVOLUTION, INT, POINTER, POINTER, THREADS],
+    "convolve_fire": [*_CONVOLUTION, INT, POINTER, POINTER, INT, POINTER, INT, THREADS],
+    "weight_gradient": [POINTER, POINTER, *[INT] * 8, POINTER, THREADS],
+}
+# The functions of each file, for weights or gradients of these types
+_FUNCTIONS: dict[str, dict[str, list[Any]]] = {
+    file: {f"{name}_{dtype}": _OPERANDS[name] for name in names for dtype in dtypes}
+    for file, names, dtypes in (
+        ("events.cpp", ("convolve", "convolve_fire"), ("float32", "int8")),
+        ("event_gradients.cpp", ("weight_gradient",), ("float32", "bfloat16")),
     )
 }
-_GRADIENT_OPERANDS: dict[str, list[Any]] = {
-    f"weight_gradient_{gradients}": [POINTER, POINTER, *[INT] * 8, POINTER, THREADS]
-    for gradients in ("float32", "bfloat16")
-}
 
 
-def _kernel(name: str, weights: torch.dtype) -> Callable[..., None] | None:
-    name += f"_{str(weights).removeprefix('torch.')}"
-    return function(name, __package__, "events.cpp", _OPERANDS)
-
-
-def _gradient_kernel(gradients: torch.dtype) -> Callable[..., None] | None:
-    name = f"weight_gradient_{str(gradients).removeprefix('torch.')}"
-    return function(name, __package__, "event_gradients.cpp", _GRADIENT_OPERANDS)
+def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
+    name += f"_{str(dtype).removeprefix('torch.')}"
+    file = next(file for file, functions in _FUNCTIONS.items() if name in functions)
+    return function(name, __package__, file, _FUNCTIONS[file])
 
 
 def can_run(x: Tensor) -> bool:
@@ -55,7 +52,7 @@ def can_run(x: Tensor) -> bool:
 
 def can_train(x: Tensor) -> bool:
     """Whether there are kernels for the weights' gradients, too."""
-    return can_run(x) and _gradient_kernel(torch.float32) is not None
+    return can_run(x) and _kernel("weight_gradient", torch.float32) is not None
 
 
 def first_spikes(x: Tensor) -> Tensor:
@@ -85,7 +82,7 @@ def weight_gradient(x: Tensor, grad: Tensor, out: Tensor) -> None:
     tiles = outputs // width
     parts = min(-(-x.numel() // C // _CHUNK), -(-_LEAST_TASKS // tiles))
     sums = torch.empty(parts, tiles, side**2, C, width, dtype=torch.float32)
-    kernel = _gradient_kernel(grad.dtype)
+    kernel = _kernel("weight_gradient", grad.dtype)
     assert kernel is not None
     operands = (*x.shape, outputs, side, width, parts, sums.data_ptr(), torch.get_num_threads())
     kernel(x.data_ptr(), grad.data_ptr(), *operands)

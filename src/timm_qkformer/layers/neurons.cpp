@@ -1,4 +1,4 @@
-// What all kernels share: element types, the size of vectors, and one time step of neurons. native.py puts it before each
+// What all kernels share: element types, vectors, and one time step of neurons. native.py puts it before each
 // of the others. Equations and symbols are those of layers/dynamics.py.
 //
 // Compiled without contraction to fused multiply-adds: same spikes as step-by-step torch operations.
@@ -26,6 +26,20 @@ using Int = std::int64_t;
 constexpr int BYTES = 64;
 #else
 constexpr int BYTES = 32;
+#endif
+
+#ifdef __GNUC__
+template <class T, int n>
+struct Vector {
+    typedef T type __attribute__((vector_size(n * sizeof(T))));
+};
+
+template <class V, class T>
+inline V vector_at(const T* from) {
+    V value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
 #endif
 
 struct BFloat16 {
