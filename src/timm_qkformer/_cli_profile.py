@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._cli_model import add_model_options, load
+from ._errors import first_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +62,7 @@ def profile(args: argparse.Namespace) -> None:
     try:
         model = loaded.model.to(device)
     except (RuntimeError, AssertionError) as error:  # how torch refuses devices
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device {device}: {first_line(error)}") from error
 
     def data() -> Any:
         if args.data is None:

@@ -201,7 +201,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         args.run(args)
     except ModuleNotFoundError as error:
-        extra = {"sklearn": "demo", "matplotlib": "analysis", "tensorboard": "train"}.get(
+        extra = {"aedat": "events", "sklearn": "demo", "matplotlib": "analysis", "tensorboard": "train"}.get(
             (error.name or "").partition(".")[0]
         )
         if extra is None:

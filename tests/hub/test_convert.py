@@ -12,12 +12,13 @@ import timm
 import torch
 from hub_client import logits_of
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from golden import CASES, GoldenCase
 from release import release_state_dict
 from timm_qkformer import round_weights
-from timm_qkformer.hub import CheckpointError, convert, read_checkpoint
+from timm_qkformer.hub import CheckpointError, convert, read_checkpoint, verify
 from timm_qkformer.hub import releases as releases_module
 from timm_qkformer.hub.releases import RELEASES, find_release
 from training_dict import training_checkpoint
@@ -289,6 +290,28 @@ def test_normalisation_is_that_of_the_training(folder, tmp_path):
     assert "NaN" not in (folder / "config.json").read_text()
 
 
+@pytest.mark.parametrize("values", [(0.3, 0.35), None])
+def test_a_grey_model_keeps_what_it_was_trained_with(values, folder, tmp_path):
+    model = timm.create_model("qkformer_hst3_192", num_classes=7, in_chans=1, global_pool="max", batch_coupled=True)
+    args = argparse.Namespace(model="qkformer_hst3_192", gp="max", model_kwargs={"batch_coupled": True})
+    if values is not None:
+        args.mean, args.std = [values[0]], [values[1]]
+    convert(save({"state_dict": model.state_dict(), "args": args}, tmp_path / "x.pth"), folder)
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(loaded)
+    assert config["input_size"] == (1, 32, 32)
+    assert len(config["mean"]) == len(config["std"]) == 1
+    assert values is None or (config["mean"][0], config["std"][0]) == values
+    x = 3 * torch.randn(2, 1, 32, 32)
+    assert torch.equal(loaded(x), model.eval()(x))
+    (tmp_path / "data").mkdir()
+    for i in range(7):
+        (tmp_path / "data" / str(i)).mkdir()
+        Image.new("L", (32, 32), 30 * i).save(tmp_path / "data" / str(i) / "a.png")
+    results = verify(str(folder), tmp_path / "data", workers=0, device="cpu", quiet=True)
+    assert [result["images"] for result in results] == [7, 7]
+
+
 def test_dtypes_are_widened_exactly_and_never_narrowed_silently(folder, tmp_path):
     model = variant()
     half = {name: t.half() if t.is_floating_point() else t for name, t in release_state_dict(model).items()}
@@ -344,16 +367,20 @@ def test_nothing_is_overwritten_without_force(tiny_checkpoint, folder):
     assert (folder / "model.safetensors").stat().st_ino == before
     convert(tiny_checkpoint, folder, force=True)
     assert (folder / "model.safetensors").stat().st_ino != before
-    (folder / "config.json").unlink()
+    (folder / "thesis.txt").touch()
+    with pytest.raises(FileExistsError, match=r"holds thesis\.txt besides a converted model"):
+        convert(tiny_checkpoint, folder, force=True)
+    (folder / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(FileExistsError, match="something other than a converted model"):
         convert(tiny_checkpoint, folder, force=True)
+    assert (folder / "thesis.txt").exists()
     file = folder.parent / "file"
     file.touch()
     with pytest.raises(FileExistsError, match="not a folder"):
         convert(tiny_checkpoint, file, force=True)
 
 
-def test_a_failure_leaves_the_old_folder_and_nothing_else(tiny_checkpoint, folder):
+def test_a_failure_leaves_the_old_folder_and_nothing_else(tiny_checkpoint, folder, monkeypatch):
     convert(tiny_checkpoint, folder)
     card = (folder / "README.md").read_text()
 
@@ -362,6 +389,16 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tiny_checkpoint, folde
 
     with pytest.raises(KeyboardInterrupt):
         convert(tiny_checkpoint, folder, force=True, measure=fail)
+    real = Path.rename
+
+    def rename(self, target):
+        if target == folder and not self.name.endswith(".former"):
+            raise OSError("no room")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="no room"):
+        convert(tiny_checkpoint, folder, force=True)
     assert (folder / "README.md").read_text() == card
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
 

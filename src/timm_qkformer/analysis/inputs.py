@@ -14,6 +14,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from ..data import EVENT_SUFFIXES, EventFileError, FrameSpec, check_events, events_to_frames, read_events
+from ..data.images import open_image
 from .pictures import Array, input_pictures
 
 __all__ = ["FileInput", "ModelInputs", "find_files"]
@@ -94,12 +95,7 @@ class ModelInputs:
         if path.suffix.lower() in EVENT_SUFFIXES:
             clip = self._clip(path)
             return FileInput(path, clip, input_pictures(clip))
-        try:
-            with Image.open(path) as picture:
-                picture.load()
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, for broken files
-            raise ValueError(f"{path} is not a readable image: {error}") from error
-        image = self.image(picture, str(path))
+        image = self.image(open_image(path), str(path))
         return FileInput(path, image, input_pictures(image, self.mean, self.std))
 
     def image(self, picture: Image.Image, name: str) -> Tensor:

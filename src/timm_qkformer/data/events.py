@@ -134,8 +134,8 @@ def _read_aedat4(path: Path) -> Events:
     try:
         import aedat
     except ImportError as error:
-        raise ImportError(
-            f'reading {path.name} needs the package aedat: pip install "timm-qkformer[events]"'
+        raise ModuleNotFoundError(
+            f'reading {path.name} needs the package aedat: pip install "timm-qkformer[events]"', name="aedat"
         ) from error
     try:
         decoder = aedat.Decoder(path)

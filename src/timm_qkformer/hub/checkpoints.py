@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 from torch import Tensor
 
+from .._errors import first_line
+
 __all__ = ["Checkpoint", "CheckpointError", "read_checkpoint"]
 
 MAX_FILE_BYTES = 8 << 30  # the largest known checkpoint, with optimizer state, is a tenth of it
@@ -109,7 +111,7 @@ def _read_safetensors(path: Path, size: int, header: int) -> dict[str, Tensor]:
             _check_count(names)
             return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, UnicodeDecodeError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"damaged or cut off ({_first_line(error)})") from error
+        raise CheckpointError(f"damaged or cut off ({first_line(error)})") from error
 
 
 def _read_zip(path: Path, size: int) -> Any:
@@ -127,12 +129,12 @@ def _read_zip(path: Path, size: int) -> Any:
                 )
             _check_pickle(archive.read(pickles[0]))
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, UnicodeError) as error:
-        raise CheckpointError(f"damaged or cut off ({_first_line(error)})") from error
+        raise CheckpointError(f"damaged or cut off ({first_line(error)})") from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a crafted pickle may fail in any way
-        raise CheckpointError(f"PyTorch cannot read it ({_first_line(error)})") from error
+        raise CheckpointError(f"PyTorch cannot read it ({first_line(error)})") from error
 
 
 def _check_records(records: list[zipfile.ZipInfo], size: int) -> None:
@@ -161,7 +163,7 @@ def _check_pickle(pickle: bytes) -> None:
     except (ValueError, IndexError, UnicodeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"its pickle is damaged ({_first_line(error)})") from error
+        raise CheckpointError(f"its pickle is damaged ({first_line(error)})") from error
 
 
 _PLAIN = "plain weights"
@@ -256,8 +258,3 @@ def _listing(names: Iterable[str], shown: int = 3) -> str:
     return ", ".join(name[:80] for name in names[:shown]) + (
         f" and {len(names) - shown} more" if len(names) > shown else ""
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]

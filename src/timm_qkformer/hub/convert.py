@@ -17,7 +17,8 @@ from torch import nn
 from .. import inference
 from .card import write_card
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
-from .recognise import Recognised, find_asset, recognise
+from .publish import FILES
+from .recognise import Recognised, architectures, find_asset, recognise
 from .releases import RELEASES, Release, find_release
 from .verify import coupled_layers
 
@@ -66,7 +67,7 @@ def convert(
         time_steps: Time steps T that images are shown for. None: what the checkpoint says, else the model's default.
         tag: Pretrained tag to write down. None: the one of the file that it is by md5 or name, else "custom".
         input_size: Pixels per side that the weights were trained for. None: what is known of the file.
-        batch_coupled: Let the folder's model be created with coupled neurons.
+        batch_coupled: Let the folder's model be created with coupled neurons, also if its training does not say so.
         ema: Take the moving average (True), the weights themselves (False), or the former where there is one (None).
         dtype: "float16", "float32" or "float64" for the floating-point tensors, which are widened exactly or rounded.
             A model that loads them computes in its own dtype all the same.
@@ -108,9 +109,7 @@ def convert(
         staging.chmod(0o755)  # what tempfile and safetensors write is private
         for path in staging.iterdir():
             path.chmod(0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        staging.rename(folder)
+        _put(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     report = _report(checkpoint, found, release, config, dtype)
@@ -125,8 +124,36 @@ def _check_target(folder: Path, force: bool) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not force:
             raise FileExistsError(f"{folder} is not empty; choose another folder or replace it with --force")
-        if not (folder / "config.json").is_file():
+        if _architecture(folder) not in architectures():
             raise FileExistsError(f"{folder} holds something other than a converted model and is not replaced")
+        if others := sorted({path.name for path in folder.iterdir()} - set(FILES)):
+            raise FileExistsError(
+                f"{folder} holds {', '.join(others[:3])} besides a converted model and is not replaced"
+            )
+
+
+def _architecture(folder: Path) -> Optional[str]:
+    """Name of the model in a folder; None if there is none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(config.get("architecture")) if isinstance(config, dict) else None
+
+
+def _put(staging: Path, folder: Path) -> None:
+    """Give a finished folder its place, and what was there back if that fails."""
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    former = staging.with_name(f"{staging.name}.former")
+    folder.rename(former)
+    try:
+        staging.rename(folder)
+    except OSError:
+        former.rename(folder)
+        raise
+    shutil.rmtree(former)
 
 
 def _pretrained_cfg(
@@ -138,18 +165,22 @@ def _pretrained_cfg(
     default: Any = registered.get(f"{found.model}.{tag}") or timm.get_pretrained_cfg(found.model)
     overlay: dict[str, Any] = {key: getattr(default, key) for key in ("input_size", "pool_size", "crop_pct")}
     overlay["tag"] = tag
+    channels = found.model_args.get("in_chans", default.input_size[0])
+    overlay["input_size"] = (channels, *default.input_size[1:])
     size = input_size or (release.input_size if release else None) or _trained_size(checkpoint)
     if size is not None and size != default.input_size[-1]:
-        overlay["input_size"] = (default.input_size[0], size, size)
+        overlay["input_size"] = (channels, size, size)
         overlay["pool_size"] = None
         if default.crop_pct < 1.0 and size > 224:
             overlay["crop_pct"] = 1.0
     for key in ("mean", "std"):
         values = checkpoint.args.get(key)
-        if not isinstance(values, (list, tuple)) or len(values) != len(getattr(default, key)):
+        if not isinstance(values, (list, tuple)) or len(values) not in (1, channels):
+            continue
+        if not all(isinstance(value, (int, float)) for value in values):
             continue
         if all(0 <= value <= 255 for value in values) and (key == "mean" or min(values) > 0):
-            overlay[key] = tuple(map(float, values))
+            overlay[key] = tuple(map(float, values)) * (channels if len(values) == 1 else 1)
     return overlay
 
 
@@ -166,7 +197,7 @@ def _trained_size(checkpoint: Checkpoint) -> Optional[int]:
 def _build(found: Recognised, cfg: dict[str, Any], batch_coupled: bool, dtype: torch.dtype, rounded: bool) -> nn.Module:
     args = dict(found.model_args, time_steps=found.time_steps)
     if coupled_layers(timm.create_model(found.model, device="meta")):
-        args["batch_coupled"] = batch_coupled
+        args["batch_coupled"] = batch_coupled or args.get("batch_coupled", False)
     elif batch_coupled:
         raise ValueError(f"batch_coupled=True: {found.model} has no coupled neurons, its release has none either")
     # Rounded once: not to half precision first.

@@ -19,11 +19,13 @@ from .releases import find_release
 
 __all__ = ["Recognised", "architectures", "find_asset", "fit_tensors", "recognise", "stated_args"]
 
-# Of a training's `model_kwargs`, those that make another model of the registered one.
+# Of a training's `model_kwargs`, those that make another model of the registered one. `gp` is an argument, too.
 _MODEL_ARGS = (
     "attn",
+    "batch_coupled",
     "depths",
     "embed_dims",
+    "global_pool",
     "membrane_shortcut",
     "mixer",
     "mlp_ratio",
@@ -104,6 +106,8 @@ def stated_args(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a training says that its model was created with, as timm's train.py and this package's write it."""
     kwargs = checkpoint.args.get("model_kwargs")
     stated = {key: kwargs[key] for key in _MODEL_ARGS if key in kwargs} if isinstance(kwargs, Mapping) else {}
+    if checkpoint.args.get("gp") is not None:
+        stated["global_pool"] = checkpoint.args["gp"]
     depths, tensors = stated.get("depths", ()), len(checkpoint.tensors)
     blocks = depths if isinstance(depths, (list, tuple)) else [depths]
     if any(isinstance(count, int) and count > tensors for count in blocks):

@@ -10,7 +10,6 @@ from typing import Any, Optional, cast
 
 import timm
 import torch
-from PIL import Image
 from timm.data.config import resolve_model_data_config
 from timm.data.imagenet_info import ImageNetInfo
 from timm.data.loader import create_loader
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._files import write_atomically
+from ..data.images import open_image, readable
 from ..layers import SpikingConv, SpikingSelfAttention
 
 __all__ = ["coupled_layers", "find_samples", "verify"]
@@ -88,7 +88,7 @@ def verify(
     done, counts = _read_progress(progress, key, modes)
 
     loader = create_loader(
-        cast(Any, _Images(samples[done:])),
+        cast(Any, _Images(samples[done:], net.in_chans)),
         input_size=config["input_size"],
         batch_size=batch_size,
         interpolation=config["interpolation"],
@@ -103,7 +103,7 @@ def verify(
     )
     saved = time.monotonic()
     with tqdm(total=len(samples), initial=done, unit="img", disable=quiet or None) as bar:
-        for images, targets in loader if done < len(samples) else ():
+        for images, targets in readable(loader) if done < len(samples) else ():
             images, targets = images.to(on), targets.to(on)
             for name, coupled in modes.items():
                 _count(net, coupled, images, targets, counts[name])
@@ -207,8 +207,9 @@ def _limited(samples: list[Sample], limit: Optional[int]) -> list[Sample]:
 class _Images(torch.utils.data.Dataset[tuple[Any, int]]):
     """Samples as images; timm's loader sets `transform`. timm's own dataset skips broken images, this one says so."""
 
-    def __init__(self, samples: list[Sample]) -> None:
+    def __init__(self, samples: list[Sample], channels: int) -> None:
         self.samples = samples
+        self.mode = "L" if channels == 1 else "RGB"
         self.transform: Any = None
 
     def __len__(self) -> int:
@@ -216,11 +217,7 @@ class _Images(torch.utils.data.Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, target = self.samples[index]
-        try:
-            with Image.open(path) as image:
-                return self.transform(image.convert("RGB")), target
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, for broken files
-            raise ValueError(f"{path} is not a readable image: {error}") from error
+        return self.transform(open_image(path, self.mode)), target
 
 
 def coupled_layers(net: nn.Module) -> list[SpikingConv]:

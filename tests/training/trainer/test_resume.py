@@ -85,7 +85,8 @@ def test_kill_9_at_a_random_step(data, tmp_path, capsys):
 def test_a_run_stopped_before_its_first_checkpoint_begins_anew(data, tmp_path, capsys):
     folder = tmp_path / "stopped"
     folder.mkdir()
-    for name in ("args.yaml", "events.out.tfevents.1.host.2.0", ".last.pth.tar.x1.tmp"):
+    unfinished = ("tmp.pth.tar", "recovery_tmp.pth.tar")
+    for name in ("args.yaml", "events.out.tfevents.1.host.2.0", ".last.pth.tar.x1.tmp", *unfinished):
         (folder / name).write_text("what a killed process left")
     run(data, tmp_path, "stopped", "--resume", "auto", epochs=1)
     assert "nothing to resume, this is a new run" in capsys.readouterr().out
@@ -114,6 +115,67 @@ def test_a_path_and_a_new_folder(data, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "not an exact continuation: setting lr is 0.02, it was 0.01" in out
     assert "setting epochs is 2, it was 1" in out
+
+
+def test_a_recovery_file_of_another_run_stays(data, tmp_path, stop_after):
+    proceed = stop_after(3)
+    with pytest.raises(StopError):
+        run(data, tmp_path, "first", recovery_interval=1)
+    proceed()
+    before = sorted((tmp_path / "first").iterdir())
+    second = run(data, tmp_path, "second", "--resume", str(tmp_path / "first" / "recovery-0-3.pth.tar"),
+                 recovery_interval=1)  # fmt: skip
+    assert sorted((tmp_path / "first").iterdir()) == before
+    assert same_weights(weights(second.folder), weights(run(data, tmp_path, "whole").folder))
+
+
+def test_settings_of_the_optimizer_are_those_of_now(data, tmp_path, stop_after, capsys):
+    more = {"opt_betas": [0.8, 0.9], "weight_decay": 0.3, "lr": 0.02}
+    last = run(data, tmp_path, "first", epochs=1).folder / "last.pth.tar"
+    second = run(data, tmp_path, "second", "--resume", str(last), epochs=2, **more)
+    assert "setting weight_decay is 0.3, it was 0.05" in capsys.readouterr().out
+    groups = torch.load(second.folder / "last.pth.tar", weights_only=True)["optimizer"]["param_groups"]
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.3]
+    assert all(list(group["betas"]) == [0.8, 0.9] for group in groups)
+    # Also within the first epoch, whose learning rate no schedule sets.
+    proceed = stop_after(3)
+    with pytest.raises(StopError):
+        run(data, tmp_path, "third", recovery_interval=1)
+    proceed()
+    third = run(data, tmp_path, "third", "--resume", "auto", epochs=1, **more)
+    capsys.readouterr()
+    groups = torch.load(third.folder / "last.pth.tar", weights_only=True)["optimizer"]["param_groups"]
+    assert all(group["initial_lr"] == 0.02 for group in groups)
+
+
+def test_a_checkpoint_without_the_optimizer_that_is_asked_for(data, tmp_path):
+    last = run(data, tmp_path, "first", epochs=1, **PLAIN).folder / "last.pth.tar"
+    with pytest.raises(
+        ValueError, match=r"has the state of the optimizer adamw, this run's opt is sgd; --no-resume-op"
+    ):
+        run(data, tmp_path, "second", "--resume", str(last), opt="sgd", **PLAIN)
+    with pytest.raises(ValueError, match="the optimizer's state is of other parameters"):
+        run(data, tmp_path, "second", "--resume", str(last), layer_decay=0.5, **PLAIN)
+    alone = tmp_path / "alone.pth"
+    torch.save({"state_dict": weights(last.parent)}, alone)
+    with pytest.raises(ValueError, match="has no state of an optimizer; --initial-checkpoint starts from its weights"):
+        run(data, tmp_path, "second", "--resume", str(alone), **PLAIN)
+    assert not (tmp_path / "second").exists()
+    result = run(data, tmp_path, "second", "--resume", str(last), "--no-resume-opt", opt="sgd", **PLAIN)
+    assert [row["epoch"] for row in result.history] == [0, 1]
+
+
+@pytest.mark.parametrize("size", [0, 5000])
+def test_the_best_checkpoints_are_left_where_the_last_is_damaged(size, data, tmp_path, capsys):
+    folder = run(data, tmp_path, "run", epochs=2, **PLAIN).folder
+    last = folder / "last.pth.tar"
+    start = last.read_bytes()[:size]
+    last.unlink()
+    last.write_bytes(start)
+    with pytest.warns(UserWarning, match="passed over: checkpoint .*last.pth.tar cannot be read"):
+        resumed = run(data, tmp_path, "run", "--resume", "auto", epochs=3, **PLAIN)
+    assert "checkpoint-1.pth.tar: epoch 2" in capsys.readouterr().out
+    assert [row["epoch"] for row in resumed.history] == [0, 1, 2]
 
 
 def test_auto_without_anything_to_resume_begins(data, tmp_path, capsys):

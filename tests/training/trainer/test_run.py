@@ -15,6 +15,8 @@ from tiny_runs import PLAIN, RECIPE, flags, make_images, run, same_weights, weig
 from timm_qkformer import cli
 from timm_qkformer.hub.checkpoints import read_checkpoint
 from timm_qkformer.training.trainer import loop
+from timm_qkformer.training.trainer.run import train
+from timm_qkformer.training.trainer.settings import parse_train
 
 
 def fails(capsys, *arguments):
@@ -146,6 +148,40 @@ def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, capsys, monke
     assert error.endswith("recovery-0-3.pth.tar")
 
 
+def test_without_a_schedule_the_learning_rate_stays(data, tmp_path):
+    history = run(data, tmp_path, "run", **PLAIN, sched="none", lr=0.02).history
+    assert [row["lr"] for row in history] == [0.02, 0.02]
+
+
+def test_a_later_start_has_its_learning_rate(data, tmp_path):
+    last = run(data, tmp_path, "whole", **PLAIN, epochs=3)
+    weights_alone = str(last.folder / "checkpoint-1.pth.tar")
+    changes = {"sched_on_updates": True, "initial_checkpoint": weights_alone, "start_epoch": 2, "epochs": 3}
+    late = run(data, tmp_path, "late", **PLAIN, **changes)
+    assert [row["epoch"] for row in late.history] == [2]
+    by_update = run(data, tmp_path, "by update", **PLAIN, sched_on_updates=True, epochs=3)
+    assert late.history[0]["lr"] == by_update.history[2]["lr"]
+    by_epoch = run(data, tmp_path, "by epoch", **PLAIN, **{**changes, "sched_on_updates": False})
+    assert by_epoch.history[0]["lr"] == last.history[2]["lr"]
+
+
+def test_the_settings_of_a_run_are_a_recipe(data, tmp_path):
+    first = run(data, tmp_path, "first", epochs=1)
+    recipe = first.folder / "args.yaml"
+    again = train(parse_train(["-c", str(recipe), "--experiment", "again"]))
+    assert again.folder == tmp_path / "again"
+    assert same_weights(weights(first.folder), weights(again.folder))
+
+
+def test_a_class_map_says_which_classes_there_are(tmp_path):
+    root = make_images(tmp_path / "images", 4, 2)
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    assert len(run(root, tmp_path, "all", epochs=1, **PLAIN).history) == 1
+    (tmp_path / "map.txt").write_text("cat\nant\n")
+    changes = {"class_map": str(tmp_path / "map.txt"), "num_classes": 2, "epochs": 1}
+    assert len(run(root, tmp_path, "two", **changes, **PLAIN).history) == 1
+
+
 def test_full_disk(data, tmp_path, capsys):
     done = run(data, tmp_path, "run", epochs=1)
     before = (done.folder / "last.pth.tar").read_bytes()
@@ -232,8 +268,8 @@ def folder_without(tmp_path, what):
         ("class", {}, "no images in the class folders bee"),
         ("test class", {}, "the split 'test' lacks bee, unlike the training split"),
         ("split", {}, "has no folder 'test' for that split, only elsewhere, train"),
-        ("image", {"workers": 0}, "cat/2.png cannot be read as an image"),
-        ("image", {"workers": 2}, "cat/2.png cannot be read as an image"),
+        ("image", {"workers": 0}, "cat/2.png is not a readable image"),
+        ("image", {"workers": 2}, "cat/2.png is not a readable image"),
         ("", {"num_classes": 4}, "the split 'train' has 3 classes (ant, bee, cat), but the model has num_classes=4"),
         ("", {"in_chans": 5, "input_size": [5, 32, 32]}, "has samples of 1 channels, but the model takes 5"),
         ("", {"mean": [0.1, 0.2]}, "mean=[0.1, 0.2] and std=None need one value, or one for each channel"),
@@ -244,6 +280,21 @@ def folder_without(tmp_path, what):
         ("", {"initial_checkpoint": "nowhere.pt"}, "initial_checkpoint: there is no file nowhere.pt"),
         ("", {"resume": "nowhere.pt"}, "there is no checkpoint nowhere.pt"),
         ("", {"dataset": "torch/cifar10"}, "--dataset-download gets it"),
+        (
+            "",
+            {"opt_kwargs": {"foo": 1}},
+            "the optimizer adamw cannot be made with opt='adamw', weight_decay=0.05, opt_k",
+        ),
+        ("", {"aa": "bad"}, "batches to train on cannot be made with "),
+        ("", {"aa": "bad"}, "aa='bad'"),
+        ("", {"scale": [0.5]}, "scale=[0.5]"),
+        ("", {"train_crop_mode": "bad"}, "train_crop_mode='bad'"),
+        ("", {"interpolation": "bad"}, "batches to validate on cannot be made with interpolation='bad', crop_pct=1.0"),
+        ("", {"gp": "bad"}, "model qkformer_hst4_384 does not take these arguments"),
+        ("", {"torchcompile": "bad"}, "torchcompile='bad' is unknown, torch has "),
+        ("", {"device": "mps"}, "device='mps' cannot be used"),
+        ("", {"model": "local-dir:nowhere"}, "nowhere"),
+        ("", {"start_epoch": 2}, "start_epoch=2 needs to be below the run's 2 epochs"),
     ],
 )
 def test_bad_data_and_settings(what, changes, message, tmp_path, capsys):
@@ -251,7 +302,11 @@ def test_bad_data_and_settings(what, changes, message, tmp_path, capsys):
         pytest.skip("there is such a device")
     root = folder_without(tmp_path, what)
     recipe = write_recipe(tmp_path / "recipe.yaml", **changes)
-    assert message in fails(capsys, "train", *flags(root, tmp_path, "run", recipe))
+    error = fails(capsys, "train", *flags(root, tmp_path, "run", recipe))
+    assert message in error
+    assert "\n" not in error
+    # A run that could not begin does not stand in the way of the corrected one.
+    assert not (tmp_path / "run").exists() or what == "image"
 
 
 def test_missing_folder(tmp_path, capsys):

@@ -103,6 +103,8 @@ def test_defaults_of_what_is_not_supported_are_fine(tmp_path):
         ("--batch-size 3 --mixup 0.1", "batch_size=3 needs to be even"),
         ("--lr 0", "lr=0.0 needs to be above 0"),
         ("--in-chans 1 --input-size 3 32 32", "in_chans=1 and input_size=.3, 32, 32. disagree"),
+        ("--start-epoch -1", "start_epoch=-1 needs to be at least 0"),
+        ("--pretrained-path file.pth", "pretrained_path='file.pth' needs pretrained, too"),
         ("--amp --model-dtype bfloat16", "model_dtype='bfloat16' does not go with amp"),
         ("--dataset tfds/cifar10", "dataset='tfds/cifar10' is streamed"),
         ("-c cifar11", "recipe 'cifar11' is neither a file nor one of .*cifar10"),
@@ -115,9 +117,10 @@ def test_bad_flags(flags, message):
         parse_train(["data", *flags.split()])
 
 
-def test_data_is_needed():
+@pytest.mark.parametrize("flags", [[], ["--dataset", "torch/cifar10"]])
+def test_data_is_needed(flags):
     with pytest.raises(ValueError, match="--data-dir DIR"):
-        parse_train([])
+        parse_train(flags)
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "a: [\n", ""])

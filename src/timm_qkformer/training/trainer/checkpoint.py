@@ -15,11 +15,20 @@ from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 
+from ..._errors import first_line
 from .network import describe_misfit
 
-__all__ = ["DivergedError", "RunSaver", "check_same_model", "newest_checkpoint", "plain_settings", "read_checkpoint"]
+__all__ = [
+    "DivergedError",
+    "RunSaver",
+    "check_same_model",
+    "newest_checkpoint",
+    "plain_settings",
+    "read_checkpoint",
+    "settings_in",
+]
 
-FORMAT = 2  # of the "trainer" entry
+FORMAT = 3  # of the "trainer" entry
 
 
 class DivergedError(ValueError):
@@ -115,7 +124,7 @@ def _reason(error: BaseException) -> str:
         if error.__cause__ is None and error.__context__ is None:
             break
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return str(error).splitlines()[0]
+    return first_line(error)
 
 
 def _flush_folder(path: str) -> None:
@@ -138,8 +147,22 @@ def recovery_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> Optional[Path]:
-    """The checkpoint of a run's folder that is furthest; one that cannot be read is passed over with a warning."""
-    candidates = [path for path in [folder / "last.pth.tar", *recovery_checkpoints(folder)] if path.is_file()]
+    """The checkpoint of a run's folder that is furthest; one that cannot be read is passed over with a warning.
+
+    Those of the best epochs are looked at only where no newer one can be read.
+
+    Raises:
+        ValueError: If there are some, and none that can be read.
+    """
+    newest = [path for path in [folder / "last.pth.tar", *recovery_checkpoints(folder)] if path.is_file()]
+    ranked = sorted(folder.glob("checkpoint-*.pth.tar"))
+    found = _furthest(newest) or _furthest(ranked)
+    if found is None and newest + ranked:
+        raise ValueError(f"{folder} has checkpoints, but none that can be read")
+    return found
+
+
+def _furthest(candidates: list[Path]) -> Optional[Path]:
     best: tuple[tuple[int, int], Path] | None = None
     for path in candidates:
         try:
@@ -151,8 +174,6 @@ def newest_checkpoint(folder: Path) -> Optional[Path]:
         progress = (trainer["epoch"], trainer["consumed"]) if trainer else (int(content.get("epoch", -1)) + 1, 0)
         if best is None or progress > best[0]:
             best = progress, path
-    if candidates and best is None:
-        raise ValueError(f"{folder} has checkpoints, but none that can be read")
     return best[1] if best else None
 
 
@@ -174,7 +195,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"checkpoint {path} cannot be read ({first_line(error)})") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(
             f"{path} is not a checkpoint of a training run; --initial-checkpoint starts from weights alone"
@@ -183,6 +204,12 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     if trainer is not None and trainer.get("format") != FORMAT:
         raise ValueError(f"checkpoint {path} has format {trainer.get('format')}, this version reads {FORMAT}")
     return content
+
+
+def settings_in(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint."""
+    args = content.get("args")
+    return dict(args if isinstance(args, Mapping) else vars(args) if args is not None else {})
 
 
 def check_same_model(content: Mapping[str, Any], path: Path, model: nn.Module, name: str) -> None:

@@ -6,22 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose, Normalize
 
 from ...data import RELEASE_AUGMENTATIONS, EventAugment, create_event_dataset
+from ...data.images import UnreadableImageError, open_image
 from .randomness import random_state, restore_random_state
 
-__all__ = ["UnreadableImageError", "check_classes", "check_sample", "is_events", "open_split", "same_classes"]
+__all__ = ["check_classes", "check_sample", "is_events", "open_split", "same_classes"]
 
 _NAMED = 5  # how many names a message lists
-
-
-class UnreadableImageError(ValueError):
-    """An image file that cannot be read; the message names it."""
 
 
 class _NamedImages(Dataset):
@@ -41,12 +37,9 @@ class _NamedImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         try:
             file, target = self.reader[index]
-            image = Image.open(file).convert(self.mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            name = self.reader.filename(index, absolute=True)
-            raise UnreadableImageError(
-                f"{name} cannot be read as an image ({error}); on_error=skip takes another"
-            ) from error
+            image = open_image(file, self.mode, self.reader.filename(index, absolute=True))
+        except (OSError, ValueError) as error:
+            raise UnreadableImageError(f"{error}; on_error=skip takes another") from error
         return (image if self.transform is None else self.transform(image)), -1 if target is None else target
 
 
@@ -97,7 +90,7 @@ def open_split(
         ) from error
     reader = getattr(dataset, "reader", None)
     if isinstance(reader, ReaderImageFolder):
-        _check_folder(Path(args.data_dir), Path(reader.root), split, reader)
+        _check_folder(Path(args.data_dir), Path(reader.root), split, args.class_map, reader)
     return dataset if reader is None or args.on_error == "skip" else _NamedImages(dataset)
 
 
@@ -124,13 +117,16 @@ def _open_events(args: argparse.Namespace, split: str, is_training: bool, time_s
     )
 
 
-def _check_folder(root: Path, found: Path, split: str, reader: ReaderImageFolder) -> None:
+def _check_folder(root: Path, found: Path, split: str, class_map: str, reader: ReaderImageFolder) -> None:
     """timm takes the whole folder where it finds no split, and leaves out classes without images. Here both stop."""
     if split and found == root and split not in (".", "") and root.name != split:
         folders = sorted(path.name for path in root.iterdir() if path.is_dir())
         raise FileNotFoundError(f"{root} has no folder {split!r} for that split, only {_some(folders) or 'files'}")
+    if class_map:
+        return  # it says which classes are wanted
     used = {Path(file).relative_to(found).parts[0] for file, _ in reader.samples}
-    empty = sorted(path.name for path in found.iterdir() if path.is_dir() and path.name not in used)
+    folders = [path.name for path in found.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    empty = sorted(set(folders) - used)
     if empty:
         raise ValueError(f"{found}: no images in the class folders {_some(empty)}")
 

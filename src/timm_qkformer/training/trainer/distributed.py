@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from timm.utils import init_distributed_device
 
-__all__ = ["from_primary", "of_all", "processes"]
+from ..._errors import first_line
+
+__all__ = ["from_primary", "of_all", "processes", "usable_device"]
 
 
 @contextmanager
@@ -18,18 +20,36 @@ def processes(args: argparse.Namespace) -> Iterator[torch.device]:
     Raises:
         ValueError: If the device is not there.
     """
-    kind = args.device.partition(":")[0]
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={args.device!r} is not available here; --device cpu is")
+    wanted = args.device
+    _require_cuda(wanted)
     try:
-        device = init_distributed_device(args)
+        init_distributed_device(args)
     except RuntimeError as error:
-        raise ValueError(f"device={args.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device={wanted!r} cannot be used: {first_line(error)}") from error
     try:
-        yield device
+        yield usable_device(args.device)
     finally:
         if args.distributed:
             torch.distributed.destroy_process_group()
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    _require_cuda(name)
+    try:
+        torch.empty(1, device=name)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"device={name!r} cannot be used: {first_line(error)}") from error
+    return torch.device(name)
+
+
+def _require_cuda(name: str) -> None:
+    if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r} is not available here; --device cpu is")
 
 
 def from_primary(args: argparse.Namespace, value: Any) -> Any:

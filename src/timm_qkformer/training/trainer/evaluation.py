@@ -10,8 +10,8 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ...analysis import firing_rates
+from ...data.images import readable
 from ...layers import SpikingNeuron
-from .loaders import readable
 
 __all__ = ["Evaluation", "evaluate", "mean_firing_rate"]
 

@@ -1,20 +1,20 @@
 """Loaders of both splits: timm's for images, this package's for events, and what they need to be resumed."""
 
 import argparse
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from timm.data import Mixup, create_loader
 from torch.utils.data import DataLoader
 
+from ..._errors import naming_settings
 from ...data import EventMixup, SharedRandomSampler, create_event_loader
-from .datasets import UnreadableImageError, check_sample, is_events
+from .datasets import check_sample, is_events
 from .mixing import SwitchableCollateMixup
 from .replay import ReplayableLoader
+from .settings import given_in
 
-__all__ = ["TrainLoader", "create_eval_loader", "create_train_loader", "readable"]
+__all__ = ["TrainLoader", "create_eval_loader", "create_train_loader"]
 
 
 class TrainLoader:
@@ -56,8 +56,14 @@ def create_train_loader(args: argparse.Namespace, dataset: Any, config: dict[str
         config: timm's data config.
 
     Raises:
-        ValueError: If there is not one full batch, or a sample does not fit the model.
+        ValueError: If there is not one full batch, or a sample or a setting does not fit.
     """
+    settings = given_in(args, "augmentation and regularization", "data")
+    with naming_settings("batches to train on", settings):
+        return _create_train_loader(args, dataset, config)
+
+
+def _create_train_loader(args: argparse.Namespace, dataset: Any, config: dict[str, Any]) -> TrainLoader:
     device = torch.device(args.device)
     mixing = _mixing(args)
     if is_events(args):
@@ -136,7 +142,16 @@ def create_eval_loader(args: argparse.Namespace, dataset: Any, config: dict[str,
         dataset: Of the split to validate on.
         config: timm's data config.
         where: What to call the split in an error.
+
+    Raises:
+        ValueError: If a sample or a setting does not fit.
     """
+    settings = {name: config[name] for name in ("interpolation", "crop_pct")} | given_in(args, "data")
+    with naming_settings("batches to validate on", settings):
+        return _create_eval_loader(args, dataset, config, where)
+
+
+def _create_eval_loader(args: argparse.Namespace, dataset: Any, config: dict[str, Any], where: str) -> Any:
     batch_size = getattr(args, "validation_batch_size", None) or args.batch_size
     if is_events(args):
         loader = create_event_loader(
@@ -166,18 +181,6 @@ def create_eval_loader(args: argparse.Namespace, dataset: Any, config: dict[str,
         )
     check_sample(dataset, config["input_size"][0], where)
     return loader
-
-
-def readable(batches: Any) -> Iterator[Any]:
-    """The batches; what cannot be read is one line, also from worker processes, which wrap it in a traceback."""
-    try:
-        yield from batches
-    except (ValueError, RuntimeError) as error:
-        names = f"{UnreadableImageError.__name__}|EventFileError"
-        found = re.search(rf"(?:{names}): (.+)\s*\Z", str(error))
-        if found is None:
-            raise
-        raise ValueError(found[1]) from None
 
 
 def _mixing(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from timm.task import ClassificationTask
 from timm.utils import AverageMeter, NativeScaler, dispatch_clip_grad
 from torch import Tensor
 
+from ...data.images import readable
 from .checkpoint import DivergedError
-from .loaders import TrainLoader, readable
+from .loaders import TrainLoader
 from .rounding import rounded_weights
 
 __all__ = ["Parts", "Update", "learning_rate", "train_epoch", "updates_per_epoch"]
@@ -124,7 +125,8 @@ def train_epoch(
         if args.synchronize_step and parts.device.type == "cuda":
             torch.cuda.synchronize()
         lr = learning_rate(parts.optimizer)
-        parts.scheduler.step_update(num_updates=updates, metric=losses.avg)
+        if parts.scheduler is not None:
+            parts.scheduler.step_update(num_updates=updates, metric=losses.avg)
         on_update(Update(index + 1, updates, value * accum_steps, lr, samples))
         samples = 0
     if hasattr(parts.optimizer, "sync_lookahead"):
@@ -151,7 +153,8 @@ def _require_finite(loss: float, parts: Parts, epoch: int, updates: int) -> None
         finite = not bool(bad)
     if not finite:
         lr = learning_rate(parts.optimizer)
-        raise DivergedError(f"the loss is {loss} at step {updates} (epoch {epoch}, learning rate {lr:.3g})")
+        what = "not finite on another process" if math.isfinite(loss) else str(loss)
+        raise DivergedError(f"the loss is {what} at step {updates} (epoch {epoch}, learning rate {lr:.3g})")
 
 
 def _backward(parts: Parts, loss: Tensor, need_update: bool) -> None:

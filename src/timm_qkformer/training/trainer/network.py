@@ -2,7 +2,8 @@
 
 import argparse
 import difflib
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, ContextManager
@@ -16,11 +17,12 @@ from timm.models import load_checkpoint
 from timm.task import ClassificationTask
 from torch import nn
 
+from ..._errors import first_line, naming_settings
 from ...models._hst import HierarchicalSpikingTransformer
 from .datasets import is_events
 from .sync_bn import synchronize_batch_norm
 
-__all__ = ["autocast", "build_model", "build_task", "data_config", "describe_misfit", "load_weights"]
+__all__ = ["autocast", "build_model", "build_task", "compiling", "data_config", "describe_misfit", "load_weights"]
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
@@ -30,7 +32,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         ValueError: If the model or one of its arguments is unknown, or a checkpoint is of another model.
         FileNotFoundError: If a checkpoint is not there.
     """
-    if not timm.is_model(args.model):
+    if ":" not in args.model and not timm.is_model(args.model):  # local-dir:FOLDER and hf-hub:REPOSITORY say where
         close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"model {args.model!r} is unknown{hint}")
@@ -58,7 +60,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
             **overlay,
             **args.model_kwargs,
         )
-    except TypeError as error:
+    except (AssertionError, LookupError, NotImplementedError, TypeError) as error:
         raise ValueError(f"model {args.model} does not take these arguments: {error}") from error
     if getattr(args, "round_weights", False) and not isinstance(model, HierarchicalSpikingTransformer):
         kind = type(model).__name__
@@ -99,7 +101,7 @@ def load_weights(model: nn.Module, path: str, name: str, use_ema: bool = True) -
         try:
             misfit = describe_misfit(model, load_state_dict(path, use_ema=use_ema))
         except Exception:
-            raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
         raise ValueError(f"checkpoint {path} does not fit the model {name}: {misfit}") from error
 
 
@@ -167,6 +169,20 @@ def _loss(args: argparse.Namespace) -> nn.Module:
     if mixes:
         return SoftTargetCrossEntropy()  # the mixed targets are smooth already
     return LabelSmoothingCrossEntropy(smoothing=args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+
+
+@contextmanager
+def compiling(args: argparse.Namespace) -> Iterator[None]:
+    """Where torch.compile is asked for a backend and a mode.
+
+    Raises:
+        ValueError: If it has no such backend or mode.
+    """
+    known = torch.compiler.list_backends(exclude_tags=())
+    if args.torchcompile not in known:
+        raise ValueError(f"torchcompile={args.torchcompile!r} is unknown, torch has {', '.join(known)}")
+    with naming_settings("a compiled model", {"torchcompile_mode": args.torchcompile_mode}):
+        yield
 
 
 def autocast(args: argparse.Namespace) -> Callable[[], ContextManager[Any]]:

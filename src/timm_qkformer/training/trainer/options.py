@@ -205,7 +205,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
 OURS: tuple[Option, ...] = (
     _o("--on-error", "raise", "unreadable image or recording: stop and name it, or take another",
        choices=("raise", "skip")),
-    _o("--round-weights", False, "learn weights that 8 bits hold: the loss is that of weights rounded to them", bool),
+    _o("--round-weights", False, "train, or measure, weights rounded to 8 bits", bool),
     _o("--tensorboard", None, "write TensorBoard files (where tensorboard is installed)", bool),
     _o("--event-split-by", "number", "frames of as many events each, or of as long a time each",
        choices=("number", "time")),
@@ -273,7 +273,7 @@ LOADED = (
     "num_classes", "gp", "img_size", "in_chans", "input_size", "crop_pct", "mean", "std", "interpolation",
     "batch_size", "channels_last", "model_kwargs", "torchcompile", "torchcompile_mode",
     "device", "amp", "amp_dtype", "model_dtype", "pretrained", "workers", "pin_mem", "no_prefetcher",
-    "on_error", "event_split_by", "event_sensor_size", "event_cache",
+    "on_error", "round_weights", "event_split_by", "event_sensor_size", "event_cache",
 )  # fmt: skip
 
 

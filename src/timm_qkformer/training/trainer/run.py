@@ -17,6 +17,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import AverageMeter, NativeScaler, distribute_bn, random_seed
 from torch import nn
 
+from ..._errors import naming_settings
 from ..._files import write_atomically
 from ...layers.fusion_progress import fusion_progress, resume_fusion
 from .checkpoint import (
@@ -26,6 +27,7 @@ from .checkpoint import (
     newest_checkpoint,
     plain_settings,
     read_checkpoint,
+    settings_in,
 )
 from .datasets import check_classes, open_split, same_classes
 from .distributed import from_primary, of_all, processes
@@ -33,8 +35,10 @@ from .evaluation import Evaluation, evaluate
 from .loaders import create_eval_loader, create_train_loader
 from .log import Progress, RunLog, use_tensorboard, write_summary
 from .loop import Parts, Update, learning_rate, train_epoch, updates_per_epoch
-from .network import autocast, build_model, build_task, data_config
+from .network import autocast, build_model, build_task, compiling, data_config
+from .resume import check_optimizer, take_up_optimizer
 from .schedule import schedule_state, take_up_schedule
+from .settings import OF_PROCESS, given_in
 
 __all__ = ["TrainResult", "train"]
 
@@ -100,6 +104,8 @@ class _Run:
         self.primary = args.rank == 0
         resume = from_primary(args, self._checkpoint_to_resume() if self.primary else None)
         content = read_checkpoint(Path(resume)) if resume else None
+        if content is not None:
+            check_optimizer(content, Path(resume), args)
 
         # From here on random numbers are drawn in train.py's order.
         random_seed(args.seed, args.rank)
@@ -109,14 +115,16 @@ class _Run:
             check_same_model(content, Path(resume), model, args.model)
         self.facts = {"num_classes": args.num_classes, "time_steps": getattr(model, "time_steps", None)}
         config = data_config(args, model)
-        self.folder = Path(from_primary(args, str(self._open_folder(resume, config)) if self.primary else None))
+        folder = from_primary(args, str(self._choose_folder(resume, config)) if self.primary else None)
+        self.folder = Path(folder)
         self.parameters = sum(p.numel() for p in model.parameters())
         task = build_task(args, model)
         self._open_data(config, getattr(model, "time_steps", 1))
         self._choose_learning_rate()
-        self.optimizer = create_optimizer_v2(
-            task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs
-        )
+        with naming_settings(f"the optimizer {args.opt}", given_in(args, "optimizer")):
+            self.optimizer = create_optimizer_v2(
+                task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs
+            )
         scaled = args.amp and device.type == "cuda" and args.amp_dtype == "float16"
         self.scaler = NativeScaler(device=device.type) if scaled else None
         self.metric = args.eval_metric if self.eval_loader is not None else "loss"
@@ -125,6 +133,8 @@ class _Run:
             **scheduler_kwargs(args, decreasing_metric=self.metric == "loss"),
             updates_per_epoch=-(-len(self.loader) // args.grad_accum_steps),
         )
+        if args.start_epoch is not None and args.start_epoch >= self.epochs:
+            raise ValueError(f"start_epoch={args.start_epoch} needs to be below the run's {self.epochs} epochs")
         self.parts = Parts(args, task, self.loader, self.optimizer, scheduler, self.scaler, autocast(args), device)
         self.saver = RunSaver(
             model=model,
@@ -138,18 +148,25 @@ class _Run:
             task=task,
         )
         self.state = _State()
-        notes = self._take_up(content, Path(resume), model, settings) if content is not None else []
+        notes = []
+        if content is not None:
+            notes = self._take_up(content, Path(resume), model, settings)
+        elif args.start_epoch is not None:
+            self._start_at(args.start_epoch, None)
         self._set_up_average(content)
         if args.torchcompile:
-            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-            if task.has_ema():
-                task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+            with compiling(args):
+                task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+                if task.has_ema():
+                    task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
         self.eval_model: nn.Module = task.get_eval_model()
         if args.distributed:
             devices = [device] if device.type == "cuda" else None
             task.prepare_distributed(device_ids=devices, **({"broadcast_buffers": False} if args.no_ddp_bb else {}))
-        done = self.state.epoch * updates_per_epoch(self.parts) + self.state.consumed // args.grad_accum_steps
-        self.log = RunLog(self.primary, self.folder if tensorboard else None, purge_step=done + 1)
+        goes_on_here = bool(resume) and _same(Path(resume).parent, self.folder)
+        if self.primary and not goes_on_here:  # not earlier: what could not begin leaves nothing behind
+            self._make_folder(settings)
+        self.log = RunLog(self.primary, self.folder if tensorboard else None, purge_step=self._updates() + 1)
         self._introduce(resume, notes)
 
     # ---- setting up
@@ -167,8 +184,8 @@ class _Run:
         newest = newest_checkpoint(folders[0]) if folders else None
         return str(newest) if newest else None
 
-    def _open_folder(self, resume: Optional[str], config: Mapping[str, Any]) -> Path:
-        """The run's folder: that of the checkpoint, if it is one of this run, else a new one."""
+    def _choose_folder(self, resume: Optional[str], config: Mapping[str, Any]) -> Path:
+        """The run's folder: that of the checkpoint, if it is one of this run, else one that is still to be made."""
         args = self.args
         runs = Path(args.output or "output/train")
         if resume and (
@@ -186,9 +203,12 @@ class _Run:
             raise FileExistsError(
                 f"{folder} holds a run already; --resume auto goes on with it, or choose another name"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "args.yaml", yaml.safe_dump(plain_settings(args), default_flow_style=False))
         return folder
+
+    def _make_folder(self, settings: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        recipe = {name: value for name, value in settings.items() if name not in OF_PROCESS}
+        write_atomically(self.folder / "args.yaml", yaml.safe_dump(recipe, default_flow_style=False))
 
     def _open_data(self, config: dict[str, Any], time_steps: int) -> None:
         args = self.args
@@ -222,32 +242,42 @@ class _Run:
         trainer = content.get("trainer")
         model.load_state_dict(clean_state_dict(content["state_dict"]))
         if not args.no_resume_opt:
-            self.optimizer.load_state_dict(content["optimizer"])
+            follows = schedule_state(self.parts.scheduler) is not None
+            take_up_optimizer(self.optimizer, content, path, args, follows)
             if self.scaler is not None and NativeScaler.state_dict_key in content:
                 self.scaler.load_state_dict(content[NativeScaler.state_dict_key])
+        self.state.epoch = int(content.get("epoch", -1)) + 1
         if trainer is None:
-            self.state.epoch = int(content.get("epoch", -1)) + 1
             notes.append("the checkpoint is not of this trainer: random numbers begin anew")
         else:
-            changed = _changed(content["args"], settings)
+            changed = _changed(settings_in(content), settings)
             notes += [f"setting {name} is {new!r}, it was {old!r}" for name, old, new in changed]
             self._take_up_state(trainer, path, notes)
         if args.start_epoch is not None:
-            self.state.epoch, self.state.consumed = args.start_epoch, 0
-        updates = self.state.epoch * updates_per_epoch(self.parts) + self.state.consumed // args.grad_accum_steps
-        take_up_schedule(self.parts.scheduler, trainer and trainer["schedule"], self.state.epoch, updates)
-        if _same(path.parent, self.folder) and "saver" in content:
-            self.saver.load_state_dict(content["saver"])
-        if path.name.startswith("recovery-"):
-            self.saver.curr_recovery_file = str(path)
+            self.state.consumed = 0
+        start = self.state.epoch if args.start_epoch is None else args.start_epoch
+        self._start_at(start, trainer and trainer["schedule"])
+        if _same(path.parent, self.folder):  # the saver deletes what it knows; another run's files are not its own
+            if "saver" in content:
+                self.saver.load_state_dict(content["saver"])
+            if path.name.startswith("recovery-"):
+                self.saver.curr_recovery_file = str(path)
         return notes
+
+    def _start_at(self, epoch: int, schedule: Optional[Mapping[str, Any]]) -> None:
+        """Let the learning rate be that of an epoch, and of the batch that an interrupted run has come to."""
+        self.state.epoch = epoch
+        take_up_schedule(self.parts.scheduler, schedule, epoch, self._updates())
+
+    def _updates(self) -> int:
+        """Updates of the weights so far."""
+        consumed = self.state.consumed // self.args.grad_accum_steps
+        return self.state.epoch * updates_per_epoch(self.parts) + consumed
 
     def _take_up_state(self, trainer: Mapping[str, Any], path: Path, notes: list[str]) -> None:
         args, state = self.args, self.state
         state.epoch, state.consumed = trainer["epoch"], trainer["consumed"]
         state.history = [dict(row) for row in trainer["history"]]
-        state.losses.sum, state.losses.count = trainer["losses"]["sum"], trainer["losses"]["count"]
-        state.losses.avg = state.losses.sum / max(1, state.losses.count)
         if args.start_epoch is not None:
             state.history = [row for row in state.history if row["epoch"] < args.start_epoch]
             return
@@ -261,6 +291,8 @@ class _Run:
             notes.append(f"{args.world_size} processes instead of {len(trainer['processes'])}: new random numbers")
             return
         own = trainer["processes"][args.rank]
+        state.losses.sum, state.losses.count = own["losses"]["sum"], own["losses"]["count"]
+        state.losses.avg = state.losses.sum / max(1, state.losses.count)
         self.loader.replayable.resume(own["position"])
         resume_fusion(own["fusion"])
         state.eval_began = trainer["eval_began"]
@@ -312,7 +344,9 @@ class _Run:
                 validate = (epoch + 1) % args.val_interval == 0 or last
                 self._finish_epoch(row, validate)
         except DivergedError as error:
-            kept = newest_checkpoint(self.folder) if self.primary else None
+            if not self.primary:
+                raise
+            kept = newest_checkpoint(self.folder)
             where = f"the last good checkpoint is {kept}" if kept else "no checkpoint has been written"
             raise DivergedError(f"{error}; {where}") from None
         finally:
@@ -359,7 +393,8 @@ class _Run:
         metric = (row if self.eval_loader is None else {**row, "loss": row.get("eval_loss")}).get(self._column())
         if validate:
             state.history.append(row)
-        self.parts.scheduler.step(row["epoch"] + 1, metric if validate else None)
+        if self.parts.scheduler is not None:
+            self.parts.scheduler.step(row["epoch"] + 1, metric if validate else None)
         state.epoch = row["epoch"] + 1
         if validate:
             trainer = self._trainer_state(0)
@@ -406,9 +441,13 @@ class _Run:
             "consumed": consumed,
             "batches": [len(self.loader), args.batch_size, args.grad_accum_steps, args.world_size],
             "processes": of_all(
-                args, {"position": self.loader.replayable.position(consumed), "fusion": fusion_progress()}
+                args,
+                {
+                    "position": self.loader.replayable.position(consumed),
+                    "fusion": fusion_progress(),
+                    "losses": {"sum": state.losses.sum, "count": state.losses.count},
+                },
             ),
-            "losses": {"sum": state.losses.sum, "count": state.losses.count},
             "eval_began": state.eval_began,
             "history": state.history,
             "schedule": schedule_state(self.parts.scheduler),
@@ -442,7 +481,7 @@ class _Run:
 
 def _before_first_checkpoint(folder: Path) -> bool:
     """Whether this is a run that was stopped with nothing to go on from, so that it may begin anew in its place."""
-    begun = ("args.yaml", "events.out.tfevents.*", ".*.tmp")
+    begun = ("args.yaml", "events.out.tfevents.*", ".*.tmp", "tmp.pth.tar", "recovery_tmp.pth.tar")
     return all(any(path.match(pattern) for pattern in begun) for path in folder.iterdir())
 
 

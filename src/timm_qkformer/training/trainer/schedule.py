@@ -7,7 +7,7 @@ __all__ = ["schedule_state", "take_up_schedule"]
 
 
 def schedule_state(scheduler: Any) -> Optional[dict[str, Any]]:
-    """What a schedule has to remember: nothing, but for `plateau`, which follows the metric."""
+    """What a schedule (or None) has to remember: nothing, but for `plateau`, which follows the metric."""
     plateau = getattr(scheduler, "lr_scheduler", None)
     if plateau is None:
         return None
@@ -23,11 +23,13 @@ def take_up_schedule(scheduler: Any, state: Optional[Mapping[str, Any]], epoch: 
     """Set the learning rate of a resumed run.
 
     Args:
-        scheduler: timm's, new, on an optimizer whose state has been loaded.
+        scheduler: timm's, new, or None for a learning rate that stays; on an optimizer whose state has been loaded.
         state: What `schedule_state` gave; None if it is not known.
         epoch: The epoch that goes on or comes next.
         updates: Updates that have been done.
     """
+    if scheduler is None:
+        return
     plateau = getattr(scheduler, "lr_scheduler", None)
     if plateau is not None:
         if state is not None:

@@ -12,7 +12,7 @@ import yaml
 from ..recipes import list_recipes, recipe_path
 from .options import OPTIONS, OURS, UNSUPPORTED, Option, add_train_arguments
 
-__all__ = ["parse_train", "read_recipe", "resolve", "resolve_train"]
+__all__ = ["OF_PROCESS", "given_in", "need_data_dir", "parse_train", "read_recipe", "resolve", "resolve_train"]
 
 # What is for images only.
 _IMAGES_ONLY = (
@@ -21,6 +21,9 @@ _IMAGES_ONLY = (
     "train_interpolation", "class_map", "input_img_mode", "input_key", "target_key", "dataset_download",
     "channels_last",
 )  # fmt: skip
+# What a run's settings have besides options: where the process stands among the others.
+OF_PROCESS = ("distributed", "rank", "world_size")
+
 _OPTIONS: dict[str, Option] = {option.name: option for group in (*OPTIONS.values(), OURS) for option in group}
 
 
@@ -62,6 +65,22 @@ def resolve(given: Mapping[str, Any], known: Mapping[str, Any] | None = None) ->
         if name in values:
             values[name] = value
     return argparse.Namespace(**values)
+
+
+def given_in(args: argparse.Namespace, *groups: str) -> dict[str, Any]:
+    """The settings of these groups of options that are not the defaults."""
+    options = [option for group in groups for option in OPTIONS[group]]
+    return {o.name: getattr(args, o.name) for o in options if getattr(args, o.name) != o.default}
+
+
+def need_data_dir(args: argparse.Namespace) -> None:
+    """Refuse settings that do not say where the data is.
+
+    Raises:
+        ValueError: If they do not; Hugging Face data sets alone have a place of their own.
+    """
+    if not args.data_dir and not args.dataset.lower().startswith("hfds/"):
+        raise ValueError("data_dir is missing: say where the data is with --data-dir DIR")
 
 
 def read_recipe(recipe: str) -> dict[str, Any]:
@@ -165,6 +184,7 @@ def _check_train(args: argparse.Namespace) -> None:
     for name in ("lr", "lr_base"):
         value = getattr(args, name)
         need(value is None or (math.isfinite(value) and value > 0), name, "above 0")
+    need(args.start_epoch is None or args.start_epoch >= 0, "start_epoch", "at least 0")
     need(args.validation_batch_size is None or args.validation_batch_size >= 1, "validation_batch_size", "at least 1")
     need(args.num_classes is None or args.num_classes >= 1, "num_classes", "at least 1")
     need(args.lr_base_scale in ("", "linear", "sqrt"), "lr_base_scale", "'linear', 'sqrt' or ''")
@@ -174,10 +194,11 @@ def _check_train(args: argparse.Namespace) -> None:
         need(args.batch_size % 2 == 0, "batch_size", "even, since mixup pairs the samples of a batch")
     if args.amp and args.model_dtype not in (None, "float32"):
         raise ValueError(f"model_dtype={args.model_dtype!r} does not go with amp, which keeps float32 weights")
+    if args.pretrained_path and not args.pretrained:
+        raise ValueError(f"pretrained_path={str(args.pretrained_path)!r} needs pretrained, too: --pretrained loads it")
     if args.in_chans is not None and args.input_size is not None and args.in_chans != args.input_size[0]:
         raise ValueError(f"in_chans={args.in_chans} and input_size={args.input_size} disagree on the channels")
-    if not args.data_dir and not args.dataset.lower().startswith(("torch/", "hfds/")):
-        raise ValueError("data_dir is missing: say where the data is with --data-dir DIR")
+    need_data_dir(args)
     prefix = args.dataset.partition("/")[0].lower()
     if prefix in ("tfds", "wds", "hfids"):
         raise ValueError(f"dataset={args.dataset!r} is streamed, which cannot be resumed in the middle of an epoch")

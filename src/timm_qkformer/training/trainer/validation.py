@@ -5,6 +5,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch
 from tqdm import tqdm
 
 from ..._files import write_atomically
-from .checkpoint import read_checkpoint
+from .checkpoint import read_checkpoint, settings_in
 from .datasets import check_classes, open_split
+from .distributed import usable_device
 from .evaluation import evaluate
 from .loaders import create_eval_loader
-from .network import autocast, build_model, data_config, load_weights
+from .network import autocast, build_model, compiling, data_config, load_weights
 from .options import LOADED
-from .settings import resolve
+from .rounding import rounded_weights
+from .settings import need_data_dir, resolve
 
 __all__ = ["resolve_validate", "validate"]
 
@@ -54,12 +57,11 @@ def resolve_validate(given: Mapping[str, Any]) -> argparse.Namespace:
             raise FileNotFoundError(
                 f"--results-file {args.results_file}: there is no folder {args.results_file.parent}"
             )
-    if not args.data_dir and not args.dataset.lower().startswith(("torch/", "hfds/")):
-        raise ValueError("data_dir is missing: say where the data is with --data-dir DIR")
+    need_data_dir(args)
     args.initial_checkpoint, args.pretrained_path = "", None
     args.distributed, args.rank, args.world_size = False, 0, 1
     # Weights from the model's tag, where no checkpoint is given.
-    args.pretrained = args.pretrained or (checkpoint is None and "." in args.model)
+    args.pretrained = args.pretrained or (checkpoint is None and (":" in args.model or "." in args.model))
     if checkpoint is not None:
         args.pretrained = False
     return args
@@ -76,10 +78,8 @@ def _settings_of(path: Path, model: str) -> dict[str, Any]:
     arch = str(content.get("arch", model))
     if arch.partition(".")[0] != model.partition(".")[0]:
         raise ValueError(f"checkpoint {path} is of the model {arch}, not of {model}")
-    trained = content.get("args")
-    settings = trained if isinstance(trained, dict) else vars(trained) if trained is not None else {}
     ours = {*LOADED, "val_split"} - {"device", "data_dir", "workers", "batch_size", "dataset_download", "torchcompile"}
-    return {key: value for key, value in settings.items() if key in ours}
+    return {key: value for key, value in settings_in(content).items() if key in ours}
 
 
 def validate(args: argparse.Namespace, show: bool = True) -> dict[str, Any]:
@@ -95,9 +95,7 @@ def validate(args: argparse.Namespace, show: bool = True) -> dict[str, Any]:
     Raises:
         OSError, ValueError: If something is not as it needs to be.
     """
-    if args.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={args.device!r} is not available here; --device cpu is")
-    device = torch.device(args.device)
+    device = usable_device(args.device)
     model = build_model(args)
     if args.checkpoint:
         load_weights(model, args.checkpoint, args.model, use_ema=args.use_ema)
@@ -112,8 +110,10 @@ def validate(args: argparse.Namespace, show: bool = True) -> dict[str, Any]:
     loader = create_eval_loader(args, dataset, config, f"the split {args.val_split!r}")
     runner: Any = model
     if args.torchcompile:
-        runner = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
-    with tqdm(total=len(dataset), unit="image", disable=None if show else True) as bar:
+        with compiling(args):
+            runner = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+    rounded = rounded_weights(model) if args.round_weights else nullcontext()
+    with rounded, tqdm(total=len(dataset), unit="image", disable=None if show else True) as bar:
         measured = evaluate(runner, loader, device, autocast(args), dtype, args.channels_last, on_batch=bar.update)
     results = {
         "model": args.model,
