@@ -1,10 +1,13 @@
 """Training and validating on recordings of events."""
 
+import sys
+
 import pytest
 import torch
-from tiny_runs import StopError, run, same_weights, weights
+from tiny_runs import StopError, flags, run, same_weights, weights, write_recipe
 
-from event_files import random_events, write_atis
+from event_files import random_events, write_aedat4, write_atis
+from timm_qkformer import cli
 from timm_qkformer.training.trainer.validation import resolve_validate, validate
 
 CHANGES = {
@@ -73,6 +76,17 @@ def test_validation_agrees_and_does_not_depend_on_batches(recordings, tmp_path):
 def test_bad_settings(changes, message, recordings, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(recordings, tmp_path, "run", **{**CHANGES, **changes})
+
+
+def test_recordings_without_the_package_that_reads_them(tmp_path, monkeypatch, capsys):
+    for split in ("train", "test"):
+        for name in ("clap", "wave"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            write_aedat4(tmp_path / "data" / split / name / "a.aedat4", random_events(100))
+    monkeypatch.setitem(sys.modules, "aedat", None)
+    recipe = write_recipe(tmp_path / "recipe.yaml", **CHANGES)
+    assert cli.main(["train", *flags(tmp_path / "data", tmp_path, "run", recipe)]) == 2
+    assert "aedat is missing: pip install 'timm-qkformer[events]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 1])

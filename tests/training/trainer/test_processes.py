@@ -1,10 +1,12 @@
 """Two processes are one with twice the batch."""
 
+import os
+import signal
 import socket
 
 import pytest
 import torch
-from tiny_runs import PLAIN, command, flags, run, weights, write_recipe
+from tiny_runs import PLAIN, command, flags, run, same_weights, weights, write_recipe
 
 from timm_qkformer.data import SharedRandomSampler
 
@@ -12,12 +14,16 @@ from timm_qkformer.data import SharedRandomSampler
 SAME = {**PLAIN, "opt": "sgd", "lr": 0.1, "epochs": 2, "smoothing": 0.1}
 
 
-def torchrun(*arguments):
+def start(*arguments):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    with command(*launcher, "-m", "timm_qkformer.cli", *arguments) as process:
+    return command(*launcher, "-m", "timm_qkformer.cli", *arguments, start_new_session=True)
+
+
+def torchrun(*arguments):
+    with start(*arguments) as process:
         out = process.stdout.read()
     return process.returncode, out
 
@@ -38,6 +44,27 @@ def test_two_processes_are_one_with_twice_the_batch(data, tmp_path):
     assert len(moved) > len(a) / 3
     content = torch.load(tmp_path / "two" / "last.pth.tar", weights_only=True)
     assert len(content["trainer"]["processes"]) == 2
+
+
+def test_two_processes_killed_go_on_exactly(data, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", batch_size=2, recovery_interval=1, epochs=1)
+    with start("train", *flags(data, tmp_path, "killed", recipe)) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 0 [3/6]"):
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+        process.stdout.read()
+    code, out = torchrun("train", *flags(data, tmp_path, "killed", recipe, "--resume", "auto"))
+    assert code == 0, out
+    assert "resumed from" in out
+    assert "not an exact continuation" not in out
+    code, out = torchrun("train", *flags(data, tmp_path, "whole", recipe))
+    assert code == 0, out
+    assert same_weights(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    # The two saw losses of their own; the epoch's is the mean of both.
+    losses = [torch.load(tmp_path / name / "last.pth.tar", weights_only=True)["trainer"]["history"][0]["train_loss"]
+              for name in ("killed", "whole")]  # fmt: skip
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(("size", "world_size", "batch"), [(24, 2, 4), (23, 2, 4), (31, 3, 2), (9, 4, 1)])
