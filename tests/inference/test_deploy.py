@@ -1,7 +1,10 @@
 """Deployed models against those that they were made from."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from functools import partial
@@ -376,13 +379,55 @@ def test_threads_share_a_model(precision):
         assert torch.equal(a, b)
 
 
-def test_moves_between_precisions_of_torch():
-    model = make()
-    x = images()
-    deployed = deploy(model.float())
-    deployed(x.float())
-    assert torch.equal(deployed.double()(x), deployed(x))  # weights were packed anew
-    assert deployed(x).dtype == torch.float64
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_keeps_its_dtypes(precision):
+    deployed = deploy(make().float(), precision)
+    x = images().float()
+    expected = deployed(x)
+    for change in (torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double):
+        with pytest.raises(RuntimeError, match=rf"keeps its arithmetic, {precision} with potentials in torch\.float32"):
+            change(deployed)
+    dtypes = {name: tensor.dtype for name, tensor in deployed.state_dict().items()}
+    assert torch.equal(deployed.float().to("cpu", torch.float32)(x), expected)
+    assert {name: tensor.dtype for name, tensor in deployed.state_dict().items()} == dtypes
+    assert deployed.to("meta").stem.projection.bias.is_meta
+
+
+def test_does_not_depend_on_torch_defaults():
+    """In a process of its own: another default device or dtype must not reach the kernels' operands."""
+    code = """
+import torch
+from torch.nn import functional as F
+import tiny
+from timm_qkformer import deploy
+from timm_qkformer.layers.event_training import event_products, event_weight_gradient
+
+torch.set_num_threads(1)
+model, x = tiny.tiny("test_qkformer").float(), torch.rand(2, 3, 32, 32)
+models = [deploy(model, precision) for precision in ("fp32", "bf16", "int8")]
+expected = [deployed(x) for deployed in models]
+spikes, weight = torch.randint(0, 2, (2, 8, 5, 5)).float(), torch.randn(16, 8, 3, 3)
+products, grad = F.conv2d(spikes, weight, padding=1), torch.randn(2, 16, 5, 5)
+gradient = torch.nn.grad.conv2d_weight(spikes, weight.shape, grad, padding=1)
+for dtype, device in ((torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")):
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    for deployed, wanted in zip(models, expected):
+        assert torch.equal(deployed(x), wanted)
+    torch.testing.assert_close(event_products(spikes, weight, None, 1), products)
+    rows = spikes.to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(event_weight_gradient(rows, grad, weight), gradient)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_hooks_of_the_head_come_along():
+    model, seen = make(), []
+    model.head.register_forward_hook(lambda *_: seen.append("head"))
+    model.stages[0].register_forward_hook(lambda *_: seen.append("stage"))
+    deploy(model)(images())
+    assert seen == ["head"]
 
 
 def test_attributes_of_the_original():

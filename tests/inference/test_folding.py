@@ -1,6 +1,7 @@
 """Folded batch norms and 8-bit weights."""
 
 import pytest
+import timm.utils
 import torch
 from torch import nn
 
@@ -133,6 +134,15 @@ def test_errors_name_the_layer():
     nn.init.constant_(unit.bn.weight, float("nan"))
     with pytest.raises(ValueError, match=r"stages\.0\.q: .*not finite"):
         fold(unit, "stages.0.q")
+
+
+def test_frozen_batch_norms():
+    unit = lively(ConvNorm(6, 4))
+    x = spikes(2, 3, 3, 6)
+    expected = convolve(unit, x)
+    timm.utils.freeze(unit, ["bn"])
+    assert not isinstance(unit.bn, nn.BatchNorm2d)
+    torch.testing.assert_close(project(unit, torch.float64)(x.double()), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_batch_norms_without_parameters():

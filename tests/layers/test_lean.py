@@ -204,6 +204,27 @@ def test_batch_norms_of_all_kinds(unit):
     check(layer, x)
     layer.bn = nn.BatchNorm2d(10, affine=False).double()
     check(layer, x)
+    layer.bn = nn.BatchNorm2d(10).double()
+    layer.bn.register_parameter("bias", None)  # as torch's own argument has it since 2.12
+    check(layer, x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pool": nn.MaxPool2d(2, 2)},
+        {"pool": nn.MaxPool2d(3, 2, 1, ceil_mode=True)},
+        {"pool": nn.MaxPool2d((3, 3), (2, 2), (1, 1))},
+        {"conv": nn.Conv2d(6, 10, 3, padding=1, padding_mode="circular")},
+        {"conv": nn.Conv2d(6, 10, 3, padding="same")},
+    ],
+    ids=str,
+)
+def test_other_settings_of_convolution_and_pooling(change):
+    layer = UNITS["3x3, pool"]()
+    for name, module in change.items():
+        setattr(layer, name, module)
+    check(lively(layer), spikes(3, 2, 6, 6, 6))
 
 
 @pytest.mark.parametrize("unit", ["1x1, bias", "3x3, pool"])

@@ -240,6 +240,17 @@ def test_copies_and_scripts(kind):
     assert torch.equal(torch.jit.script(neuron.float())(half), neuron(half))
 
 
+def test_hyper_parameters_may_be_changed():
+    x = 3 * torch.rand(4, 2, 5)
+    neuron = LIF()
+    neuron.tau, neuron.v_threshold, neuron.v_reset = 1.5, 0.3, None
+    assert "tau=1.5, v_threshold=0.3, v_reset=None" in repr(neuron)
+    assert torch.equal(neuron(x), LIF(1.5, 0.3, None)(x))
+    assert not torch.equal(neuron(x), LIF()(x))
+    neuron.v_reset = -0.5
+    assert torch.equal(neuron(x), LIF(1.5, 0.3, -0.5)(x))
+
+
 def test_factory_kwargs():
     assert ParametricLIF(device="meta").w.is_meta
     assert ParametricLIF(dtype=torch.float64).w.dtype == torch.float64

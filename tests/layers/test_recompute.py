@@ -94,6 +94,31 @@ def test_an_error_in_the_second_pass_leaves_the_batch_norms_as_they_were():
     assert layer.layer.fc1.bn.momentum == 0.1
 
 
+def test_threads_that_train_and_save_a_model_do_not_see_the_second_pass():
+    layer = SpikingMlp(4, 8).train()
+    names, incomplete, done = set(layer.state_dict()), [], threading.Event()
+
+    def save():
+        while not done.is_set():
+            incomplete.extend(names - set(layer.state_dict()))
+
+    def train_on():
+        for _ in range(20):
+            checkpoint_once(layer, torch.rand(2, 2, 4, 3, 3, requires_grad=True)).sum().backward()
+
+    saving, *training = (threading.Thread(target=target) for target in (save, train_on, train_on, train_on))
+    for thread in (saving, *training):
+        thread.start()
+    for thread in training:
+        thread.join()
+    done.set()
+    saving.join()
+    assert not incomplete
+    for bn in (layer.fc1.bn, layer.fc2.bn):
+        assert bn.momentum == 0.1
+        assert 20 <= bn.num_batches_tracked <= 60  # threads that add one at once may lose one
+
+
 @pytest.mark.parametrize("backend", ["eager", "spikingjelly"])
 @pytest.mark.parametrize("lean", [False, True])
 def test_the_second_pass_runs_as_the_first_did(lean, backend):

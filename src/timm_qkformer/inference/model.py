@@ -1,5 +1,6 @@
 """A model for inference alone, with the interface of the one that it was made from."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -93,6 +94,22 @@ class DeployedModel(nn.Module):
     # Of the original, unbound: they need nothing but what is here.
     set_time_steps = HierarchicalSpikingTransformer.set_time_steps
     get_classifier = HierarchicalSpikingTransformer.get_classifier
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeployedModel":
+        bias = self.stem.projection.bias
+        wanted = fn(bias[:0]).dtype
+        if wanted != bias.dtype:
+            raise RuntimeError(
+                f"a deployed model keeps its arithmetic, {self.precision} with potentials in {bias.dtype}, and cannot "
+                f"become {wanted}: deploy the original again, with another precision or as model.double()"
+            )
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)  # .float() is for the bias alone
+
+        super()._apply(move, recurse)
+        return self
 
     def train(self, mode: bool = True) -> "DeployedModel":
         if mode:

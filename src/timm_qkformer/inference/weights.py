@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ..layers import ConvNorm
 
@@ -39,8 +40,8 @@ def fold(unit: ConvNorm, name: str) -> Folded:
     conv, bn = unit.conv, unit.bn
     if type(conv) is not nn.Conv2d or not _is_square(conv):
         raise TypeError(f"{name}.conv is {conv}, expected an nn.Conv2d that pads a square kernel by half, with zeros")
-    if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-        raise TypeError(f"{name}.bn is a {type(bn).__name__}, expected nn.BatchNorm2d or nn.SyncBatchNorm")
+    if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)):  # the last by timm.utils.freeze
+        raise TypeError(f"{name}.bn is a {type(bn).__name__}, expected a batch norm in two dimensions")
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError(f"{name}.bn keeps no running statistics (track_running_stats=False): nothing to fold")
     gain = torch.rsqrt(bn.running_var.detach().double() + bn.eps)

@@ -53,13 +53,13 @@ class ConvNorm(lean.LeanModule):
 
     @torch.jit.unused
     def _conv_leanly(self, x: Tensor) -> Tensor:
-        if lean.runs_plainly(self.conv, nn.Conv2d):
+        if lean.conv_runs_plainly(self.conv):
             return lean.conv_keeps_counts(self.conv, x)
         return self.conv(x.flatten(0, 1))
 
     @torch.jit.unused
     def _pool_leanly(self, x: Tensor) -> Tensor:
-        if lean.runs_plainly(self.pool, nn.MaxPool2d):
+        if lean.pool_runs_plainly(self.pool):
             return lean.pool_keeps_places(x)
         return self.pool(x)
 
@@ -107,7 +107,7 @@ class SpikingConv(ConvNorm):
 
     @torch.jit.unused
     def _may_fuse(self) -> bool:
-        return isinstance(self.pool, nn.Identity) and not self.batch_coupled
+        return lean.runs_plainly(self.pool, nn.Identity) and not self.batch_coupled
 
     @torch.jit.unused
     def _norm_and_fire(self, x: Tensor) -> Tensor:

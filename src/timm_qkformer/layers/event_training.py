@@ -107,7 +107,7 @@ def choose(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[i
 
 def event_products(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """The convolution of spikes x [M, C, H, W] event by event, in the weights' dtype and channels-last memory."""
-    bias = torch.zeros(len(weight)) if bias is None else bias.float()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
     weights = events.EventWeights(weight, bias, None, stride)
     return weights.currents(x.permute(0, 2, 3, 1).to(torch.uint8), dtype=weight.dtype).permute(0, 3, 1, 2)
 

@@ -81,7 +81,7 @@ def weight_gradient(x: Tensor, grad: Tensor, out: Tensor) -> None:
     width = next(width for width in _TILES if outputs % width == 0)
     tiles = outputs // width
     parts = min(-(-x.numel() // C // _CHUNK), -(-_LEAST_TASKS // tiles))
-    sums = torch.empty(parts, tiles, side**2, C, width, dtype=torch.float32)
+    sums = torch.empty(parts, tiles, side**2, C, width, dtype=torch.float32, device=x.device)
     kernel = _kernel("weight_gradient", grad.dtype)
     assert kernel is not None
     operands = (*x.shape, outputs, side, width, parts, sums.data_ptr(), torch.get_num_threads())
@@ -105,7 +105,7 @@ class EventWeights:
         self.stride = stride
         self.width = next(width for width in _TILES if self.outputs % width == 0 or width == _TILES[-1])
         padding = -self.outputs % self.width
-        weight = weight.to(self.arithmetic)
+        weight, bias = weight.to(self.arithmetic), bias.float()
         if scale is not None and self.arithmetic == torch.float32:
             weight, scale = weight * scale.view(-1, 1, 1, 1), None
         padded = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, padding))
@@ -114,7 +114,7 @@ class EventWeights:
             tiles = tiles.unflatten(3, (2, -1)).transpose(3, 4).flatten(3).to(torch.int16).add(128).to(torch.uint8)
         self.tiles = tiles.contiguous()
         self.bias = F.pad(bias, (0, padding))
-        self.scale = torch.ones_like(self.bias) if scale is None else F.pad(scale, (0, padding))
+        self.scale = torch.ones_like(self.bias) if scale is None else F.pad(scale.float(), (0, padding))
 
     @staticmethod
     def take(weight: Tensor, x: Tensor) -> bool:
@@ -131,7 +131,7 @@ class EventWeights:
         if periods > 1:
             x = first_spikes(x.unflatten(0, (periods, -1))).flatten(0, 1)
         x, stride = self._needed(x)
-        out = torch.empty(*x.shape[:1], *self._size(x, stride), len(self.bias), dtype=dtype)
+        out = torch.empty(*x.shape[:1], *self._size(x, stride), len(self.bias), dtype=dtype, device=x.device)
         kernel = _kernel("convolve", self.arithmetic)
         assert kernel is not None
         results = (out.data_ptr(), None) if dtype == torch.float32 else (None, out.data_ptr())

@@ -43,6 +43,7 @@ __all__ = [
     "ENVIRONMENT_VARIABLE",
     "LeanModule",
     "conv_keeps_counts",
+    "conv_runs_plainly",
     "gate_keeps_counts",
     "is_lean",
     "is_lean_training",
@@ -51,6 +52,7 @@ __all__ = [
     "norm_and_fire",
     "norm_fires",
     "pool_keeps_places",
+    "pool_runs_plainly",
     "runs_plainly",
 ]
 
@@ -84,6 +86,9 @@ def is_lean_training() -> bool:
     return value == "1"
 
 
+_DEVICES = ("cpu", "cuda", "xpu")  # that torch has batch_norm_update_stats for
+
+
 def is_lean(x: Tensor, module: nn.Module) -> bool:
     """Whether `module`, called with `x` here and now, is to save memory for a backward pass."""
     return (
@@ -91,7 +96,7 @@ def is_lean(x: Tensor, module: nn.Module) -> bool:
         and module.training
         and type(x) is Tensor  # no fake tensors, FX proxies, DTensor
         and x.is_floating_point()
-        and x.device.type != "meta"
+        and x.device.type in _DEVICES
         and x.numel() > 0
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
@@ -125,6 +130,27 @@ def runs_plainly(module: nn.Module, *classes: type[nn.Module]) -> bool:
         or module_globals._global_backward_pre_hooks
         or "forward" in vars(module)
     )
+
+
+def conv_runs_plainly(module: nn.Module) -> bool:
+    """Whether `conv_keeps_counts` may take a convolution's place."""
+    if not runs_plainly(module, nn.Conv2d):
+        return False
+    assert isinstance(module, nn.Conv2d)
+    return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def pool_runs_plainly(module: nn.Module) -> bool:
+    """Whether `pool_keeps_places` may take a pooling's place."""
+    if not runs_plainly(module, nn.MaxPool2d):
+        return False
+    assert isinstance(module, nn.MaxPool2d)
+    sides = (_both(value) for value in (module.kernel_size, module.stride, module.padding, module.dilation))
+    return (*sides, module.ceil_mode, module.return_indices) == ((3, 3), (2, 2), (1, 1), (1, 1), False, False)
+
+
+def _both(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def _refuse_second_derivatives() -> None:
@@ -366,7 +392,9 @@ def norm_fires(bn: nn.Module, neuron: nn.Module, y: Tensor) -> bool:
     if not (runs_plainly(bn, nn.BatchNorm2d) and runs_plainly(neuron, LIF, IF, ParametricLIF)):
         return False
     assert isinstance(bn, nn.BatchNorm2d)
-    return bn.weight is not None and bn.weight.dtype == membrane_dtype(y) and y.numel() > y.shape[1]
+    if bn.weight is None or bn.bias is None:
+        return False
+    return bn.weight.dtype == membrane_dtype(y) and y.numel() > y.shape[1]
 
 
 def norm_and_fire(y: Tensor, bn: nn.BatchNorm2d, neuron: nn.Module, steps: int) -> Tensor:

@@ -56,12 +56,20 @@ class SpikingNeuron(nn.Module):
             raise ValueError(f"alpha={alpha} must be a positive number")
         self.v_threshold = float(v_threshold)
         self.v_reset = None if v_reset is None else float(v_reset)
-        self.threshold = float(v_threshold) - rest  # as the dynamics have it: measured from rest
-        self.soft_reset = v_reset is None
         self.decay_input = decay_input
         self.detach_reset = detach_reset
         self.surrogate = surrogate
         self.alpha = float(alpha)
+
+    @property
+    def threshold(self) -> float:
+        """The threshold as the dynamics have it: measured from rest."""
+        return self.v_threshold - (0.0 if self.v_reset is None else self.v_reset)
+
+    @property
+    def soft_reset(self) -> bool:
+        """Whether a spike subtracts the threshold."""
+        return self.v_reset is None
 
     def _fire(self, x: Tensor, leak: Union[Tensor, float]) -> Tensor:
         if not x.is_floating_point() or x.dim() < 1 or x.shape[0] < 1:
@@ -129,7 +137,11 @@ class LIF(SpikingNeuron):
         super().__init__(v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha)
         _check_tau("tau", tau, minimum=1.0)
         self.tau = float(tau)
-        self.leak = 1.0 / self.tau
+
+    @property
+    def leak(self) -> float:
+        """1 / tau."""
+        return 1.0 / self.tau
 
     def forward(self, x: Tensor) -> Tensor:
         """Input currents [T, B, ...] to spikes [T, B, ...]."""

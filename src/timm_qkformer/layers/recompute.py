@@ -2,13 +2,10 @@
 
 Checkpointing drops a layer's activations and runs its forward pass again in the backward pass. As it stands, the second
 pass moves the batch norms' running statistics once more and counts the batch once more. Here the second pass
-leaves them alone; it normalises by the batch's statistics as the first one did. Dropout and stochastic depth draw the
-same masks again (`torch.utils.checkpoint` restores the random state), and the neurons' backend, the lean path and what
-was known of the input's counts are those of the first pass, whatever thread the second one runs in.
+moves copies of them; it normalises by the batch's statistics as the first one did. Dropout and stochastic depth draw
+the same masks again (`torch.utils.checkpoint` restores the random state), and the neurons' backend, the lean path and
+what was known of the input's counts are those of the first pass, whatever thread the second one runs in.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from timm.models._manipulate import checkpoint
@@ -37,31 +34,24 @@ class _Once:
             return self.module(x)
         if self.bound is not None:
             note_counts(x, self.bound)
-        with set_lif_backend(self.backend), lean_training(self.is_lean), _running_statistics_kept(self.module):
-            return self.module(x)
+        module = _with_statistics_of_its_own(self.module)
+        with set_lif_backend(self.backend), lean_training(self.is_lean):
+            return module(x)
 
 
-@contextmanager
-def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Let the batch norms that are in training mode normalise by the batch without updating anything.
+def _with_statistics_of_its_own(module: nn.Module) -> nn.Module:
+    """The same module on the same parameters, whose batch norms move copies of the running statistics.
 
-    With a momentum of 0 the running statistics are overwritten by themselves. Not to pass them at all would change what
-    is saved for the backward pass, which must be the same in both passes.
+    Other threads may train or save the module meanwhile, so nothing in it is touched.
     """
-    norms = [
-        (norm, norm.momentum, norm.num_batches_tracked)
-        for norm in module.modules()
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and norm.track_running_stats
-    ]
-    for norm, _, _ in norms:
-        norm.momentum = 0.0
-        norm.num_batches_tracked = None
-    try:
-        yield
-    finally:
-        for norm, momentum, batches in norms:
-            norm.momentum = momentum
-            norm.num_batches_tracked = batches
+    twin = module.__new__(type(module))
+    twin.__dict__ = module.__dict__.copy()
+    twin._modules = {
+        name: None if child is None else _with_statistics_of_its_own(child) for name, child in module._modules.items()
+    }
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        twin._buffers = {name: None if value is None else value.clone() for name, value in module._buffers.items()}
+    return twin
 
 
 def checkpoint_once(module: nn.Module, x: Tensor) -> Tensor:

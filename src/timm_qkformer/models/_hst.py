@@ -208,6 +208,12 @@ class HierarchicalSpikingTransformer(nn.Module):
         widths = per_stage("embed_dims", embed_dims, minimum=2)
         blocks = per_stage("depths", depths, minimum=0)
         ratios = per_stage("mlp_ratio", mlp_ratio)
+        if any(not width * ratio >= 1 for width, ratio in zip(widths, ratios, strict=True)):
+            raise ValueError(f"mlp_ratio={mlp_ratio!r} leaves an MLP without a channel, embed_dims={embed_dims!r}")
+        rates = {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate, "drop_path_rate": drop_path_rate}
+        for name, rate in rates.items():
+            if not 0.0 <= rate <= 1.0:
+                raise ValueError(f"{name}={rate!r} must be a probability, between 0 and 1")
         neuron_layer = get_neuron_layer(neuron, neuron_args)
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -395,6 +401,6 @@ def per_stage(name: str, value: Any, minimum: Optional[int] = None, stages: int 
     values: List[Any] = [value] * stages if isinstance(value, (int, float, str)) else list(value)
     if len(values) != stages:
         raise ValueError(f"{name}={value!r} must have one entry for each of the {stages} stages, not {len(values)}")
-    if minimum is not None and any(v < minimum for v in values):
-        raise ValueError(f"{name}={value!r} must have no entry below {minimum}")
+    if minimum is not None and any(not isinstance(v, int) or v < minimum for v in values):
+        raise ValueError(f"{name}={value!r} must be whole numbers, none of them below {minimum}")
     return values
