@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from event_files import random_events, write_atis
 from timm_qkformer import cli
 
 pytest.importorskip("matplotlib")
@@ -65,3 +66,18 @@ def test_paper_in_a_hurry(photo, tmp_path, capsys):
     assert "`timm-qkformer paper --model test_qkformer --data cat.jpg --quick`" in page
     assert "1 files of cat.jpg" in page
     assert str(tmp_path) not in page
+
+
+def test_paper_takes_the_model_that_suits_the_data(photo, tmp_path):
+    write_atis(tmp_path / "wave.bin", random_events(300))
+    out = tmp_path / "out"
+    cases = (
+        (photo, "qkformer_hst3_192.cifar10", []),
+        (tmp_path / "wave.bin", "qkformer_hst3_128.nmnist", ["--sensor-size", "34", "34"]),
+    )
+    for data, model, more in cases:
+        command = ["paper", "--quick", "--data", str(data), *more]
+        assert cli.main([*command, "--output", str(out / model)]) == 0
+        page = (out / model / "paper.md").read_text()
+        assert model in page
+        assert f"`timm-qkformer paper --data {data.name} {' '.join([*more, '--quick'])}`" in page

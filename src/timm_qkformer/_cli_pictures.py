@@ -18,7 +18,7 @@ def add_visualize(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="IMAGE",
-        help="images, recordings of events (.npz, .aedat4, .bs2), folders",
+        help="images, recordings of events (.npz, .aedat4, .bin, .bs2), folders",
     )
     parser.add_argument("--output", type=Path, default=Path("output/pictures"), help="folder to write (%(default)s)")
     parser.add_argument("--stage", type=int, metavar="N", help="only this stage's attention, counted from 1")
@@ -76,14 +76,15 @@ def paper(args: argparse.Namespace) -> None:
     import timm
     import torch
 
-    from .analysis.inputs import ModelInputs
+    from .analysis.inputs import ModelInputs, find_files
     from .analysis.paper import Subject, photographs, write_page
     from .analysis.profile import file_data
+    from .data import EVENT_SUFFIXES
     from .hub.loading import shipped_models
 
-    # Without data there are photographs to look at, which a model for events cannot.
-    shipped = [name for name in shipped_models() if args.data or timm.get_pretrained_cfg(name).input_size[0] != 2]
-    loaded = load(args, args.model or next(iter(shipped), _UNTRAINED))
+    events = args.data is not None and find_files(args.data)[0].suffix.lower() in EVENT_SUFFIXES
+    suited = [name for name in shipped_models() if (timm.get_pretrained_cfg(name).input_size[0] == 2) == events]
+    loaded = load(args, args.model or next(iter(suited), _UNTRAINED))
     sensor_size = tuple(args.sensor_size) if args.sensor_size else None
     inputs = ModelInputs(loaded.model, sensor_size)
     if args.data is None:
@@ -113,6 +114,8 @@ def _command(args: argparse.Namespace) -> str:
         value = getattr(args, option)
         if value != default:
             words += [f"--{option}", value.name if isinstance(value, Path) else str(value)]
+    if args.sensor_size is not None:
+        words += ["--sensor-size", *map(str, args.sensor_size)]
     if args.model_kwargs:
         words += ["--model-kwargs", *args.model_kwargs]
     if args.time_steps is not None:

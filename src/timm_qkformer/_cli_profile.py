@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["add_profile", "profile"]
 
 _NOISE = 4  # samples, where there are no data
-_SETTLING = 16  # samples that give an untrained model's batch norms their statistics
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +45,7 @@ def profile(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ._files import refuse_existing, write_atomically
-    from .analysis.capture import settle_norms
+    from .analysis.capture import SETTLING, settle_norms
     from .analysis.profile import file_data, noise_data
     from .analysis.profile import profile as measure
     from .analysis.report import html_report, text_report
@@ -70,7 +69,7 @@ def profile(args: argparse.Namespace) -> None:
         return file_data(model, args.data, args.limit, tuple(args.sensor_size) if args.sensor_size else None)
 
     data_name, samples = data()
-    with settle_norms(model, list(islice(data()[1], _SETTLING))) if loaded.is_random else nullcontext():
+    with settle_norms(model, list(islice(data()[1], SETTLING))) if loaded.is_random else nullcontext():
         result = measure(
             model,
             tqdm(samples, desc="measuring", unit="sample", leave=False, disable=None),
@@ -94,26 +93,21 @@ def _figures(model: Any, result: "Profile", x: Any) -> dict[str, "Figure"]:
     from timm.data.config import resolve_model_data_config
 
     from .analysis.attention import attention_layers, record_attention
+    from .analysis.attention_pictures import QUERY_KEY, draw_attention, select_layers
     from .analysis.charts import draw_energy, draw_rates
-    from .analysis.pictures import draw_channel_masks, draw_query_key, draw_token_masks, input_pictures
+    from .analysis.pictures import input_pictures
 
     figures = {
         "Firing rates by layer": draw_rates(result.rates),
         "Energy by part of the model": draw_energy(result.energy),
     }
-    kinds = attention_layers(model)
-    masked = [name for name, kind in kinds.items() if kind != "ssa"] or list(kinds)[:1]
-    if not masked:
+    if not attention_layers(model):
         return figures
     config = resolve_model_data_config(model)
-    pictures = input_pictures(x, config["mean"], config["std"])
-    records = record_attention(model, x, masked)
-    for record in records:
-        figures[f"Attention of {record.name}, first sample"] = (
-            draw_channel_masks(record) if record.kind == "qkca" else draw_token_masks(record, pictures)
-        )
-    with_mask = [record for record in records if record.mask is not None]
-    if with_mask:
-        step = with_mask[0].time_steps // 2
-        figures["Queries, mask, keys and what is left of them, first sample"] = draw_query_key(with_mask, step=step)
+    records = record_attention(model, x, list(select_layers(model)))
+    drawn = draw_attention(records, input_pictures(x, config["mean"], config["std"]))
+    query_key = drawn.pop(QUERY_KEY, None)
+    figures |= {f"Attention of {name}, first sample": figure for name, figure in drawn.items()}
+    if query_key is not None:
+        figures["Queries, mask, keys and what is left of them, first sample"] = query_key
     return figures

@@ -11,8 +11,9 @@ pytest.importorskip("matplotlib")
 from planted import SIZE, planted_image, planted_model
 
 from event_files import random_events, write_aedat4, write_npz
+from timm_qkformer.analysis.attention_pictures import select_layers
 from timm_qkformer.analysis.inputs import ModelInputs, find_files
-from timm_qkformer.analysis.visualize import select_layers, visualize
+from timm_qkformer.analysis.visualize import visualize
 
 
 @pytest.fixture(scope="module")

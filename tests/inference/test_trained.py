@@ -7,10 +7,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from tests.golden import SHARED
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 
 import timm_qkformer
+from golden import SHARED
 from timm_qkformer.training.demo import MODEL
 from timm_qkformer.training.demo.photographs import classify_photographs
 

@@ -302,6 +302,12 @@ def test_transforms_and_fake_tensors_take_torch_ops(compiled):
 def test_spikingjelly_says_what_it_cannot_do():
     x = currents(4, 3)
     with set_lif_backend("spikingjelly"):
+        # Where nothing is computed, or it is for somebody else's graph, it is not asked.
+        assert LIF(tau=1.0)(x.to("meta")).shape == x.shape
+        with torch._subclasses.FakeTensorMode() as mode:
+            assert LIF(tau=1.0)(mode.from_tensor(x)).shape == x.shape
+        graph = make_fx(LIF(tau=1.0))(x)
+        assert torch.equal(graph(-x), integrate_and_fire_reference(-x, torch.tensor(1.0)))
         with pytest.raises(ValueError, match="tau=1"):
             LIF(tau=1.0)(x)
         with pytest.raises(ValueError, match="leak=0"):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from tests.golden import SHARED
 
 import timm_qkformer
+from golden import SHARED
 from timm_qkformer.cli import main
 
 WEIGHTS = Path(timm_qkformer.__file__).parent / "models" / "weights"

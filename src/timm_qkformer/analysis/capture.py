@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from .running import bare_model, inference
 
-__all__ = ["capture_outputs", "settle_norms"]
+__all__ = ["SETTLING", "capture_outputs", "settle_norms"]
+
+SETTLING = 16  # samples that are enough for `settle_norms`
 
 
 def capture_outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

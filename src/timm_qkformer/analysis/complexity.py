@@ -7,7 +7,7 @@ for each term of a matrix product. The paper's O(D) for QKTA and O(N) for QKCA c
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import log
 from typing import Any, Optional
 
@@ -65,9 +65,6 @@ class Complexity:
     state_n: float
     state_d: float
     paper: Optional[tuple[str, str]]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def attention_complexity(

@@ -9,8 +9,8 @@ X' and the matrix Q K^T. The release and this package run SSA as Q (K^T V), with
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Optional
+from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +66,6 @@ class AttentionMemory:
     peak_bytes: int
     seconds: Optional[float]
     paper_mib: Optional[float]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def attention_memory(

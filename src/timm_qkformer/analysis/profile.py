@@ -10,6 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from ..data.sampling import draw
 from .energy import AC_PJ, MAC_PJ, Energy, EnergyMeter
 from .inputs import ModelInputs, find_files
 from .memory import peak_memory
@@ -165,12 +166,11 @@ def file_data(
         raise ValueError(f"limit={limit} must be at least 1")
     files = find_files(folder)
     name = f"{len(files)} files of {folder.name}"
-    if limit is not None and limit < len(files):
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
+    drawn = draw(files, limit)
+    if len(drawn) < len(files):
         name = f"{limit} of {name}, drawn at random"
-        files = [files[i] for i in order[:limit].tolist()]
     inputs = ModelInputs(model, sensor_size)
-    return name, (inputs.read(path).x for path in files)
+    return name, (inputs.read(path).x for path in drawn)
 
 
 @torch.no_grad()

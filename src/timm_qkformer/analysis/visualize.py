@@ -9,25 +9,18 @@ from torch import nn
 from tqdm import tqdm
 
 from .._files import refuse_existing
-from .attention import attention_layers, record_attention
-from .capture import settle_norms
+from .attention import record_attention
+from .attention_pictures import QUERY_KEY, draw_attention, select_layers
+from .capture import SETTLING, settle_norms
 from .inputs import FileInput, ModelInputs, find_files
 from .names import place_of
-from .pictures import (
-    draw_channel_masks,
-    draw_gallery,
-    draw_query_key,
-    draw_raster,
-    draw_token_masks,
-    save_picture,
-)
+from .pictures import draw_gallery, draw_raster, save_picture
 from .raster import pick_neurons, record_layer
 from .running import bare_model
 
-__all__ = ["select_layers", "visualize"]
+__all__ = ["visualize"]
 
 _GALLERY_ROWS = 12  # inputs on one gallery picture
-_SETTLING = 16  # inputs that give an untrained model's batch norms their statistics
 
 
 def visualize(
@@ -91,7 +84,7 @@ def visualize(
     refuse_existing(*written)
     output.mkdir(parents=True, exist_ok=True)
     everything = [*files, *(file for found in pages.values() for file in found)]
-    samples = [inputs.read(file).x for file in everything[:_SETTLING]] if untrained else []
+    samples = [inputs.read(file).x for file in everything[:SETTLING]] if untrained else []
     with (
         settle_norms(plain, samples) if untrained else nullcontext(),
         tqdm(total=len(everything), desc="drawing", unit="input", disable=quiet or None) as bar,
@@ -110,30 +103,6 @@ def visualize(
     return written
 
 
-def select_layers(model: nn.Module, stage: Optional[int] = None, block: Optional[int] = None) -> dict[str, str]:
-    """Attention layers, kinds by name, of one stage or block (counted from 1); see `visualize` for the defaults.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    layers = attention_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no Q-K or spiking self-attention to draw")
-    if stage is None and block is None:
-        return {name: kind for name, kind in layers.items() if kind != "ssa"} or layers
-
-    places = {name: place_of(name)[1:] for name in layers}
-    chosen = {
-        name: layers[name] for name, place in places.items() if stage in (None, place[0]) and block in (None, place[1])
-    }
-    if not chosen:
-        wanted = " and ".join(
-            f"{key}={value}" for key, value in (("stage", stage), ("block", block)) if value is not None
-        )
-        raise ValueError(f"{wanted} (counted from 1) has no attention layer; there are {', '.join(layers)}")
-    return chosen
-
-
 def _names(files: Sequence[Path]) -> list[str]:
     """A name for each file's pictures: its own, numbered if several have the same."""
     stems = [file.stem for file in files]
@@ -148,7 +117,7 @@ def _targets(output: Path, name: str, layers: dict[str, str]) -> dict[str, Path]
         place = (place_of(layer)[0] or layer).replace(" ", "").replace(",", "-")
         targets[layer] = output / f"{name}-{place}-{'channels' if kind == 'qkca' else 'tokens'}.png"
     if any(kind != "ssa" for kind in layers.values()):
-        targets["query-key"] = output / f"{name}-query-key.png"
+        targets[QUERY_KEY] = output / f"{name}-{QUERY_KEY}.png"
     targets["raster"] = output / f"{name}-raster.png"
     return targets
 
@@ -162,16 +131,7 @@ def _draw_file(
     title: str,
 ) -> None:
     records = record_attention(model, item.x, list(layers))
-    for record in records:
-        figure = (
-            draw_channel_masks(record, title=title)
-            if record.kind == "qkca"
-            else draw_token_masks(record, item.pictures, title=title)
-        )
-        save_picture(figure, targets[record.name])
-    with_mask = [record for record in records if record.mask is not None]
-    if with_mask:
-        step = with_mask[0].time_steps // 2  # at the first step, starting from rest, few neurons fire
-        save_picture(draw_query_key(with_mask, step=step, title=title), targets["query-key"])
+    for name, figure in draw_attention(records, item.pictures, title).items():
+        save_picture(figure, targets[name])
     layer = raster or f"{records[0].name}.k.neuron"
     save_picture(draw_raster(*pick_neurons(record_layer(model, item.x, layer)), layer, title), targets["raster"])

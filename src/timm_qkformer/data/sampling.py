@@ -1,11 +1,25 @@
-"""The order of the training samples, in one process and in several."""
+"""Which samples are taken and in what order, in one process and in several."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch.utils.data import Sampler
 
-__all__ = ["SharedRandomSampler"]
+__all__ = ["SharedRandomSampler", "draw"]
+
+Item = TypeVar("Item")
+
+
+def draw(items: Sequence[Item], number: int | None) -> list[Item]:
+    """So many items, the first ones of a random order that is always the same; all of them, in theirs, for None.
+
+    The first ones of sorted files would all be of the first classes.
+    """
+    if number is None or number >= len(items):
+        return list(items)
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
+    return [items[i] for i in order[:number].tolist()]
 
 
 class SharedRandomSampler(Sampler[int]):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .._files import write_atomically
 from ..data.images import open_image, readable
+from ..data.sampling import draw
 from ..layers import SpikingConv, SpikingSelfAttention
 
 __all__ = ["coupled_layers", "find_samples", "verify"]
@@ -81,7 +82,7 @@ def verify(
     _check_arguments(neurons, batch_size, limit, workers)
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     net: Any = _load(model, time_steps).to(on).eval()
-    samples = _limited(find_samples(data, net.num_classes), limit)
+    samples = draw(find_samples(data, net.num_classes), limit)
     config = resolve_model_data_config(net)
     modes = _modes(net, neurons)
     key = _fingerprint(net, samples, config, batch_size, sorted(modes))
@@ -194,14 +195,6 @@ def _by_file_name(paths: list[str], classes: dict[str, int], num_classes: int) -
             raise ValueError(f"{path}: no class folder, and no ImageNet-1k synset in the file's name")
         samples.append((path, classes[found[0]]))
     return samples
-
-
-def _limited(samples: list[Sample], limit: Optional[int]) -> list[Sample]:
-    """The first ones of a fixed random order: sorted, they would all be of the first classes."""
-    if limit is None or limit >= len(samples):
-        return samples
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
-    return [samples[i] for i in order[:limit].tolist()]
 
 
 class _Images(torch.utils.data.Dataset[tuple[Any, int]]):

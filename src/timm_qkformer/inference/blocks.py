@@ -178,22 +178,17 @@ def _of(neuron: nn.Module, name: str) -> DeployedNeuron:
 
 
 class _TokenAttention(_Attention):
-    per_token = True
-
     def attend(self, x: Tensor, spikes: torch.dtype) -> Tensor:
         return ops.token_attention(x, self.num_heads, self.specs, spikes)
 
 
 class _ChannelAttention(_Attention):
-    per_token = False
-
     def attend(self, x: Tensor, spikes: torch.dtype) -> Tensor:
         return ops.channel_attention(x, self.num_heads, self.specs, spikes)
 
 
 class _SelfAttention(_Attention):
     parts = "qkv"
-    per_token = False
 
     def __init__(self, attn: SpikingSelfAttention, name: str, dtype: torch.dtype) -> None:
         super().__init__(attn, name, dtype)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .backend import current_lif_backend
-from .fused import fused_gradients, fused_spikes, like_steps
+from .fused import fused_gradients, fused_spikes, is_watched, like_steps
 from .peers import spikingjelly_integrate_and_fire
 from .recurrence import Dynamics, charge, fire_steps, gradient_steps, membrane_dtype
 from .surrogate import surrogate_primitive
@@ -150,6 +150,8 @@ def integrate_and_fire(
     if torch._C._are_functorch_transforms_active():  # differentiates and batches what autograd can
         return integrate_and_fire_reference(x, leak, *dynamics)  # type: ignore[arg-type]
     backend = current_lif_backend()
-    if backend == "spikingjelly" and x.numel() > 0:
-        return spikingjelly_integrate_and_fire(x, leak, dynamics)
+    if backend == "spikingjelly":
+        if x.numel() > 0 and not is_watched(x):
+            return spikingjelly_integrate_and_fire(x, leak, dynamics)
+        backend = TRACED
     return _IntegrateAndFire.apply(x, leak, dynamics, backend)

@@ -29,7 +29,16 @@ from torch import Tensor
 
 from .recurrence import Affine, Dynamics, fire_steps, gradient_steps, membrane_dtype, scale_and_shift
 
-__all__ = ["AUTO_BUDGET", "MAX_STEPS", "alias", "fused_gradients", "fused_spikes", "like_steps", "step_strides"]
+__all__ = [
+    "AUTO_BUDGET",
+    "MAX_STEPS",
+    "alias",
+    "fused_gradients",
+    "fused_spikes",
+    "is_watched",
+    "like_steps",
+    "step_strides",
+]
 
 # Elements [T, ...] that "auto" lets eager mode process before it compiles the kernel. On a CPU eager mode loses about
 # 10 ns an element and compiling takes 5 to 10 s; on a GPU it loses launches rather than bandwidth.
@@ -158,18 +167,23 @@ def _is_plain(x: Tensor) -> bool:
     return type(x) is Tensor or type(x) is torch.nn.Parameter
 
 
+def is_watched(x: Tensor) -> bool:
+    """Whether x has no numbers of its own (fake and meta tensors, subclasses), or somebody watches every operation.
+
+    Modes that do: make_fx, FLOP counters, selective checkpointing, graphs being recorded.
+    """
+    return not _is_plain(x) or x.is_meta or torch._C._len_torch_dispatch_stack() > 0
+
+
 def _can_fuse(x: Tensor, leak: float | Tensor, affine: Affine | None) -> bool:
-    # What compiled code cannot stand in for: subclasses (fake tensors, DTensor), modes that watch every operation
-    # (make_fx, FLOP counters, selective checkpointing), graphs being recorded.
     return (
         x.device.type in AUTO_BUDGET
         and x.dtype in _DTYPES
         and 1 <= x.shape[0] <= MAX_STEPS
         # torch.compile would make sizes 0 and 1 kernels of their own
         and (x[0].numel() > 1 if affine is None else min(x.shape[1:]) > 1)
-        and _is_plain(x)
+        and not is_watched(x)
         and (isinstance(leak, float) or (_is_plain(leak) and leak.dim() == 0))
-        and torch._C._len_torch_dispatch_stack() == 0
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 

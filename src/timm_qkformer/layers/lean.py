@@ -35,7 +35,7 @@ from torch.nn.modules import module as module_globals
 from .backend import current_lif_backend
 from .counts import counts_bound, note_counts, packed, unpack
 from .event_training import Choice, choose, event_products, event_weight_gradient
-from .fused import alias, fused_gradients, fused_spikes
+from .fused import alias, fused_gradients, fused_spikes, is_watched
 from .neurons import IF, LIF, ParametricLIF, SpikingNeuron
 from .recurrence import Affine, Dynamics, fire_steps, gradient_steps, membrane_dtype, scale_and_shift
 
@@ -94,14 +94,14 @@ def is_lean(x: Tensor, module: nn.Module) -> bool:
     return (
         torch.is_grad_enabled()
         and module.training
-        and type(x) is Tensor  # no fake tensors, FX proxies, DTensor
+        and type(x) is Tensor  # no FX proxies, which answer nothing
         and x.is_floating_point()
         and x.device.type in _DEVICES
         and x.numel() > 0
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0  # nobody watches every operation: make_fx, FLOP counters, ...
+        and not is_watched(x)  # last: code that is being compiled cannot ask
         and is_lean_training()
         and current_lif_backend() != "spikingjelly"
     )

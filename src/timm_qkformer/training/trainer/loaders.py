@@ -12,7 +12,7 @@ from ...data import EventMixup, SharedRandomSampler, create_event_loader
 from .datasets import check_sample, is_events
 from .mixing import SwitchableCollateMixup
 from .replay import ReplayableLoader
-from .settings import given_in
+from .settings import given_in, mixes
 
 __all__ = ["TrainLoader", "create_eval_loader", "create_train_loader"]
 
@@ -185,7 +185,7 @@ def _create_eval_loader(args: argparse.Namespace, dataset: Any, config: dict[str
 
 def _mixing(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of timm's Mixup; empty if nothing is mixed."""
-    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
+    if not mixes(args):
         return {}
     return {
         "mixup_alpha": args.mixup,

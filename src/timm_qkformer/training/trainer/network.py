@@ -20,6 +20,7 @@ from torch import nn
 from ..._errors import first_line, naming_settings
 from ...models._hst import HierarchicalSpikingTransformer
 from .datasets import is_events
+from .settings import mixes
 from .sync_bn import synchronize_batch_norm
 
 __all__ = ["autocast", "build_model", "build_task", "compiling", "data_config", "describe_misfit", "load_weights"]
@@ -158,15 +159,14 @@ def build_task(args: argparse.Namespace, model: nn.Module) -> ClassificationTask
 
 
 def _loss(args: argparse.Namespace) -> nn.Module:
-    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if args.bce_loss:
         return BinaryCrossEntropy(
-            smoothing=0.0 if mixes else args.smoothing,
+            smoothing=0.0 if mixes(args) else args.smoothing,
             target_threshold=args.bce_target_thresh,
             sum_classes=args.bce_sum,
             pos_weight=args.bce_pos_weight,
         )
-    if mixes:
+    if mixes(args):
         return SoftTargetCrossEntropy()  # the mixed targets are smooth already
     return LabelSmoothingCrossEntropy(smoothing=args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 

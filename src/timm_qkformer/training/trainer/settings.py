@@ -12,7 +12,7 @@ import yaml
 from ..recipes import list_recipes, recipe_path
 from .options import OPTIONS, OURS, UNSUPPORTED, Option, add_train_arguments
 
-__all__ = ["OF_PROCESS", "given_in", "need_data_dir", "parse_train", "read_recipe", "resolve", "resolve_train"]
+__all__ = ["OF_PROCESS", "given_in", "mixes", "need_data_dir", "parse_train", "read_recipe", "resolve", "resolve_train"]
 
 # What is for images only.
 _IMAGES_ONLY = (
@@ -71,6 +71,11 @@ def given_in(args: argparse.Namespace, *groups: str) -> dict[str, Any]:
     """The settings of these groups of options that are not the defaults."""
     options = [option for group in groups for option in OPTIONS[group]]
     return {o.name: getattr(args, o.name) for o in options if getattr(args, o.name) != o.default}
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether training mixes samples, by mixup or CutMix."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def need_data_dir(args: argparse.Namespace) -> None:
@@ -189,8 +194,7 @@ def _check_train(args: argparse.Namespace) -> None:
     need(args.num_classes is None or args.num_classes >= 1, "num_classes", "at least 1")
     need(args.lr_base_scale in ("", "linear", "sqrt"), "lr_base_scale", "'linear', 'sqrt' or ''")
     need(0 <= args.smoothing < 1, "smoothing", "from 0 to below 1")
-    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if mixes:
+    if mixes(args):
         need(args.batch_size % 2 == 0, "batch_size", "even, since mixup pairs the samples of a batch")
     if args.amp and args.model_dtype not in (None, "float32"):
         raise ValueError(f"model_dtype={args.model_dtype!r} does not go with amp, which keeps float32 weights")
