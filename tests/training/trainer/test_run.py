@@ -4,6 +4,7 @@ import csv
 import re
 import resource
 import subprocess
+from contextlib import contextmanager
 
 import pytest
 import timm
@@ -133,6 +134,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys, monkeyp
     assert all(w.isfinite().all() for w in torch.load(newest, weights_only=True)["state_dict"].values())
 
 
+def test_a_loss_that_is_not_finite_on_another_process(data, tmp_path, capsys, monkeypatch):
+    real = loop._require_finite
+
+    def require_finite(loss, parts, *where):
+        if where[1] == 2:  # as if a second process were there and had found it
+            monkeypatch.setattr(torch.distributed, "all_reduce", lambda bad: bad.add_(1))
+            parts.args.distributed = True
+        real(loss, parts, *where)
+
+    monkeypatch.setattr(loop, "_require_finite", require_finite)
+    recipe = write_recipe(tmp_path / "recipe.yaml", recovery_interval=1)
+    monkeypatch.setattr("timm_qkformer.training.trainer.run.processes", one_process)
+    error = fails(capsys, "train", *flags(data, tmp_path, "run", recipe))
+    newest = tmp_path / "run" / "recovery-0-2.pth.tar"
+    reason = "the loss is not finite on another process at step 2 (epoch 0, learning rate 0.01)"
+    assert error == f"{reason}; the last good checkpoint is {newest}"
+
+
+@contextmanager
+def one_process(args):
+    """`processes` without a group to leave."""
+    args.distributed, args.rank, args.world_size = False, 0, 1
+    yield torch.device(args.device)
+
+
 def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, capsys, monkeypatch):
     recipe = write_recipe(tmp_path / "recipe.yaml", recovery_interval=1, clip_grad=1.0)
     calls = []
@@ -171,6 +197,20 @@ def test_the_settings_of_a_run_are_a_recipe(data, tmp_path):
     again = train(parse_train(["-c", str(recipe), "--experiment", "again"]))
     assert again.folder == tmp_path / "again"
     assert same_weights(weights(first.folder), weights(again.folder))
+
+
+def test_a_converted_folder_is_a_model_to_start_from_and_to_validate(data, tmp_path, capsys):
+    first = run(data, tmp_path, "first", epochs=1, **PLAIN)
+    assert cli.main(["convert", str(first.folder / "last.pth.tar"), str(tmp_path / "converted")]) == 0
+    model = f"local-dir:{tmp_path / 'converted'}"
+    still = {**PLAIN, "lr": 1e-12, "epochs": 1, "model": model, "model_kwargs": {}, "pretrained": True}
+    second = run(data, tmp_path, "second", **still)
+    name = "stages.0.blocks.0.mlp.fc1.conv.weight"
+    torch.testing.assert_close(weights(second.folder)[name], weights(first.folder)[name])
+    arguments = ["--data-dir", str(data), "--split", "test", "--device", "cpu", "--workers", "0"]
+    capsys.readouterr()
+    assert cli.main(["validate", model, *arguments]) == 0
+    assert f"top-1 {first.history[0]['eval_top1']:.3f} %" in capsys.readouterr().out
 
 
 def test_a_class_map_says_which_classes_there_are(tmp_path):
