@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from pathlib import Path
+from typing import Optional
 
 from ._cli_model import add_model_options, load
 
@@ -71,20 +72,28 @@ def add_paper(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
 
 
-def paper(args: argparse.Namespace) -> None:
-    import matplotlib  # noqa: F401, missing: say so before anything is measured
+def _model_for(data: Optional[Path]) -> str:
+    """A model that ships and takes what `data` holds; photographs where there is none."""
     import timm
-    import torch
 
-    from .analysis.inputs import ModelInputs, find_files
-    from .analysis.paper import Subject, photographs, write_page
-    from .analysis.profile import file_data
+    from .analysis.inputs import find_files
     from .data import EVENT_SUFFIXES
     from .hub.loading import shipped_models
 
-    events = args.data is not None and find_files(args.data)[0].suffix.lower() in EVENT_SUFFIXES
-    suited = [name for name in shipped_models() if (timm.get_pretrained_cfg(name).input_size[0] == 2) == events]
-    loaded = load(args, args.model or next(iter(suited), _UNTRAINED))
+    events = data is not None and find_files(data)[0].suffix.lower() in EVENT_SUFFIXES
+    suited = (name for name in shipped_models() if (timm.get_pretrained_cfg(name).input_size[0] == 2) == events)
+    return next(suited, _UNTRAINED)
+
+
+def paper(args: argparse.Namespace) -> None:
+    import matplotlib  # noqa: F401, missing: say so before anything is measured
+    import torch
+
+    from .analysis.inputs import ModelInputs
+    from .analysis.paper import Subject, photographs, write_page
+    from .analysis.profile import file_data
+
+    loaded = load(args, args.model or _model_for(args.data))
     sensor_size = tuple(args.sensor_size) if args.sensor_size else None
     inputs = ModelInputs(loaded.model, sensor_size)
     if args.data is None:

@@ -163,10 +163,9 @@ def _pretrained_cfg(
     tag has them, and the crop that the releases evaluate with at that size."""
     registered: dict[str, Any] = get_arch_pretrained_cfgs(found.model)
     default: Any = registered.get(f"{found.model}.{tag}") or timm.get_pretrained_cfg(found.model)
-    overlay: dict[str, Any] = {key: getattr(default, key) for key in ("input_size", "pool_size", "crop_pct")}
-    overlay["tag"] = tag
     channels = found.model_args.get("in_chans", default.input_size[0])
-    overlay["input_size"] = (channels, *default.input_size[1:])
+    overlay: dict[str, Any] = {key: getattr(default, key) for key in ("pool_size", "crop_pct")}
+    overlay |= {"input_size": (channels, *default.input_size[1:]), "tag": tag}
     size = input_size or (release.input_size if release else None) or _trained_size(checkpoint)
     if size is not None and size != default.input_size[-1]:
         overlay["input_size"] = (channels, size, size)
@@ -177,9 +176,8 @@ def _pretrained_cfg(
         values = checkpoint.args.get(key)
         if not isinstance(values, (list, tuple)) or len(values) not in (1, channels):
             continue
-        if not all(isinstance(value, (int, float)) for value in values):
-            continue
-        if all(0 <= value <= 255 for value in values) and (key == "mean" or min(values) > 0):
+        numbers = all(isinstance(value, (int, float)) and 0 <= value <= 255 for value in values)
+        if numbers and (key == "mean" or min(values) > 0):
             overlay[key] = tuple(map(float, values)) * (channels if len(values) == 1 else 1)
     return overlay
 

@@ -117,6 +117,7 @@ class _Run:
         config = data_config(args, model)
         folder = from_primary(args, str(self._choose_folder(resume, config)) if self.primary else None)
         self.folder = Path(folder)
+        self.goes_on_here = bool(resume) and _same(Path(resume).parent, self.folder)
         self.parameters = sum(p.numel() for p in model.parameters())
         task = build_task(args, model)
         self._open_data(config, getattr(model, "time_steps", 1))
@@ -148,11 +149,11 @@ class _Run:
             task=task,
         )
         self.state = _State()
-        notes = []
-        if content is not None:
-            notes = self._take_up(content, Path(resume), model, settings)
-        elif args.start_epoch is not None:
-            self._start_at(args.start_epoch, None)
+        notes = self._take_up(content, Path(resume), model, settings) if content is not None else []
+        if args.start_epoch is not None:
+            self.state.epoch, self.state.consumed = args.start_epoch, 0
+        written = (content or {}).get("trainer") or {}
+        take_up_schedule(scheduler, written.get("schedule"), self.state.epoch, self._updates())
         self._set_up_average(content)
         if args.torchcompile:
             with compiling(args):
@@ -163,8 +164,7 @@ class _Run:
         if args.distributed:
             devices = [device] if device.type == "cuda" else None
             task.prepare_distributed(device_ids=devices, **({"broadcast_buffers": False} if args.no_ddp_bb else {}))
-        goes_on_here = bool(resume) and _same(Path(resume).parent, self.folder)
-        if self.primary and not goes_on_here:  # not earlier: what could not begin leaves nothing behind
+        if self.primary and not self.goes_on_here:  # not earlier: what could not begin leaves nothing behind
             self._make_folder(settings)
         self.log = RunLog(self.primary, self.folder if tensorboard else None, purge_step=self._updates() + 1)
         self._introduce(resume, notes)
@@ -246,28 +246,19 @@ class _Run:
             take_up_optimizer(self.optimizer, content, path, args, follows)
             if self.scaler is not None and NativeScaler.state_dict_key in content:
                 self.scaler.load_state_dict(content[NativeScaler.state_dict_key])
-        self.state.epoch = int(content.get("epoch", -1)) + 1
         if trainer is None:
+            self.state.epoch = int(content.get("epoch", -1)) + 1
             notes.append("the checkpoint is not of this trainer: random numbers begin anew")
         else:
             changed = _changed(settings_in(content), settings)
             notes += [f"setting {name} is {new!r}, it was {old!r}" for name, old, new in changed]
             self._take_up_state(trainer, path, notes)
-        if args.start_epoch is not None:
-            self.state.consumed = 0
-        start = self.state.epoch if args.start_epoch is None else args.start_epoch
-        self._start_at(start, trainer and trainer["schedule"])
-        if _same(path.parent, self.folder):  # the saver deletes what it knows; another run's files are not its own
+        if self.goes_on_here:  # the saver deletes what it knows; another run's files are not its own
             if "saver" in content:
                 self.saver.load_state_dict(content["saver"])
             if path.name.startswith("recovery-"):
                 self.saver.curr_recovery_file = str(path)
         return notes
-
-    def _start_at(self, epoch: int, schedule: Optional[Mapping[str, Any]]) -> None:
-        """Let the learning rate be that of an epoch, and of the batch that an interrupted run has come to."""
-        self.state.epoch = epoch
-        take_up_schedule(self.parts.scheduler, schedule, epoch, self._updates())
 
     def _updates(self) -> int:
         """Updates of the weights so far."""

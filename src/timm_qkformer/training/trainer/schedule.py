@@ -20,7 +20,7 @@ def schedule_state(scheduler: Any) -> Optional[dict[str, Any]]:
 
 
 def take_up_schedule(scheduler: Any, state: Optional[Mapping[str, Any]], epoch: int, updates: int) -> None:
-    """Set the learning rate of a resumed run.
+    """Set the learning rate where a run starts or goes on.
 
     Args:
         scheduler: timm's, new, or None for a learning rate that stays; on an optimizer whose state has been loaded.
