@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from timm_qkformer._files import replacing, write_atomically
+from timm_qkformer.files import replacing, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,13 +1,13 @@
 """What the benchmarks of training share: a training step, and what it keeps for its backward pass."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_qkformer.layers import lean_training, set_lif_backend
+from timm_qkformer.execution import execution_policy
 
 
 @contextmanager
@@ -36,8 +36,7 @@ class TrainingStep:
         model: Maps `images` to logits.
         images, labels: The batch.
         half: bfloat16 autocast.
-        backend: Of the neurons, see `set_lif_backend`.
-        lean: Whether our models may take the lean path.
+        neurons, kernels, packed: See `execution_policy`.
         stateful: The model has stateful neurons of spikingjelly, to be reset before each forward pass.
     """
 
@@ -47,34 +46,30 @@ class TrainingStep:
         images: Tensor,
         labels: Tensor,
         half: bool = False,
-        backend: str = "auto",
-        lean: bool = True,
+        neurons: str = "auto",
+        kernels: str = "auto",
+        packed: bool = True,
         stateful: bool = False,
     ) -> None:
         self.model = model.train()
         self.images, self.labels = images, labels
-        self.half, self.backend, self.lean, self.stateful = half, backend, lean, stateful
+        self.half, self.stateful = half, stateful
+        self.policy = {"neurons": neurons, "kernels": kernels, "packed": packed}
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-    @contextmanager
-    def _settings(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(set_lif_backend(self.backend))
-            stack.enter_context(lean_training(self.lean))
-            yield
 
     def loss(self) -> Tensor:
         if self.stateful:
             from spikingjelly.activation_based import functional
 
             functional.reset_net(self.model)
-        with self._settings(), torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.half):
+        half = torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.half)
+        with execution_policy(**self.policy), half:
             return F.cross_entropy(self.model(self.images), self.labels)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
         loss = self.loss()
-        with self._settings():
+        with execution_policy(**self.policy):
             loss.backward()
         self.optimizer.step()
 

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from timm_qkformer._files import write_atomically
+from timm_qkformer.files import write_atomically
 
 RESULTS = Path(__file__).parents[1] / "src" / "timm_qkformer" / "training" / "results" / "ablations.json"
 TRAIN_IMAGES = 1000  # of each class
@@ -35,8 +35,8 @@ EXPERIMENTS = {
     },
     "ablation_attention": {
         "QKTA + SSA": FULL,
-        "QKCA + SSA": f"{FULL} attn=('qkca','qkca','ssa')",
-        "QKTA + QKCA": f"{FULL} attn=('qkta','qkta','qkca')",
+        "QKCA + SSA": f"{FULL} attn=('QKCA','QKCA','ssa')",
+        "QKTA + QKCA": f"{FULL} attn=('QKTA','QKTA','QKCA')",
     },
     "ablation_neuron": {
         "LIF": FULL,

@@ -33,8 +33,8 @@ from _common import (
     take_turns,
     write_json,
 )
-from timm_qkformer.inference.precision import has_onednn, spikes_dtype
 from timm_qkformer.inference.projection import Projection
+from timm_qkformer.inference.weights import has_onednn, spikes_dtype
 
 PLAIN, SPIKINGJELLY = "plain", "spikingjelly"
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -160,7 +160,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             deployed = timm_qkformer.deploy(plain, precision, "dense" if name in DENSE else "auto")
             similarity[name] = check_deployed(plain, deployed, name)
             # The products that events replace are those of this precision.
-            arithmetic[name] = spikes_dtype(precision, deployed.stem.projection.weight)
+            arithmetic[name] = spikes_dtype(precision, deployed.stem.projection.weight, False, deployed.numbers)
             runs[name] = partial(deployed, images)
         else:
             runs[name] = partial(timm.create_model(name).eval(), images)

@@ -28,7 +28,8 @@ from _common import (
     take_turns,
     write_json,
 )
-from timm_qkformer.layers import LIF, set_lif_backend
+from timm_qkformer.execution import execution_policy
+from timm_qkformer.neurons import LIF
 
 EAGER, COMPILED, SPIKINGJELLY = "ours, eager", "ours, compiled", "spikingjelly 2.0"
 COLOURS = {EAGER: OURS_SLOWER, COMPILED: OURS, SPIKINGJELLY: PEER}
@@ -50,7 +51,7 @@ def contenders(device: str) -> dict[str, Callable[[Tensor], Tensor]]:
 
     def with_backend(name: str) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
-            with set_lif_backend(name):
+            with execution_policy(neurons=name):
                 return ours(x)
 
         return run

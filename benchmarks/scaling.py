@@ -69,7 +69,7 @@ def step_of(contender: str, model_name: str, settings: dict[str, int]) -> Traini
     )
     if contender == THEIRS:
         return TrainingStep(spikingjelly_like(ours), images, labels, stateful=True)
-    return TrainingStep(ours, images, labels, backend="compile")
+    return TrainingStep(ours, images, labels, neurons="compile", kernels="always")
 
 
 def sweep(model_name: str, name: str, sizes: Sequence[int], rounds: int) -> Sweep:

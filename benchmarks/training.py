@@ -49,6 +49,7 @@ RELEASE_MEGABYTES = 167.6  # the authors' release, measured once: it is no packa
 COLD_START_TARGET = 45.0
 
 CIFAR_SIDE, IMAGENET_SIDE = 32, 64
+FAST = {"neurons": "compile", "kernels": "always"}
 
 
 def multiplies_bfloat16() -> bool:
@@ -65,14 +66,14 @@ def contenders(size: int, peers_in_half: bool) -> dict[str, TrainingStep]:
         return TrainingStep(timm.create_model("qkformer_hst4_384"), images, labels, **options)
 
     steps = {
-        FP32: hst(backend="compile"),
-        BF16: hst(backend="compile", half=True),
-        PLAIN: hst(backend="compile", lean=False),
-        NEURONS: hst(backend="spikingjelly"),
+        FP32: hst(**FAST),
+        BF16: hst(**FAST, half=True),
+        PLAIN: hst(**FAST, packed=False),
+        NEURONS: hst(neurons="spikingjelly", kernels="never"),
         ANN_NAME: TrainingStep(timm.create_model(ANN_NAME, num_classes=10), images, labels),
     }
     if peers_in_half:
-        steps[NEURONS_BF16] = hst(backend="spikingjelly", half=True)
+        steps[NEURONS_BF16] = hst(neurons="spikingjelly", kernels="never", half=True)
     return steps
 
 
@@ -83,7 +84,7 @@ def imagenet_contenders(size: int) -> dict[str, TrainingStep]:
     ours = timm.create_model("qkformer_hst10_384", num_classes=10)
     theirs = spikingjelly_like(ours)
     return {
-        IMAGENET: TrainingStep(ours, images, labels, backend="compile"),
+        IMAGENET: TrainingStep(ours, images, labels, **FAST),
         OWN_MODEL: TrainingStep(theirs, images, labels, stateful=True),
     }
 
@@ -95,9 +96,9 @@ def check_that_they_agree(steps: dict[str, TrainingStep]) -> None:
     for name in (FP32, PLAIN, NEURONS):
         torch.manual_seed(1)
         model = timm.create_model("qkformer_hst4_384", embed_dims=(24, 48, 96), time_steps=2).double()
-        step = TrainingStep(model, images.double(), labels, backend="eager", lean=steps[name].lean)
-        if name == NEURONS:
-            step.backend = "spikingjelly"
+        policy = {**steps[name].policy, "kernels": "never"}
+        policy["neurons"] = "spikingjelly" if name == NEURONS else "eager"
+        step = TrainingStep(model, images.double(), labels, **policy)
         loss = step.loss()
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])

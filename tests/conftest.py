@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_qkformer.layers import events
+from timm_qkformer.execution import events
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -3,12 +3,15 @@
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import timm
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("TIMM_QKFORMER_SHARED", ROOT.parent / "shared"))
@@ -26,6 +29,8 @@ MEMBRANE_CASES: dict[str, str] = {
     "ms_imagenet_10_384_t4": "qkformer_hst10_384_ms",
     "maxformer_imagenet_10_384_t4": "maxformer_10_384",
 }
+
+ALL_CASES = CASES | {name: (model, {}) for name, model in MEMBRANE_CASES.items()}
 
 
 def recipe() -> ModuleType:
@@ -55,3 +60,11 @@ class GoldenCase:
         self.firing_rates: dict[str, float] = case["firing_rates_first_sample"]
         self.params: int = case["params"]
         self.time_steps: int = case["T"]
+
+
+def create(case: str, checkpoint: dict[str, torch.Tensor], **kwargs: Any) -> nn.Module:
+    """The case's model in float64, with a checkpoint in the release's names."""
+    name, model_args = ALL_CASES[case]
+    model = timm.create_model(name, **model_args, **kwargs).double().eval()
+    model.load_state_dict(sys.modules[type(model).__module__].checkpoint_filter_fn(checkpoint, model), strict=True)
+    return model

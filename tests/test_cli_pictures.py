@@ -1,4 +1,4 @@
-"""`visualize` and `paper` as they are typed."""
+"""`visualize` and `reproduce` as they are typed; `paper` is what `reproduce` was called before."""
 
 import pytest
 from PIL import Image
@@ -57,18 +57,18 @@ def test_matplotlib_is_an_extra(photo, capsys, monkeypatch):
     assert "pip install 'timm-qkformer[analysis]'" in capsys.readouterr().err
 
 
-def test_paper_in_a_hurry(photo, tmp_path, capsys):
+def test_reproduce_in_a_hurry(photo, tmp_path, capsys):
     out = tmp_path / "out"
-    command = ["paper", "--quick", "--model", "test_qkformer", "--data", str(photo), "--output", str(out)]
+    command = ["reproduce", "--quick", "--model", "test_qkformer", "--data", str(photo), "--output", str(out)]
     assert cli.main(command) == 0
     assert f"wrote {out / 'paper.md'}" in capsys.readouterr().out
     page = (out / "paper.md").read_text()
-    assert "`timm-qkformer paper --model test_qkformer --data cat.jpg --quick`" in page
+    assert "`timm-qkformer reproduce --model test_qkformer --data cat.jpg --quick`" in page
     assert "1 files of cat.jpg" in page
     assert str(tmp_path) not in page
 
 
-def test_paper_takes_the_model_that_suits_the_data(photo, tmp_path):
+def test_reproduce_takes_the_model_that_suits_the_data(photo, tmp_path):
     write_atis(tmp_path / "wave.bin", random_events(300))
     out = tmp_path / "out"
     cases = (
@@ -80,4 +80,4 @@ def test_paper_takes_the_model_that_suits_the_data(photo, tmp_path):
         assert cli.main([*command, "--output", str(out / model)]) == 0
         page = (out / model / "paper.md").read_text()
         assert model in page
-        assert f"`timm-qkformer paper --data {data.name} {' '.join([*more, '--quick'])}`" in page
+        assert f"`timm-qkformer reproduce --data {data.name} {' '.join([*more, '--quick'])}`" in page

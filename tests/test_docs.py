@@ -1,5 +1,6 @@
-"""Every Python example in the README runs as it stands, one after the other."""
+"""Every Python example in the README and in the pages for developers runs as it stands, one after the other."""
 
+import pytest
 import torch
 
 from doc_examples import DOCS, run_examples
@@ -12,3 +13,9 @@ def test_readme_examples(capsys):
     assert "'qkformer_hst10_768'" in out
     for shape in ("[1, 96, 56, 56]", "[1, 192, 28, 28]", "[1, 384, 14, 14]", "[1, 10]"):
         assert shape in out
+
+
+@pytest.mark.filterwarnings("ignore:.*(rounded weights are multiplied|8-bit arithmetic)")
+@pytest.mark.parametrize(("page", "least"), [("architecture.md", 5), ("execution.md", 1)])
+def test_examples_of(page, least):
+    assert run_examples(DOCS / page) >= least

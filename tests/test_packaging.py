@@ -26,7 +26,7 @@ def test_wheel_contents(wheel):
     assert "timm_qkformer/py.typed" in names
     assert "timm_qkformer/training/recipes/cifar10.yaml" in names
     assert "timm_qkformer/training/results/ablations.json" in names
-    for name in ("layers/neurons", "layers/events", "layers/event_gradients", "inference/kernels"):
+    for name in ("execution/common", "execution/events", "execution/packing", "inference/kernels", "operators/ssa"):
         assert f"timm_qkformer/{name}.cpp" in names
     assert "timm_qkformer/training/demo/cifar10.png" in names
     assert "timm_qkformer/models/weights/qkformer_hst3_192.cifar10.safetensors" in names

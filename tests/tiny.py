@@ -4,7 +4,19 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from timm_qkformer.inference.precision import has_onednn
+from timm_qkformer.inference.weights import has_onednn
+from timm_qkformer.neurons import SpikingNeuron
+
+
+class Constant(SpikingNeuron):
+    """Neurons that fire as they are told, not as they are driven."""
+
+    def __init__(self, value=1.0, v_threshold=1.0, device=None, dtype=None):
+        super().__init__(v_threshold)
+        self.value = value
+
+    def forward(self, x):
+        return torch.full_like(x, self.value)
 
 
 def lively(module: nn.Module, bias: tuple[float, float] = (0.2, 1.2)) -> nn.Module:

@@ -1,10 +1,14 @@
-"""Training checkpoints as the authors' ImageNet code saves them."""
+"""Training checkpoints as the authors' ImageNet code saves them, and the keys of timm's train.py."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+KEYS_FILE = Path(__file__).with_name("training") / "train_py_keys.txt"
+TRAIN_PY_KEYS = {line for line in KEYS_FILE.read_text().splitlines() if line and not line.startswith("#")}
 
 
 def training_checkpoint(state_dict: dict[str, Tensor], **args: Any) -> dict[str, Any]:

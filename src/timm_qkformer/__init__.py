@@ -4,22 +4,38 @@ Importing this package registers the models with timm. With the package installe
 timm is imported, see `timm_qkformer_autoload`.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import layers, models
+from . import execution, layers, models, neurons, operators
 from .models import MaxFormer, QKFormer
 
 if TYPE_CHECKING:
-    from .inference import deploy, round_weights
+    from . import analysis
+    from .inference import deploy, quantize_weights
 
 __version__ = "0.1.0"
 
-__all__ = ["MaxFormer", "QKFormer", "__version__", "deploy", "layers", "models", "round_weights"]
+__all__ = [
+    "MaxFormer",
+    "QKFormer",
+    "__version__",
+    "analysis",
+    "deploy",
+    "execution",
+    "layers",
+    "models",
+    "neurons",
+    "operators",
+    "quantize_weights",
+]
 
 
 def __getattr__(name: str) -> Any:
     # When it is first used: importing timm imports this package.
-    if name in ("deploy", "round_weights"):
+    if name == "analysis":
+        return import_module(f".{name}", __name__)
+    if name in ("deploy", "quantize_weights"):
         from . import inference
 
         return getattr(inference, name)

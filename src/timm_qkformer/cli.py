@@ -4,18 +4,17 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-from . import _cli_pictures, _cli_profile
-
-__all__ = ["main"]
+from .commands import analysis, reproduction
+from .training.trainer.config import add_train_arguments, add_validate_arguments, resolve_train
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output", type=Path, default=Path("output/demo"), help="folder for the pictures (%(default)s)"
-    )
+    pictures = "folder for the pictures (%(default)s)"
+    parser.add_argument("--output", type=Path, default=Path("output/demo"), help=pictures)
     parser.add_argument("--epochs", type=int, default=4, help="passes over the training digits (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="seed of everything random (%(default)s)")
 
@@ -27,27 +26,22 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", type=Path, metavar="IN", help="checkpoint of the authors' releases or of this package"
-    )
+    source = "checkpoint of the authors' releases or of this package"
+    parser.add_argument("source", type=Path, metavar="IN", help=source)
     parser.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--model", help="registered name, if the tensors alone should not decide")
     parser.add_argument("--time-steps", type=int, metavar="T", help="time steps (default: what the checkpoint says)")
     parser.add_argument("--tag", help="pretrained tag to write down (default: the release's, else custom)")
     parser.add_argument("--input-size", type=int, metavar="PIXELS", help="side of the images it was trained on")
-    parser.add_argument(
-        "--batch-coupled", action="store_true", help="create the model with the release's coupled neurons"
-    )
-    parser.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        help="take the weights' moving average, or not (default: where there is one)",
-    )
+    coupled = "create the model with the release's coupled neurons"
+    parser.add_argument("--batch-coupled", action="store_true", help=coupled)
+    ema = "take the weights' moving average, or not (default: where there is one)"
+    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help=ema)
     dtypes = ("float16", "float32", "float64")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of the tensors (%(default)s)")
-    parser.add_argument(
-        "--round-weights", action="store_true", help="round weights to 8 bits, so that int8 deploys answer alike"
-    )
+    rounding = "round weights to 8 bits, so that int8 deploys answer alike"
+    parser.add_argument("--quantize-weights", action="store_true", help=rounding)
+    parser.add_argument("--round-weights", dest="quantize_weights", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--verify", type=Path, metavar="DIR", help="measure the accuracy on these images for the card")
     parser.add_argument("--force", action="store_true", help="replace what is in OUT")
 
@@ -58,20 +52,9 @@ def _convert(args: argparse.Namespace) -> None:
     def measure(folder: Path) -> list[dict[str, Any]]:
         return verify(str(folder), args.verify)
 
-    done = convert(
-        args.source,
-        args.folder,
-        model=args.model,
-        time_steps=args.time_steps,
-        tag=args.tag,
-        input_size=args.input_size,
-        batch_coupled=args.batch_coupled,
-        ema=args.ema,
-        dtype=args.dtype,
-        round_weights=args.round_weights,
-        force=args.force,
-        measure=measure if args.verify else None,
-    )
+    own = ("model", "time_steps", "tag", "input_size", "batch_coupled", "ema", "dtype", "quantize_weights", "force")
+    options = {name: getattr(args, name) for name in own}
+    done = convert(args.source, args.folder, **options, measure=measure if args.verify else None)
     print("\n".join(done.report))
     print(f"wrote {done.folder}; load it with timm.create_model('local-dir:{done.folder}', pretrained=True)")
 
@@ -85,27 +68,18 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="take N images, drawn from all classes")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--progress", type=Path, metavar="FILE", help="keep the counts here and go on from them")
+    parser.add_argument("--progress", type=Path, metavar="FILE", help="keep the counts here and resume from them")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON, to a new file")
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from ._files import write_atomically
+    from .files import write_atomically
     from .hub import verify
 
     if args.output is not None and args.output.exists():
         raise FileExistsError(f"--output {args.output} exists already; choose another name")
-    results = verify(
-        args.model,
-        args.data,
-        neurons=args.neurons,
-        time_steps=args.time_steps,
-        batch_size=args.batch_size,
-        limit=args.limit,
-        workers=args.workers,
-        device=args.device,
-        progress=args.progress,
-    )
+    own = ("neurons", "time_steps", "batch_size", "limit", "workers", "device", "progress")
+    results = verify(args.model, args.data, **{name: getattr(args, name) for name in own})
     for result in results:
         neurons = "coupled" if result["batch_coupled"] else "per sample"
         size = "x".join(map(str, result["input_size"][1:]))
@@ -141,29 +115,15 @@ def _publish(args: argparse.Namespace) -> None:
     print(f"load it with timm.create_model('hf-hub:{args.repo}', pretrained=True)")
 
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    from .training.trainer.options import add_train_arguments
-
-    add_train_arguments(parser)
-
-
 def _train(args: argparse.Namespace) -> None:
-    from .training.trainer.settings import resolve_train
-
     settings = resolve_train(vars(args))
-    from .training.trainer.run import train
+    from .training.trainer.engine import train  # after the settings are known to be right: it loads torch
 
     train(settings)
 
 
-def _add_validate(parser: argparse.ArgumentParser) -> None:
-    from .training.trainer.options import add_validate_arguments
-
-    add_validate_arguments(parser)
-
-
 def _validate(args: argparse.Namespace) -> None:
-    from .training.trainer.validation import resolve_validate, validate
+    from .training.trainer.evaluate import resolve_validate, validate
 
     results = validate(resolve_validate(vars(args)))
     rate = results["firing_rate"]
@@ -179,26 +139,40 @@ Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argpar
 COMMANDS: dict[str, Command] = {
     "demo": ("classify photographs, fine-tune on handwritten digits, look inside", _add_demo, _demo),
     "convert": ("turn an upstream checkpoint into a folder for timm", _add_convert, _convert),
-    "train": ("train a model on images or events, with timm's train.py's flags and recipes", _add_train, _train),
-    "validate": ("measure a model's accuracy on images or events", _add_validate, _validate),
+    "train": (
+        "train a model on images or events, with timm's train.py's flags and recipes",
+        add_train_arguments,
+        _train,
+    ),
+    "validate": ("measure a model's accuracy on images or events", add_validate_arguments, _validate),
     "verify": ("measure top-1 and top-5 accuracy on labelled images", _add_verify, _verify),
-    "profile": ("firing rates, energy, memory and speed of a model", _cli_profile.add_profile, _cli_profile.profile),
-    "visualize": ("draw a model's attention", _cli_pictures.add_visualize, _cli_pictures.visualize),
-    "paper": ("remake the paper's tables and figures", _cli_pictures.add_paper, _cli_pictures.paper),
+    "profile": ("firing rates, energy, memory and speed of a model", analysis.add_profile, analysis.profile),
+    "visualize": ("draw a model's attention", analysis.add_visualize, analysis.visualize),
+    "reproduce": ("remake the paper's tables and figures", reproduction.add_reproduce, reproduction.reproduce),
     "publish": ("upload a converted folder to the Hugging Face Hub", _add_publish, _publish),
 }
+ALIASES = {"reproduce": ["paper"]}  # what commands were called before
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; errors that the user can act on are one line and exit status 2."""
     parser = argparse.ArgumentParser(prog="timm-qkformer", description="QKFormer spiking transformers for timm")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="module of this folder or an installed one to import first: yours, that registers an operator or a neuron",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (text, add_arguments, run) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, aliases=ALIASES.get(name, []), help=text, description=text)
         add_arguments(command)
         command.set_defaults(run=run)
     args = parser.parse_args(argv)
     try:
+        _import(args.imports)
         args.run(args)
     except ModuleNotFoundError as error:
         extra = {"aedat": "events", "sklearn": "demo", "matplotlib": "analysis", "tensorboard": "train"}.get(
@@ -213,6 +187,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print("timm-qkformer: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _import(modules: Sequence[str]) -> None:
+    """Import what the command line names. Files (recipes, checkpoints) can name no module."""
+    if modules:
+        sys.path.insert(0, "")
+    for name in modules:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ValueError(f"--import {name}: {error}") from error
 
 
 def _fail(message: str) -> int:

@@ -1,4 +1,7 @@
-"""What is recorded of the attention is what happened in it, where it happened, and the model does not notice."""
+"""What is recorded of the attention is what happened in it, and the model does not notice.
+
+An operator from outside of the package is named, counted, recorded and drawn by what it declares.
+"""
 
 import numpy as np
 import pytest
@@ -6,10 +9,9 @@ import torch
 from planted import GREEN, RED, SIZE, planted_image, planted_model
 from torch import nn
 
-from timm_qkformer.analysis import attention_layers, record_attention, record_layer
-from timm_qkformer.analysis.capture import settle_norms
-from timm_qkformer.analysis.raster import neuron_layers, pick_neurons
-from timm_qkformer.layers import QKTokenAttention
+from timm_qkformer.analysis import attention_complexity, attention_layers, energy, firing_rates, record_attention
+from timm_qkformer.analysis.attention import select_layers
+from timm_qkformer.operators import Operation, Operator, base, register_operator
 from tiny import images, tiny
 
 
@@ -20,127 +22,71 @@ def expected(places):
     return mask
 
 
-def hooks(model):
-    return sum(len(m._forward_hooks) for m in model.modules())
-
-
 def test_a_planted_token_mask_is_found_where_it_was_planted():
     (record,) = record_attention(planted_model(), planted_image())
-    assert (record.name, record.kind, record.heads, record.time_steps) == ("stages.0.blocks.0.attn", "qkta", 2, 3)
-    assert record.mask.shape == (3, 1, 2, 1, *SIZE)
+    assert (record.name, record.operator, record.heads, record.time_steps) == ("stages.0.blocks.0.attn", "qkta", 2, 3)
+    name, mask = record.mask
+    assert name == "A_t"
+    assert mask.shape == (3, 1, 2, 1, *SIZE)
     for t in range(3):
-        assert np.array_equal(record.mask[t, 0, 0, 0], expected(RED))
-        assert np.array_equal(record.mask[t, 0, 1, 0], expected(GREEN))
-        assert np.array_equal(record.q[t, 0, 0, 1], expected(RED))
-        assert record.k[t].all()
-        assert np.array_equal(record.attended[t, 0, 1, 0], expected(GREEN))
-    assert np.array_equal(record.token_values()[:, 0, 0], np.stack([expected(RED)] * 3))
+        assert np.array_equal(mask[t, 0, 0, 0], expected(RED))
+        assert np.array_equal(mask[t, 0, 1, 0], expected(GREEN))
+        assert np.array_equal(record.inputs["q"][t, 0, 0, 1], expected(RED))
+        assert record.inputs["k"][t].all()
+        assert np.array_equal(record.result[t, 0, 1, 0], expected(GREEN))
+    assert np.array_equal(record.views.tokens[:, 0, 0], np.stack([expected(RED)] * 3))
+    assert repr(record) == "AttentionRecord(stages.0.blocks.0.attn: qkta with q, k, A_t, [3, 1, 2, 2, 8, 12])"
 
 
 def test_a_planted_channel_mask():
     (record,) = record_attention(planted_model("qkca"), planted_image(green=[]))
-    assert record.kind == "qkca"
-    assert record.mask.shape == (3, 1, 2, 2, 1, 1)
-    assert np.array_equal(record.channel_values()[1, 0], [[1, 1], [0, 0]])
-    assert record.attended[:, 0, 0].all()
-    assert not record.attended[:, 0, 1].any()
+    assert record.operator == "qkca"
+    assert record.inner["A_c"].shape == (3, 1, 2, 2, 1, 1)
+    assert np.array_equal(record.views.channels[1, 0], [[1, 1], [0, 0]])
+    assert record.result[:, 0, 0].all()
+    assert not record.result[:, 0, 1].any()
 
 
 def test_attention_received_in_self_attention():
     (record,) = record_attention(planted_model("ssa"), planted_image())
     assert record.mask is None
     # Every key is (1, 1) in both heads; 3 of 96 queries are (1, 1) in head 1, 1 of 96 in head 2; the scale is 1/8.
-    assert np.allclose(record.token_values()[0, 0, 0], 3 * 2 / 96 / 8)
-    assert np.allclose(record.token_values()[0, 0, 1], 1 * 2 / 96 / 8)
+    assert np.allclose(record.views.tokens[0, 0, 0], 3 * 2 / 96 / 8)
+    assert np.allclose(record.views.tokens[0, 0, 1], 1 * 2 / 96 / 8)
 
 
 def test_self_attention_against_the_whole_matrix():
     model = tiny("test_qkformer", attn="ssa")
     record = record_attention(model, images(2))[0]
-    q, k = (x.reshape(*x.shape[:4], -1).astype(float) for x in (record.q, record.k))
+    q, k = (x.reshape(*x.shape[:4], -1).astype(float) for x in (record.inputs["q"], record.inputs["k"]))
     weights = 0.125 * np.swapaxes(q, -1, -2) @ k  # [T, B, heads, queries, keys]
-    received = weights.mean(3).reshape(record.token_values().shape)
+    received = weights.mean(3).reshape(record.views.tokens.shape)
     assert received.max() > 0
-    assert np.allclose(record.token_values(), received, atol=1e-6)
+    assert np.allclose(record.views.tokens, received, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["test_qkformer", "test_qkformer_ms"])
 def test_masks_and_keys_give_what_the_projection_takes(name):
-    model = tiny(name, attn=("qkta", "qkca", "qkta"))
-    taken = {}
-    for layer, module in model.named_modules():
-        if isinstance(module, QKTokenAttention):
-            module.proj.register_forward_pre_hook(lambda _m, x, layer=layer: taken.__setitem__(layer, x[0].numpy()))
-    records = record_attention(model, images(2))
-    assert [r.kind for r in records] == ["qkta", "qkca", "qkta", "qkta"]
+    model, x = tiny(name, attn=("qkta", "qkca", "qkta")), images(2)
+    rates, records = firing_rates(model, x), record_attention(model, x)
+    assert [r.operator for r in records] == ["qkta", "qkca", "qkta", "qkta"]
     for record in records:
-        attended = record.attended
-        assert np.array_equal(attended, record.mask & record.k)
-        assert np.array_equal(attended.reshape(taken[record.name].shape), taken[record.name].astype(bool))
-        assert attended.any()
-        assert not attended.all()
+        assert np.array_equal(record.result, record.mask[1] & record.inputs["k"])
+        assert 0.0 < record.result.mean() < record.inputs["k"].mean()
+        assert rates[f"{record.name}.proj"].mean == pytest.approx(record.result.mean())
 
 
 def test_clips_bring_their_own_time_steps():
     model = tiny("test_qkformer", in_chans=2)
     record = record_attention(model, torch.rand(2, 6, 2, 32, 48, dtype=torch.float64), ["stages.0.blocks.0.attn"])[0]
-    assert record.mask.shape == (6, 2, 4, 1, 8, 12)
-
-
-def test_samples_do_not_depend_on_their_batch_mates():
-    model, x = tiny("test_qkformer"), images(3)
-    together = record_attention(model, x)
-    alone = record_attention(model, x[1:2])
-    for a, b in zip(together, alone, strict=True):
-        assert np.array_equal(a.attended[:, 1:2], b.attended)
-
-
-def test_the_model_comes_out_as_it_went_in():
-    model, x = tiny("test_qkformer").train(), images()
-    model.stages[1].eval()
-    modes = {name: m.training for name, m in model.named_modules()}
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    model.stem.register_forward_hook(lambda *_: None)
-    record_attention(model, x)
-    assert {name: m.training for name, m in model.named_modules()} == modes
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert hooks(model) == 1
-    with pytest.raises(ValueError, match="5 channels"):
-        record_attention(model, images(chans=5))
-    assert {name: m.training for name, m in model.named_modules()} == modes
-    assert hooks(model) == 1
-
-
-def test_wrapped_and_compiled_models_are_looked_at_below_the_wrapper():
-    model, x = tiny("test_qkformer"), images(1)
-    plain = record_attention(model, x)
-    compiled = torch.compile(model, backend="eager")
-    with torch.no_grad():
-        compiled(x)  # compiled before there are hooks
-    for wrapped in (compiled, nn.DataParallel(model)):
-        for a, b in zip(plain, record_attention(wrapped, x), strict=True):
-            assert a.name == b.name
-            assert np.array_equal(a.attended, b.attended)
-
-
-@pytest.mark.parametrize(
-    ("x", "message"),
-    [
-        (torch.zeros(0, 3, 32, 32), "empty batch"),
-        (torch.zeros(3, 32, 32), "neither images"),
-        (torch.full((1, 3, 32, 32), torch.nan), "NaN"),
-    ],
-)
-def test_input_that_cannot_be_drawn(x, message):
-    with pytest.raises(ValueError, match=message):
-        record_attention(tiny("test_qkformer"), x)
+    assert record.inner["A_t"].shape == (6, 2, 4, 1, 8, 12)
 
 
 def test_models_and_layers_without_attention():
     with pytest.raises(ValueError, match="no neurons of this package"):
         record_attention(nn.Conv2d(3, 3, 1), images())
     model = tiny("test_maxformer", mixer="dwc3")
-    with pytest.raises(ValueError, match="no Q-K or spiking self-attention"):
+    with pytest.raises(ValueError, match="MaxFormer has no attention to look into"):
         record_attention(model, images())
     with pytest.raises(ValueError, match=r"'stem' is no attention layer; there are stages\.0\.blocks\.0\.attn"):
         record_attention(tiny("test_qkformer"), images(), ["stem"])
@@ -152,36 +98,81 @@ def test_models_and_layers_without_attention():
     }
 
 
-def test_spike_trains_of_a_layer():
-    model, x = tiny("test_qkformer"), images(2)
-    spikes = record_layer(model, x, "stem.neuron")
-    with torch.no_grad():
-        fired = model.stem(x, 4).numpy().astype(bool)
-    assert np.array_equal(spikes, fired)
-    trains, rows, total = pick_neurons(spikes, sample=1, limit=10)
-    assert total == fired[0, 1].size
-    assert (rows[0], rows[-1], len(rows)) == (0, total - 1, 10)
-    for train, row in zip(trains, rows, strict=True):
-        assert np.array_equal(train, [step[1].flat[row] for step in fired])
-    everything, _, _ = pick_neurons(spikes, limit=10**6)
-    assert everything.shape == (total, 4)
-    assert "stages.0.blocks.0.mlp.fc1.neuron" in neuron_layers(model)
-    with pytest.raises(ValueError, match="layer='stem' is no layer of neurons"):
-        record_layer(model, x, "stem")
+def test_layers_by_stage_and_block():
+    model = tiny("test_qkformer")
+    assert list(select_layers(model)) == ["stages.0.blocks.0.attn", "stages.1.blocks.0.attn"]
+    assert list(select_layers(model, stage=3)) == ["stages.2.blocks.0.attn", "stages.2.blocks.1.attn"]
+    assert list(select_layers(model, block=2)) == ["stages.2.blocks.1.attn"]
+    with pytest.raises(ValueError, match=r"stage=1 and block=2 \(counted from 1\) has no attention layer"):
+        select_layers(model, stage=1, block=2)
+    only_ssa = tiny("test_maxformer")
+    assert list(select_layers(only_ssa)) == list(attention_layers(only_ssa))
 
 
-def test_settled_norms_wake_an_untrained_model_and_are_put_back():
-    import timm
+class Both(Operator):
+    """X' = A * B: a spike where both inputs have one. No neurons of its own."""
 
-    model, x = timm.create_model("test_qkformer", num_classes=7), images().float()
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    before = record_attention(model, x)[0].q.mean()
-    with settle_norms(model, [x[:1], x[1:]]):
-        within = record_attention(model, x)[0].q.mean()
-    assert within > 10 * before
-    assert within > 0.01
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-    with pytest.raises(KeyError), settle_norms(model, [x]):
-        raise KeyError
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    inputs = ("a", "b")
+    attended_name = "AB"
+
+    def attend(self, a, b):
+        return a * b
+
+    def attended_range(self, a, b):
+        return a.times(b)
+
+    def operations(self, a, b):
+        return [Operation("A and B", a, 1, float((a * b).sum()))]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered():
+    register_operator("both")(Both)
+    yield
+    base._OPERATORS.pop("both")  # other tests run over all that are registered
+
+
+@pytest.fixture
+def model():
+    return tiny("test_qkformer", attn="both", depths=(1, 0, 0))
+
+
+def test_names_and_rates(model):
+    rates, (record,) = firing_rates(model, images(2)), record_attention(model, images(2) * 0)
+    path = "stages.0.blocks.0.attn"
+    assert [layer.name for layer in rates.layers if layer.path.startswith(path)] == ["A", "B", "AB", "AB'"]
+    assert not rates[f"{path}.proj"].is_neuron
+    assert (record.operator, list(record.inputs), record.mask) == ("both", ["a", "b"], None)
+    assert record.result.dtype == bool
+
+
+def test_blocks_of_several_mixers():
+    x = images(1)
+    model = tiny("test_qkformer", attn="both+dwc3", depths=(1, 0, 0))
+    names = {layer.path: layer.name for layer in firing_rates(model, x).layers}
+    assert names["stages.0.blocks.0.attn.proj"] == "AB"
+    assert names["stages.0.blocks.0.more.0.mixer.dw.neuron"] == "DWC"
+    assert [record.name for record in record_attention(model, x)] == ["stages.0.blocks.0.attn"]
+    assert energy(model, x)["stages.0.blocks.0.more.0.mixer.dw.conv", "convolution"].sops > 0
+
+
+def test_complexity():
+    (found,) = (item for item in attention_complexity((8, 16), (8, 16)) if item.kind == "BOTH")
+    assert all(count.operations == count.tokens * count.dim for count in found.counts)
+
+
+def test_default_views_are_drawn_without_a_mask(model):
+    pytest.importorskip("matplotlib")
+    from timm_qkformer.analysis.drawing import draw_attention
+    from timm_qkformer.analysis.inputs import input_pictures
+
+    x = images(1)
+    (record,) = record_attention(model, x)
+    assert np.allclose(record.views.tokens, record.result.mean(3))
+    assert list(draw_attention([record], input_pictures(x))) == [record.name]
+
+
+def test_a_mixer_that_is_no_operator_is_refused(model):
+    model.stages[0].blocks[0].attn = nn.Sequential(nn.Identity())
+    with pytest.raises(ValueError, match=r"stages\.0\.blocks\.0 has a Sequential, no Operator"):
+        energy(model, images(1))

@@ -1,6 +1,8 @@
-"""Operations and energy: closed forms, counting by brute force, and other people's counters on the same model."""
+"""Firing rates by hand; operations and energy: closed forms, brute force, other people's counters on the same model.
 
-import json
+Against the releases' rates: tests/models/test_golden.py.
+"""
+
 from functools import partial
 
 import pytest
@@ -8,14 +10,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from constant import Constant
-from timm_qkformer.analysis import energy, firing_rates
+from timm_qkformer.analysis import energy, firing_rates, record_spikes
 from timm_qkformer.analysis.energy import AC_PJ, MAC_PJ
-from timm_qkformer.layers import SpikingSelfAttention, set_lif_backend
-from tiny import images, lively, tiny
+from timm_qkformer.execution import execution_policy
+from timm_qkformer.neurons import LIF
+from tiny import Constant, images, tiny
 
 MODELS = ("test_qkformer", "test_qkformer_ms", "test_maxformer")
 PIXELS = 32
@@ -77,7 +78,7 @@ def test_flops_are_torchs(name):
     model = tiny(name)
     x = images(1)
     result = energy(model, x)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), set_lif_backend("eager"):
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), execution_policy(neurons="eager"):
         model(x)
     elementwise = ("sum of Q", "mask of K")
     ours = sum(2 * layer.flops * layer.steps for layer in result.layers if layer.operation not in elementwise)
@@ -112,12 +113,13 @@ def test_additions_of_a_convolution(args):
             return self.conv(x)
 
     net = Net()
-    x = torch.randint(0, 4, (3, 6, 11, 13)).float()
-    layer = energy(net, x).layers[0]
-    assert layer.additions * 3 == brute_force(x, net.conv)
-    assert layer.flops == net.conv(x[:1]).numel() * net.conv.weight[0].numel()
-    assert layer.rate == pytest.approx(x.mean().item(), rel=1e-6)
-    assert layer.input == "spike sums"
+    for lowest in (0, -3):  # sums of binary and of ternary spikes
+        x = torch.randint(lowest, 4, (3, 6, 11, 13)).float()
+        layer = energy(net, x).layers[0]
+        assert layer.additions * 3 == brute_force(x.abs(), net.conv)
+        assert layer.flops == net.conv(x[:1]).numel() * net.conv.weight[0].numel()
+        assert layer.rate == pytest.approx(x.abs().mean().item(), rel=1e-6)
+        assert layer.input == "spike sums"
 
 
 def test_sums_of_spikes_are_that_many_additions():
@@ -151,22 +153,6 @@ def test_rates_are_those_of_the_neurons():
     assert result["stem.conv", "convolution"].pj == result["stem.conv", "convolution"].flops * MAC_PJ
 
 
-def test_additions_of_self_attention():
-    model, x = tiny("test_qkformer"), images(2)
-    result = energy(model, x)
-    path = "stages.2.blocks.0.attn"
-    kept = {}
-    attention = model.get_submodule(path)
-    assert isinstance(attention, SpikingSelfAttention)
-    for name in "qkv":
-        getattr(attention, name).register_forward_hook(lambda _m, _x, y, name=name: kept.update({name: y}))
-    with torch.no_grad():
-        model(x)
-    q, k, v = (attention.split_heads(kept[name]) for name in "qkv")
-    assert result[path, "K^T V"].additions * 2 == (v @ k.transpose(-2, -1)).sum().item()
-    assert result[path, "Q (K^T V)"].additions * 2 == q.sum().item() * attention.head_dim
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_spikingjelly_counts_the_same(name):
     """spikingjelly 2.0 counts the additions of binary inputs as we do, K^T V and Q (K^T V) included. Sums of spikes are
@@ -177,7 +163,7 @@ def test_spikingjelly_counts_the_same(name):
     result = energy(model, x)
     norms = [nn.BatchNorm2d]  # folded into the convolutions
     synops, macs = SynOpCounter(extra_ignore_modules=norms), MACCounter(extra_ignore_modules=norms)
-    with DispatchCounterMode([synops, macs]), torch.no_grad(), set_lif_backend("eager"):
+    with DispatchCounterMode([synops, macs]), torch.no_grad(), execution_policy(neurons="eager"):
         model(x)
 
     def theirs(counter, path):
@@ -207,24 +193,6 @@ def test_spikingjelly_counts_the_same(name):
     assert (explained["macs"] > 0) == (name == "test_qkformer")
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_batches_workers_and_order_change_nothing(name):
-    model = lively(timm.create_model(name)).float()
-    x = torch.randn(5, 3, 40, 40)
-    dataset = TensorDataset(x, torch.arange(5))
-    expected = json.dumps(energy(model, x).to_dict())
-    for batch_size, workers, shuffle in ((1, 0, True), (2, 2, False), (5, 0, False)):
-        loader = DataLoader(dataset, batch_size, shuffle=shuffle, num_workers=workers)
-        assert json.dumps(energy(model, loader).to_dict()) == expected
-
-
-def test_nothing_is_left_behind():
-    model = tiny("test_qkformer").train()
-    energy(model, images(1))
-    assert all(module.training for module in model.modules())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
 def test_other_costs():
     model, x = tiny("test_qkformer"), images(1)
     once = energy(model, x, mac_pj=1.0, ac_pj=0.0)
@@ -239,7 +207,10 @@ def test_unknown_layers_are_not_left_out_silently():
     model.head = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 7)).double()
     with pytest.raises(ValueError, match=r"head\.0 is a LayerNorm"):
         energy(model, images(1))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    model = tiny("test_qkformer")
+    model.stages[1].blocks[0].attn.operations = lambda q, k: []
+    with pytest.raises(ValueError, match=r"stages\.1\.blocks\.0\.attn is a QKChannelAttention, .* no operations"):
+        energy(model, images(1))
 
 
 def test_real_inputs_are_macs():
@@ -254,3 +225,131 @@ def test_real_inputs_are_macs():
 
     layer = energy(Real(), torch.cat([torch.ones(1, 3, 8, 8), torch.randn(1, 3, 8, 8)])).layers[0]
     assert (layer.input, layer.rate, layer.sops, layer.macs) == ("real numbers", None, 0.0, layer.flops)
+
+
+class FirstChannel(Constant):
+    """Always fires in channel 0, never in channel 1, at the first time step alone in the others."""
+
+    def forward(self, x):
+        spikes = torch.zeros_like(x)
+        spikes[0] = 1.0
+        spikes[:, :, 0] = 1.0
+        spikes[:, :, 1] = 0.0
+        return spikes
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_counts_as_one_counts_by_hand(name):
+    model = tiny(name)
+    x = images(4)
+    rates = firing_rates(model, x)
+    with record_spikes(model) as spikes, torch.no_grad():
+        model(x)
+    assert [layer.path for layer in rates.layers if layer.is_neuron] == list(spikes)
+    assert (rates.samples, rates.input_shape, rates.time_steps) == (4, (3, 32, 32), 4)
+    for path, fired in spikes.items():
+        layer = rates[path]
+        per_sample = fired.transpose(0, 1).flatten(2).mean(2)  # [B, T]
+        assert layer.mean == pytest.approx(fired.mean().item(), abs=1e-12)
+        assert layer.std == pytest.approx(per_sample.mean(1).std(correction=0).item(), abs=1e-12)
+        assert layer.step_means == pytest.approx(per_sample.mean(0).tolist(), abs=1e-12)
+        assert layer.step_stds == pytest.approx(per_sample.std(0, correction=0).tolist(), abs=1e-12)
+        assert layer.neurons == fired[0, 0].numel()
+    total = sum(fired.sum() for fired in spikes.values()) / sum(fired.numel() for fired in spikes.values())
+    assert rates.mean == pytest.approx(total.item(), abs=1e-12)
+
+
+def test_names_are_those_of_the_paper():
+    rates = firing_rates(tiny("test_qkformer"), images(1))
+    block = [(layer.name, layer.path.removeprefix("stages.0.blocks.0.")) for layer in rates.layers if layer.block == 1]
+    assert block[:7] == [
+        ("Q", "attn.q.neuron"),
+        ("K", "attn.k.neuron"),
+        ("A_t", "attn.attn_neuron"),
+        ("X'", "attn.proj"),
+        ("X''", "attn.proj.neuron"),
+        ("SMLP layer 1", "mlp.fc1.neuron"),
+        ("SMLP layer 2", "mlp.fc2.neuron"),
+    ]
+    names = {(layer.place, layer.name) for layer in rates.layers}
+    assert {
+        ("stem", "conv"),
+        ("stage 1, embedding", "conv 2"),
+        ("stage 1, embedding", "shortcut"),
+        ("stage 2, block 1", "A_c"),
+        ("stage 3, block 2", "V"),
+        ("stage 3, block 2", "X'"),
+    } <= names
+    by_stage = rates.by_stage()
+    assert by_stage["Q"][1] == rates["stages.0.blocks.0.attn.q.neuron"].mean
+    last = [rates[f"stages.2.blocks.{i}.attn.q.neuron"].mean for i in range(2)]
+    assert by_stage["Q"][3] == pytest.approx(sum(last) / 2)
+
+
+@pytest.mark.parametrize("name", MODELS[1:])
+def test_names_with_membrane_shortcuts(name):
+    rates = firing_rates(tiny(name), images(1))
+    names = {(layer.place, layer.name) for layer in rates.layers}
+    assert {("stage 1, embedding", "input"), ("stage 3, block 1", "attention input"), ("head", "rate")} <= names
+    assert not any(layer.name == "X''" for layer in rates.layers)
+
+
+def test_dead_and_saturated_channels():
+    model = timm.create_model("test_qkformer", neuron=FirstChannel)
+    rates = firing_rates(model, torch.randn(2, 3, 32, 32))
+    stem = rates["stem.neuron"]
+    assert (stem.dead, stem.saturated, stem.channels) == ((1,), (0,), 8)
+    assert stem.mean == pytest.approx((1.0 + 6 * 0.25) / 8)
+    assert stem.step_means == pytest.approx((7 / 8, 1 / 8, 1 / 8, 1 / 8))
+    assert rates["stages.0.blocks.0.attn.attn_neuron"].channels == 4  # heads
+    assert rates["stages.2.blocks.0.attn.attn_neuron"].channels == 64
+    assert rates["stages.0.blocks.0.attn.attn_neuron"].dead == (1,)
+
+
+def test_one_sample_that_fires_revives_a_channel():
+    model = nn.Sequential(LIF(tau=1.0))
+    clips = torch.zeros(3, 2, 4, 5, 5).transpose(0, 1)  # what LIF takes: [T, B, C, H, W]
+    rates = firing_rates(model, clips.transpose(0, 1).contiguous()[:, :1])
+    assert rates.layers[0].dead == (0, 1, 2, 3)
+    alive = torch.zeros(3, 1, 4, 5, 5)
+    alive[2, 0, 3, 4, 4] = 2.0
+    assert firing_rates(model, alive).layers[0].dead == (0, 1, 2)
+
+
+def test_event_clips_bring_their_own_steps():
+    model = tiny("test_qkformer", in_chans=2)
+    clips = torch.rand(3, 6, 2, 32, 32, dtype=torch.float64)
+    rates = firing_rates(model, clips)
+    assert (rates.time_steps, rates.input_shape) == (6, (6, 2, 32, 32))
+    assert len(rates["stem.neuron"].step_means) == 6
+    with pytest.raises(ValueError, match=r"sample 3 of the data has shape \[5, 2, 32, 32\], those before it \[6,"):
+        firing_rates(model, [clips, clips[:, :5]])
+
+
+def test_backends_of_the_neurons_agree():
+    model = tiny("test_qkformer")
+    x = images(1)
+    with execution_policy(neurons="eager"):
+        eager = firing_rates(model, x)
+    with execution_policy(neurons="spikingjelly"):
+        assert firing_rates(model, x) == eager
+
+
+def test_other_models_with_our_neurons():
+    features = timm.create_model("test_qkformer", features_only=True)
+    rates = firing_rates(features, torch.randn(1, 3, 32, 32))
+    assert rates.layers[0].place == "stem"
+    assert {layer.stage for layer in rates.layers} == {None, 1, 2, 3}
+
+
+def test_a_layer_that_runs_twice_is_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.neuron = LIF()
+
+        def forward(self, x):
+            return self.neuron(self.neuron(x.transpose(0, 1)))
+
+    with pytest.raises(ValueError, match="neuron runs more than once"):
+        firing_rates(Twice(), torch.zeros(1, 2, 3, 4, 4))

@@ -1,4 +1,4 @@
-"""Memory of attention: closed forms, the allocator's own account, the paper's figures."""
+"""Memory and operations of attention: closed forms, the allocator's own account, the paper's figures, parameters."""
 
 import pytest
 import timm
@@ -6,12 +6,11 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from timm_qkformer.analysis import attention_memory, peak_memory
-from timm_qkformer.analysis.live_tensors import LiveTensors
-from timm_qkformer.analysis.memory import PAPER_MEMORY, PAPER_SIDES
-from timm_qkformer.layers import set_lif_backend
+from timm_qkformer.analysis import attention_complexity, attention_memory, parameter_counts, peak_memory
+from timm_qkformer.analysis.complexity import QUADRATIC
+from timm_qkformer.analysis.memory import PAPER_MEMORY, PAPER_SIDES, LiveTensors
+from timm_qkformer.execution import execution_policy
 
-QUADRATIC = "SSA as (Q K^T) V"
 MIB = 2**20
 
 
@@ -31,7 +30,7 @@ def test_live_tensors_by_hand():
 def test_live_tensors_agree_with_the_allocator():
     model = timm.create_model("test_qkformer").eval()
     x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad(), set_lif_backend("eager"):
+    with torch.no_grad(), execution_policy(neurons="eager"):
         model(x)
         with LiveTensors([*model.parameters(), *model.buffers(), x]) as live:
             model(x)
@@ -47,21 +46,18 @@ def test_live_tensors_agree_with_the_allocator():
     assert live.peak == pytest.approx(peak, rel=0.25)
 
 
-@pytest.mark.parametrize("side", [10, 30, 50])
-def test_qkta_holds_its_result_and_little_else(side):
-    (result,) = attention_memory(["QKTA"], [side])
-    tokens = side**2
-    result_bytes = 4 * tokens * 256
-    assert result_bytes < result.peak_bytes <= result_bytes + 4 * 4 * tokens  # and a few attention vectors
-    assert result.seconds is None
-    assert result.paper_mib == PAPER_MEMORY[side][0]
-
-
-@pytest.mark.parametrize("side", [30, 50, 60])
-def test_quadratic_attention_holds_a_matrix_of_tokens(side):
-    (result,) = attention_memory([QUADRATIC], [side])
-    tokens = side**2
-    assert result.peak_bytes == 4 * tokens**2 + 4 * tokens * 256
+@pytest.mark.parametrize("side", [10, 20, 30, 50])
+def test_closed_forms_and_the_papers_figures(side):
+    """Those of QKTA are met. Those of SSA belong to (Q K^T) V, without what its neuron needs, and are met where the
+    matrix of tokens outweighs that."""
+    qkta, quadratic = attention_memory(["QKTA", QUADRATIC], [side])
+    tokens, result_bytes = side**2, 4 * side**2 * 256
+    assert result_bytes < qkta.peak_bytes <= result_bytes + 4 * 4 * tokens  # and a few attention vectors
+    assert qkta.seconds is None
+    assert qkta.paper_mib == PAPER_MEMORY["QKTA"][side] == pytest.approx(qkta.peak_bytes / MIB, rel=0.03)
+    if side >= 30:
+        assert quadratic.peak_bytes == 4 * tokens**2 + result_bytes
+        assert quadratic.peak_bytes / MIB == pytest.approx(quadratic.paper_mib, rel=0.02)
 
 
 def test_self_attention_as_it_is_run_is_linear_in_tokens():
@@ -69,23 +65,12 @@ def test_self_attention_as_it_is_run_is_linear_in_tokens():
     assert large.peak_bytes / small.peak_bytes == pytest.approx(4.0, rel=0.05)
 
 
-@pytest.mark.parametrize("side", [10, 20, 30, 50])
-def test_the_papers_figures(side):
-    """Those of QKTA are met. Those of SSA belong to (Q K^T) V, without what its neuron needs, and are met where the
-    matrix of tokens outweighs that."""
-    qkta, quadratic = attention_memory(["QKTA", QUADRATIC], [side])
-    assert qkta.peak_bytes / MIB == pytest.approx(qkta.paper_mib, rel=0.03)
-    if side >= 30:
-        assert quadratic.peak_bytes / MIB == pytest.approx(quadratic.paper_mib, rel=0.02)
-
-
 def test_published_values_follow_their_closed_form():
     """A slip in copying the table would show here: 4 N C bytes, and 4 N^2 + 4 N C, up to an allocator's rounding."""
-    assert PAPER_SIDES == tuple(range(10, 201, 10))
-    for side, (qkta, ssa) in PAPER_MEMORY.items():
+    for side in PAPER_SIDES:
         tokens = side**2
-        assert qkta * MIB == pytest.approx(4 * tokens * 256, rel=0.10), side
-        assert ssa * MIB == pytest.approx(4 * tokens**2 + 4 * tokens * 256, rel=0.10), side
+        assert PAPER_MEMORY["QKTA"][side] * MIB == pytest.approx(4 * tokens * 256, rel=0.10), side
+        assert PAPER_MEMORY[QUADRATIC][side] * MIB == pytest.approx(4 * tokens**2 + 4 * tokens * 256, rel=0.10), side
 
 
 def test_every_kind_and_size_is_timed():
@@ -125,3 +110,45 @@ def test_peak_memory_of_a_model():
     one, four = (peak_memory(spiking, torch.randn(batch, 3, 32, 32)) for batch in (1, 4))
     fixed = sum(tensor.nbytes for tensor in (*spiking.parameters(), *spiking.buffers()))
     assert (four - fixed) / (one - fixed) == pytest.approx(4.0, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return {result.kind: result for result in attention_complexity((16, 32, 64, 128), (16, 32, 64))}
+
+
+@pytest.mark.parametrize(
+    ("kind", "operations", "state", "exponents"),
+    [
+        ("QKTA", lambda n, d: 2 * n * d, lambda n, d: n, (1, 1, 1, 0)),
+        ("QKCA", lambda n, d: 2 * n * d, lambda n, d: d, (1, 1, 0, 1)),
+        ("SSA", lambda n, d: 2 * n * d * d + n * d, lambda n, d: d * d, (1, 2, 0, 2)),
+        ("SSA as (Q K^T) V", lambda n, d: 2 * n * n * d + n * d, lambda n, d: n * n, (2, 1, 2, 0)),
+    ],
+)
+def test_counts_are_the_closed_form(results, kind, operations, state, exponents):
+    found = results[kind]
+    assert len(found.counts) == 12
+    for count in found.counts:
+        assert count.operations == operations(count.tokens, count.dim)
+        assert count.state == state(count.tokens, count.dim)
+    fitted = (found.operations_n, found.operations_d, found.state_n, found.state_d)
+    assert fitted == pytest.approx(exponents, abs=0.03)  # of 2 N D^2 + N D: a little less than 2
+
+
+def test_the_papers_formulas_stand_beside(results):
+    assert results["QKTA"].paper == ("O(D)", "O(N)")
+    assert results["SSA"].paper == results["SSA as (Q K^T) V"].paper == ("O(N^2 D)", "O(N^2 + N D)")
+
+
+@pytest.mark.parametrize("args", [{"tokens": (8,)}, {"dims": (8, 8)}, {"dims": (0, 8)}])
+def test_exponents_need_two_sizes(args):
+    with pytest.raises(ValueError, match="two or more different numbers"):
+        attention_complexity(**args)
+
+
+def test_parameter_counts():
+    counts = parameter_counts()
+    assert set(counts) == {*timm.list_models(module="qkformer"), *timm.list_models(module="maxformer")}
+    model = timm.create_model("test_maxformer")
+    assert counts["test_maxformer"] == sum(p.numel() for p in model.parameters())

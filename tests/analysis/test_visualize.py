@@ -11,7 +11,6 @@ pytest.importorskip("matplotlib")
 from planted import SIZE, planted_image, planted_model
 
 from event_files import random_events, write_aedat4, write_npz
-from timm_qkformer.analysis.attention_pictures import select_layers
 from timm_qkformer.analysis.inputs import ModelInputs, find_files
 from timm_qkformer.analysis.visualize import visualize
 
@@ -140,13 +139,3 @@ def test_empty_folders_and_no_paths(model, tmp_path):
         find_files(tmp_path)
     with pytest.raises(ValueError, match="paths is empty"):
         visualize(model, [], tmp_path / "out", quiet=True)
-
-
-def test_layers_by_stage_and_block(model):
-    assert list(select_layers(model)) == ["stages.0.blocks.0.attn", "stages.1.blocks.0.attn"]
-    assert list(select_layers(model, stage=3)) == ["stages.2.blocks.0.attn", "stages.2.blocks.1.attn"]
-    assert list(select_layers(model, block=2)) == ["stages.2.blocks.1.attn"]
-    with pytest.raises(ValueError, match=r"stage=1 and block=2 \(counted from 1\) has no attention layer"):
-        select_layers(model, stage=1, block=2)
-    only_ssa = timm.create_model("test_maxformer")
-    assert set(select_layers(only_ssa).values()) == {"ssa"}

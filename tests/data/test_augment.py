@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
+from timm.data import Mixup
 
-from timm_qkformer.data import RELEASE_AUGMENTATIONS, EventAugment, cutout, roll, rotate, shear_x, translate
+from timm_qkformer.data import RELEASE_AUGMENTATIONS, EventAugment, EventMixup, cutout, roll, rotate, shear_x, translate
 
 EVERYTHING = (*RELEASE_AUGMENTATIONS, "roll_x", "roll_y")
 
@@ -37,13 +39,6 @@ def test_translate(dx, dy):
             inside = 0 <= row - dy < 12 and 0 <= column - dx < 10
             expected = x[..., row - dy, column - dx] if inside else torch.zeros(3, 2)
             assert torch.equal(out[..., row, column], expected)
-
-
-def test_translate_is_torchvisions():
-    from torchvision.transforms.functional import affine
-
-    x = clip()
-    assert torch.equal(translate(x, 3, -2), affine(x, angle=0.0, translate=[3, -2], scale=1.0, shear=[0.0, 0.0]))
 
 
 def test_roll_wraps_around():
@@ -118,13 +113,66 @@ def test_strengths_stay_within_the_releases():
         ({"operations": ("rotate", "solarize")}, "solarize"),
         ({"flip_prob": 1.5}, "flip_prob=1.5"),
         ({"bins": 1}, "bins=1"),
+        ({}, r"\[T, C, H, W\]"),
     ],
 )
-def test_bad_arguments(kwargs, message):
+def test_bad_arguments_and_a_batch(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        EventAugment(**kwargs)
+        EventAugment(**kwargs)(torch.zeros(2, 3, 2, 8, 8))
 
 
-def test_a_batch_is_refused():
-    with pytest.raises(ValueError, match=r"\[T, C, H, W\]"):
-        EventAugment()(torch.zeros(2, 3, 2, 8, 8))
+ALPHAS = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "prob": 1.0, "num_classes": 4}
+
+
+def batch():
+    return torch.rand(4, 3, 2, 16, 12), torch.tensor([0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_mixup_is_timms(mode):
+    x, target = batch()
+    results = []
+    for kind in (EventMixup, Mixup):
+        np.random.seed(0)
+        results.append(kind(**{**ALPHAS, "mixup_alpha": 0.5}, mode=mode)(x.clone(), target))
+    for ours, timms in zip(*results, strict=True):
+        assert torch.equal(ours, timms)
+    assert not torch.equal(results[0][0], x)
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_cutmix_pastes_one_box_in_every_step(mode):
+    x = torch.arange(4.0).view(4, 1, 1, 1, 1).expand(4, 3, 2, 16, 12).clone()
+    for seed in range(10):
+        np.random.seed(seed)
+        mixup = EventMixup(**{**ALPHAS, "cutmix_alpha": 1.0}, mode=mode, label_smoothing=0.0)
+        out, target = mixup(x.clone(), torch.tensor([0, 1, 2, 3]))
+        assert (out == out[:, :1, :1]).all()
+        for i in range(4):
+            pasted = out[i, 0, 0] == 3 - i
+            rows, columns = pasted.any(1).sum(), pasted.any(0).sum()
+            assert pasted.sum() == rows * columns
+            assert target[i, 3 - i].item() == pytest.approx(pasted.float().mean().item(), abs=1e-6)
+
+
+def test_the_layout_of_the_clips_does_not_matter():
+    x, target = batch()
+    strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+    results = []
+    for clips in (x.clone(), strided):
+        np.random.seed(1)
+        results.append(EventMixup(**{**ALPHAS, "cutmix_alpha": 1.0})(clips, target)[0])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(4, 2, 8, 8), r"\[B, T, C, H, W\]"),
+        (torch.zeros(3, 2, 2, 8, 8), "even batch size, got 3"),
+        (torch.zeros(4, 2, 2, 8, 8, dtype=torch.uint8), "floating point"),
+    ],
+)
+def test_bad_batches(x, message):
+    with pytest.raises(ValueError, match=message):
+        EventMixup(**{**ALPHAS, "mixup_alpha": 0.5})(x, torch.zeros(len(x), dtype=torch.long))

@@ -1,11 +1,15 @@
+"""Recordings in every format, their frames, and the examples of docs/events.md."""
+
 import pickle
 import sys
+import warnings
 
 import numpy as np
 import pytest
 
+from doc_examples import DOCS, run_examples
 from event_files import as_dict, random_events, real_aedat4, write_aedat4, write_atis, write_npz
-from timm_qkformer.data import EventFileError, check_events, read_events
+from timm_qkformer.data import EventFileError, Events, FrameSpec, check_events, events_to_frames, read_events
 
 WRITERS = {".npz": write_npz, ".bin": write_atis, ".bs2": write_atis, ".aedat4": write_aedat4}
 
@@ -34,14 +38,9 @@ def test_agrees_with_spikingjelly_on_atis_files(tmp_path):
         np.testing.assert_array_equal(getattr(read, key), values)
 
 
-@pytest.mark.parametrize("dtype", [bool, np.int8, np.float32])
-def test_npz_polarities(dtype, tmp_path):
-    np.savez(tmp_path / "a.npz", t=[1, 2], x=[0, 1], y=[0, 1], p=np.array([0, 1], dtype))
-    assert read_events(tmp_path / "a.npz").p.tolist() == [False, True]
-
-
-def test_npz_signed_polarities(tmp_path):
-    np.savez(tmp_path / "a.npz", t=[1, 2], x=[0, 1], y=[0, 1], p=[-1, 1])
+@pytest.mark.parametrize("p", [np.array([0, 1], dtype) for dtype in (bool, np.int8, np.float32)] + [[-1, 1]])
+def test_npz_polarities(p, tmp_path):
+    np.savez(tmp_path / "a.npz", t=[1, 2], x=[0, 1], y=[0, 1], p=p)
     assert read_events(tmp_path / "a.npz").p.tolist() == [False, True]
 
 
@@ -67,45 +66,32 @@ def test_bad_npz(arrays, message, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_truncated(suffix, tmp_path):
+def test_truncated_and_empty(suffix, tmp_path):
     path = write(tmp_path / f"a{suffix}", random_events(1000))
-    path.write_bytes(path.read_bytes()[:-1001])
-    with pytest.raises(EventFileError, match="a" + suffix):
-        read_events(path)
+    for content, message in ((path.read_bytes()[:-1001], "a" + suffix), (b"", "0 bytes")):
+        path.write_bytes(content)
+        with pytest.raises(EventFileError, match=message):
+            read_events(path)
 
 
-@pytest.mark.parametrize("suffix", WRITERS)
-def test_empty_file(suffix, tmp_path):
-    path = tmp_path / f"a{suffix}"
-    path.touch()
-    with pytest.raises(EventFileError, match="0 bytes"):
-        read_events(path)
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".aedat4"])
-def test_noise(suffix, tmp_path):
-    pytest.importorskip("aedat")
-    path = tmp_path / f"a{suffix}"
-    path.write_bytes(np.random.default_rng(0).bytes(1000))
-    with pytest.raises(EventFileError, match="not a readable"):
-        read_events(path)
-
-
-def test_single_array_is_no_recording(tmp_path):
-    with open(tmp_path / "a.npz", "wb") as file:
+def test_unreadable_files(tmp_path):
+    (tmp_path / "folder.npz").mkdir()
+    with open(tmp_path / "array.npz", "wb") as file:
         np.save(file, np.zeros(3))
-    with pytest.raises(EventFileError, match="single array"):
-        read_events(tmp_path / "a.npz")
-
-
-def test_unreadable_paths(tmp_path):
-    with pytest.raises(EventFileError, match="no such file"):
-        read_events(tmp_path / "a.npz")
-    with pytest.raises(EventFileError, match=r"unknown suffix '\.mat'"):
-        read_events(tmp_path / "a.mat")
-    (tmp_path / "b.npz").mkdir()
-    with pytest.raises(EventFileError, match="no such file"):
-        read_events(tmp_path / "b.npz")
+    for name in ("noise.npz", "noise.aedat4"):
+        (tmp_path / name).write_bytes(np.random.default_rng(0).bytes(1000))
+    for name, message in [
+        ("nowhere.npz", "no such file"),
+        ("folder.npz", "no such file"),
+        ("nowhere.mat", r"unknown suffix '\.mat'"),
+        ("array.npz", "single array"),
+        ("noise.npz", "not a readable"),
+        ("noise.aedat4", "not a readable"),
+    ]:
+        if name.endswith("aedat4"):
+            pytest.importorskip("aedat")
+        with pytest.raises(EventFileError, match=message):
+            read_events(tmp_path / name)
 
 
 def test_a_panic_of_the_aedat4_decoder_is_an_error(tmp_path):
@@ -157,3 +143,70 @@ def test_nonsensical_timestamps(tmp_path):
     np.savez(tmp_path / "a.npz", t=[-(2**62), 5, 2**62], x=[0] * 3, y=[0] * 3, p=[0] * 3)
     with pytest.raises(EventFileError, match="timestamps run from -4611686018427387904 to 4611686018427387904"):
         check_events(read_events(tmp_path / "a.npz"), (1, 1), "a")
+
+
+CASES = [(count, by, steps) for count in (1000, 1007) for by in ("number", "time") for steps in (1, 3, 16)]
+
+
+@pytest.mark.parametrize(("count", "split_by", "time_steps"), [*CASES, (3, "number", 4)])
+def test_frames_are_spikingjellys(time_steps, split_by, count):
+    from spikingjelly.datasets.utils import integrate_events_by_fixed_frames_number
+
+    events = random_events(count, (20, 30), seed=count)
+    ours = events_to_frames(events, FrameSpec(time_steps, split_by), (20, 30))
+    theirs = integrate_events_by_fixed_frames_number(as_dict(events), split_by, time_steps, 20, 30)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("t", "counts"), [([0, 1, 98, 99], [2, 0, 0, 2]), ([0] * 4, [4, 0, 0, 0])])
+def test_a_silent_slice_is_an_empty_frame(t, counts):
+    zero = np.zeros(4, dtype=np.int64)
+    frames = events_to_frames(Events(np.array(t), zero, zero, zero > 0), FrameSpec(4, "time"), (1, 1))
+    assert frames.sum((1, 2, 3)).tolist() == counts
+
+
+def test_channels_are_off_and_on():
+    one = np.array([1, 1, 1])
+    frames = events_to_frames(Events(one, one, one * 0, np.array([True, True, False])), FrameSpec(1), (2, 3))
+    assert frames[0, 0].tolist() == [[0, 1, 0], [0, 0, 0]]
+    assert frames[0, 1].tolist() == [[0, 2, 0], [0, 0, 0]]
+
+
+def test_sampling_down_by_whole_ratios_is_sum_pooling():
+    events = random_events(5000, (24, 36))
+    full = events_to_frames(events, FrameSpec(4), (24, 36))
+    small = events_to_frames(events, FrameSpec(4, size=(8, 9)), (24, 36))
+    np.testing.assert_array_equal(small, full.reshape(4, 2, 8, 3, 9, 4).sum((3, 5)))
+
+
+def test_sampling_down_counts_every_event():
+    frames = events_to_frames(random_events(5000, (34, 34)), FrameSpec(4, size=(32, 15)), (34, 34))
+    assert frames.shape == (4, 2, 32, 15)
+    assert frames.sum() == 5000
+    assert frames.sum((0, 1)).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0,), "time_steps=0"),
+        ((4, "count"), "split_by='count'"),
+        ((4, "number", (0, 3)), r"size=\(0, 3\)"),
+        ((2, "number", (64, 34)), "larger than the sensor"),
+    ],
+)
+def test_bad_spec(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        events_to_frames(random_events(10), FrameSpec(*arguments), (34, 34))
+
+
+def test_examples_of_the_docs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the skipped recording
+        assert run_examples(DOCS / "events.md") == 4
+    out = capsys.readouterr().out
+    for text in ("[4, 4, 2, 64, 64] torch.int64", "[4, 2]", "4000 (16, 2, 128, 128) 4000"):
+        assert text in out
+    for text in ("1 of 18 recordings cannot be used", "17 {'3.npz': 'the file is empty (0 bytes)'}"):
+        assert text in out

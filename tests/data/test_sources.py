@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from spikingjelly.datasets.cifar10_dvs import CIFAR10DVS, CIFAR10DVS_CLASS_NAMES
+from spikingjelly.datasets.utils import split_to_train_test_set
 
 from event_files import (
     random_events,
@@ -19,7 +20,7 @@ from event_files import (
     write_atis,
     write_npz,
 )
-from timm_qkformer.data import FrameSpec, create_event_dataset, create_event_loader, events_to_frames
+from timm_qkformer.data import FrameSpec, create_event_dataset, create_event_loader, events_to_frames, split_by_class
 
 DVS = (128, 128)
 
@@ -43,12 +44,42 @@ def cifar10_dvs_events(root, per_class=12):
             write_npz(root / "events_np" / name / f"cifar10_{name}_{i}.npz", events)
 
 
+# Splits
+
+TARGETS = [0] * 25 + [2, 1] * 17 + [2] * 3
+
+
+def test_the_split_is_the_releases():
+    train, test = split_to_train_test_set(0.9, [(None, t) for t in TARGETS], 3)
+    assert split_by_class(TARGETS, 0.9) == (train.indices, test.indices)
+
+
+def test_the_split_of_cifar10_dvs():
+    train, test = split_by_class([i // 1000 for i in range(10_000)])
+    assert (len(train), len(test)) == (9000, 1000)
+    assert train[:2] == [0, 1]
+    assert test[:2] == [900, 901]
+
+
+def test_the_seed_of_a_split():
+    first, again, other = (split_by_class(TARGETS, 0.5, seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert sorted(first[0] + first[1]) == list(range(len(TARGETS)))
+    for target in range(3):
+        assert sum(TARGETS[i] == target for i in first[0]) == -(-TARGETS.count(target) // 2)
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.1])
+def test_a_bad_ratio(ratio):
+    with pytest.raises(ValueError, match="train_ratio="):
+        split_by_class(TARGETS, ratio)
+
+
 # CIFAR10-DVS
 
 
 def test_cifar10_dvs_is_spikingjellys_with_the_published_split(tmp_path):
-    from spikingjelly.datasets.utils import split_to_train_test_set
-
     cifar10_dvs_events(tmp_path)
     # As the release makes its data, train.py of cifar10-dvs.
     theirs = CIFAR10DVS(root=tmp_path, data_type="frame", frames_number=4, split_by="number")
@@ -162,8 +193,7 @@ def test_two_processes_convert_at_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "file"),
-    [("cifar10dvs", "airplane.zip"), ("dvs128gesture", "DvsGesture.tar.gz"), ("nmnist", "Train.zip")],
+    ("name", "file"), [("cifar10dvs", "airplane.zip"), ("dvs128gesture", "DvsGesture.tar.gz"), ("nmnist", "Train.zip")]
 )
 def test_missing_data_says_what_to_download_and_where(name, file, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
@@ -347,7 +377,6 @@ def test_an_empty_split(tmp_path):
         ("mnist", {}, "name='mnist' is unknown, expected one of cifar10dvs, dvs128gesture, nmnist, folder"),
         ("nmnist", {"split": "dev"}, "split='dev'"),
         ("nmnist", {"sensor_size": 28}, "sensor_size=28 is wrong for nmnist"),
-        ("nmnist", {"split_by": "count"}, "split_by='count'"),
     ],
 )
 def test_bad_arguments(name, kwargs, message, tmp_path):

@@ -21,7 +21,7 @@ from torch import Tensor
 from training_dict import training_checkpoint
 
 StateDict = dict[str, Tensor]
-Build = Callable[[StateDict, Path, Path], bytes]  # honest tensors, marker file, scratch folder
+Build = Callable[[StateDict, Path], bytes]  # honest tensors, a file that code would make
 
 CASES: dict[str, tuple[Build, str]] = {}
 
@@ -51,7 +51,7 @@ def add(name: str, reason: str, build: Build) -> None:
 def changed(name: str, reason: str, change: Callable[[StateDict], Any], container: str = "plain") -> None:
     """A state dict that was tampered with before it was saved."""
 
-    def build(tensors: StateDict, marker: Path, scratch: Path) -> bytes:
+    def build(tensors: StateDict, marker: Path) -> bytes:
         tensors = OrderedDict(tensors)
         result = change(tensors)
         return CONTAINERS[container](result if isinstance(result, dict) else tensors)
@@ -61,41 +61,39 @@ def changed(name: str, reason: str, change: Callable[[StateDict], Any], containe
 
 # Cut off, overwritten, random.
 
+
+def cut(name: str, container: str, tenths: int, last: int | None = None) -> None:
+    def build(tensors: StateDict, marker: Path) -> bytes:
+        content = CONTAINERS[container](tensors)
+        return content[: len(content) * tenths // 10][:last]
+
+    add(f"truncated-{name}-{container}", UNREADABLE, build)
+
+
 for container in CONTAINERS:
-    for tenth in range(10):
-        add(
-            f"truncated-{tenth}-tenths-{container}",
-            UNREADABLE,
-            lambda tensors, marker, scratch, c=container, t=tenth: (lambda b: b[: len(b) * t // 10])(
-                CONTAINERS[c](tensors)
-            ),
-        )
-    add(
-        f"truncated-by-one-{container}",
-        UNREADABLE,
-        lambda tensors, marker, scratch, c=container: CONTAINERS[c](tensors)[:-1],
-    )
+    for tenths in range(10):
+        cut(f"{tenths}-tenths", container, tenths)
+    cut("by-one", container, 10, -1)
+
+PREFIXES = {"bytes": b"", "zip": b"PK\x03\x04", "pickle": b"\x80\x02", "json": struct.pack("<Q", 900) + b"{"}
+
+
+def fixed(name: str, reason: str, content: bytes) -> None:
+    """A file that has nothing to do with the honest tensors."""
+    add(name, reason, lambda tensors, marker: content)
+
 
 for seed in range(10):
-    for kind, prefix in {
-        "": b"",
-        "zip": b"PK\x03\x04",
-        "pickle": b"\x80\x02",
-        "json": struct.pack("<Q", 900) + b"{",
-    }.items():
-        add(
-            f"random-{kind or 'bytes'}-{seed}",
-            UNREADABLE,
-            lambda tensors, marker, scratch, s=seed, p=prefix: p + random.Random(s).randbytes(1000 * (s + 1)),
-        )
-add("empty", UNREADABLE, lambda tensors, marker, scratch: b"")
-add("html", UNREADABLE, lambda tensors, marker, scratch: b"<!DOCTYPE html><title>404</title>" * 40)
-add("tar", UNREADABLE, lambda tensors, marker, scratch: b"sys_info" + bytes(504) + b"ustar" + bytes(4000))
+    for kind, prefix in PREFIXES.items():
+        fixed(f"random-{kind}-{seed}", UNREADABLE, prefix + random.Random(seed).randbytes(1000 * (seed + 1)))
+fixed("empty", UNREADABLE, b"")
+fixed("html", UNREADABLE, b"<!DOCTYPE html><title>404</title>" * 40)
+fixed("tar", UNREADABLE, b"sys_info" + bytes(504) + b"ustar" + bytes(4000))
 
 # Code in the pickle.
 
 
-def with_pickle(pickled: bytes, scratch: Path, records: dict[str, bytes] | None = None) -> bytes:
+def with_pickle(pickled: bytes, records: dict[str, bytes] | None = None) -> bytes:
     """A zip as torch.save writes it, with this pickle and these records."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -140,20 +138,16 @@ PAYLOADS: dict[str, tuple[str, str, Callable[[Path], tuple[str, ...]]]] = {
 SPELLINGS = {"global": call, "stack": stack_call, "inst": instance}
 PICKLE_REASON = "which could run code|in a way that torch.save does not|its pickle is damaged"
 
-for payload, (module, function, arguments) in PAYLOADS.items():
+
+def code(name: str, reason: str, payload: str, write: Callable[..., bytes], wrap: Callable[[bytes], bytes]) -> None:
+    module, function, arguments = PAYLOADS[payload]
+    add(name, reason, lambda tensors, marker: wrap(write(module, function, *arguments(marker))))
+
+
+for payload in PAYLOADS:
     for spelling, write in SPELLINGS.items():
-        add(
-            f"code-{payload}-{spelling}",
-            PICKLE_REASON,
-            lambda tensors, marker, scratch, w=write, m=module, f=function, a=arguments: with_pickle(
-                w(m, f, *a(marker)), scratch
-            ),
-        )
-    add(
-        f"code-{payload}-bare",
-        "bare pickle",
-        lambda tensors, marker, scratch, m=module, f=function, a=arguments: call(m, f, *a(marker)),
-    )
+        code(f"code-{payload}-{spelling}", PICKLE_REASON, payload, write, with_pickle)
+    code(f"code-{payload}-bare", "bare pickle", payload, call, bytes)
 
 
 class _Touch:
@@ -166,7 +160,7 @@ class _Touch:
 
 for place in ("args", "model", "optimizer", "extra"):
 
-    def _in_training_dict(tensors: StateDict, marker: Path, scratch: Path, place: str = place) -> bytes:
+    def _in_training_dict(tensors: StateDict, marker: Path, place: str = place) -> bytes:
         content = training_checkpoint(tensors, time_step=2)
         content[place] = _Touch(marker)
         return saved(content)
@@ -176,7 +170,7 @@ for place in ("args", "model", "optimizer", "extra"):
 # Bombs.
 
 
-def _deflated(tensors: StateDict, marker: Path, scratch: Path) -> bytes:
+def _deflated(tensors: StateDict, marker: Path) -> bytes:
     buffer = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(saved(tensors))) as honest,
@@ -196,7 +190,7 @@ add("bomb-deflated", "compressed or encrypted", _deflated)
 def _claiming(size: int) -> Build:
     """The directory claims a size for the first tensor that the file does not have."""
 
-    def build(tensors: StateDict, marker: Path, scratch: Path) -> bytes:
+    def build(tensors: StateDict, marker: Path) -> bytes:
         content = bytearray(saved(tensors))
         at = content.index(b"/data/0", content.index(b"PK\x01\x02"))
         header = content.rindex(b"PK\x01\x02", 0, at)
@@ -210,7 +204,7 @@ add("bomb-directory-1g", "records claim", _claiming(1 << 30))
 add("bomb-directory-4g", "records claim|damaged", _claiming(0xFFFFFFFE))
 
 
-def _overlapping(tensors: StateDict, marker: Path, scratch: Path) -> bytes:
+def _overlapping(tensors: StateDict, marker: Path) -> bytes:
     """Each of 60 directory entries points at the whole of the same large record."""
     first = io.BytesIO()
     with zipfile.ZipFile(first, "w") as archive:
@@ -229,37 +223,29 @@ def _overlapping(tensors: StateDict, marker: Path, scratch: Path) -> bytes:
 add("bomb-overlapping", "records claim|damaged|lists a name twice", _overlapping)
 
 
-def _twice(tensors: StateDict, marker: Path, scratch: Path) -> bytes:
-    content = bytearray(with_pickle(b"\x80\x02}.", scratch, {"data/0": bytes(64), "data/1": bytes(64)}))
+def _twice(tensors: StateDict, marker: Path) -> bytes:
+    content = bytearray(with_pickle(b"\x80\x02}.", {"data/0": bytes(64), "data/1": bytes(64)}))
     at = content.rindex(b"archive/data/1")
     content[at : at + 14] = b"archive/data/0"
     return bytes(content)
 
 
 add("bomb-name-twice", "lists a name twice", _twice)
-add(
-    "bomb-bytearray",
-    "which could run code",
-    lambda tensors, marker, scratch: with_pickle(
-        b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x02\x85R.", scratch
-    ),
-)
+BYTEARRAY = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x02\x85R."
+fixed("bomb-bytearray", "which could run code", with_pickle(BYTEARRAY))
+# Built when they are needed: they are large.
 add(
     "bomb-large-pickle",
     "more than names and shapes need",
-    lambda tensors, marker, scratch: with_pickle(b"\x80\x02" + b"]0" * (5 << 20) + b"}.", scratch),
+    lambda tensors, marker: with_pickle(b"\x80\x02" + b"]0" * (5 << 20) + b"}."),
 )
 add(
     "bomb-many-opcodes",
     "more than 1,000,000 steps",
-    lambda tensors, marker, scratch: with_pickle(b"\x80\x02" + b"}" * 2_000_000 + b".", scratch),
+    lambda tensors, marker: with_pickle(b"\x80\x02" + b"}" * 2_000_000 + b"."),
 )
 for claim in (10**6, 10**9, 2**40, 2**63 - 1, 2**64 - 1):
-    add(
-        f"bomb-header-{claim}",
-        "safetensors header claims",
-        lambda tensors, marker, scratch, c=claim: struct.pack("<Q", c) + b"{" + bytes(2000),
-    )
+    fixed(f"bomb-header-{claim}", "safetensors header claims", struct.pack("<Q", claim) + b"{" + bytes(2000))
 
 
 def header(entries: dict[str, Any], body: int = 64) -> bytes:
@@ -268,20 +254,11 @@ def header(entries: dict[str, Any], body: int = 64) -> bytes:
 
 
 for claim in ([1 << 40], [1 << 20, 1 << 20], [-1], [1 << 62, 4]):
-    add(
-        f"bomb-shape-{'x'.join(map(str, claim))}-safetensors",
-        "damaged or cut off",
-        lambda tensors, marker, scratch, c=claim: header(
-            {"head.weight": {"dtype": "F32", "shape": c, "data_offsets": [0, 64]}}
-        ),
-    )
-add(
-    "bomb-offsets-safetensors",
-    "damaged or cut off",
-    lambda tensors, marker, scratch: header(
-        {"head.weight": {"dtype": "F32", "shape": [16], "data_offsets": [0, 1 << 40]}}
-    ),
-)
+    entry = {"dtype": "F32", "shape": claim, "data_offsets": [0, 64]}
+    name = f"bomb-shape-{'x'.join(map(str, claim))}-safetensors"
+    fixed(name, "damaged or cut off", header({"head.weight": entry}))
+entry = {"dtype": "F32", "shape": [16], "data_offsets": [0, 1 << 40]}
+fixed("bomb-offsets-safetensors", "damaged or cut off", header({"head.weight": entry}))
 changed(
     "bomb-expanded", "its tensors claim", lambda t: t.update({"head.weight": torch.zeros(1).expand(1 << 15, 1 << 16)})
 )
@@ -314,7 +291,7 @@ for name, content in {
     "nested": {"model": {"model": {"head.weight": torch.zeros(10, 64)}}},
     "tensor": torch.zeros(3),
 }.items():
-    add(f"content-{name}", "not a dict|no tensors|not a state dict", lambda t, marker, scratch, c=content: saved(c))
+    add(f"content-{name}", "not a dict|no tensors|not a state dict", lambda t, marker, c=content: saved(c))
 changed(
     "other-model",
     "no classifier",
@@ -335,69 +312,50 @@ VICTIMS = (
     "head.weight",
     "head.bias",
 )
-SHORT = {name: name.replace(".", "_") for name in VICTIMS}
+
+
+def replaced(name: str, reason: str, victim: str, change: Callable[[Tensor], Tensor]) -> None:
+    """A tensor that was exchanged for another."""
+    changed(name, reason, lambda t: t.update({victim: change(t[victim])}))
+
 
 for victim in VICTIMS:
+    short = victim.replace(".", "_")
     for dtype in (torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool, torch.complex64):
-        changed(
-            f"dtype-{str(dtype).removeprefix('torch.')}-{SHORT[victim]}",
-            "expected float32|which could run code",
-            lambda t, v=victim, d=dtype: t.update({v: t[v].to(d)}),
-        )
+        name = f"dtype-{str(dtype).removeprefix('torch.')}-{short}"
+        replaced(name, "expected float32|which could run code", victim, lambda w, d=dtype: w.to(d))
     for value in ("nan", "inf", "-inf"):
-        changed(
-            f"value-{value}-{SHORT[victim]}",
-            "not finite",
-            lambda t, v=victim, x=value: t[v].view(-1)[-1:].fill_(float(x)),
-        )
-    changed(
-        f"missing-{SHORT[victim]}",
-        "missing|no classifier|do not know|cannot be matched",
-        lambda t, v=victim: t.pop(v),
-    )
-    changed(
-        f"transposed-{SHORT[victim]}",
-        "misshapen|classifier|no model fits",
-        lambda t, v=victim: t.update({v: torch.zeros(*reversed(t[v].shape), 2)}),
-    )
-    changed(f"misspelt-{SHORT[victim]}", "no model fits", lambda t, v=victim: t.update({"a" + v: t.pop(v)}))
-    changed(
-        f"long-{SHORT[victim]}", "misshapen|no model fits", lambda t, v=victim: t.update({v: torch.cat([t[v]] * 2, -1)})
-    )
+
+        def _spoil(weight: Tensor, value: str = value) -> Tensor:
+            weight.view(-1)[-1:].fill_(float(value))
+            return weight
+
+        replaced(f"value-{value}-{short}", "not finite", victim, _spoil)
+    transposed = "misshapen|classifier|no model fits"
+    replaced(f"transposed-{short}", transposed, victim, lambda w: torch.zeros(*reversed(w.shape), 2))
+    replaced(f"long-{short}", "misshapen|no model fits", victim, lambda w: torch.cat([w] * 2, -1))
+    missing = "missing|no classifier|do not know|cannot be matched"
+    changed(f"missing-{short}", missing, lambda t, v=victim: t.pop(v))
+    changed(f"misspelt-{short}", "no model fits", lambda t, v=victim: t.update({"a" + v: t.pop(v)}))
+EXTRA = "extra|does not know|no model fits"
 for extra in ("head.extra", "stage3.2.mlp.fc1_conv.weight", "patch_embed4.proj_conv.weight", "optimizer", "x" * 5000):
     for container in CONTAINERS:
-        changed(
-            f"extra-{extra[:40]}",
-            "extra|does not know|no model fits",
-            lambda t, e=extra: t.update({e: torch.zeros(2)}),
-            container,
-        )
-changed(
-    "dtype-counter",
-    "expected an int64 counter",
-    lambda t: t.update({"patch_embed1.proj_bn.num_batches_tracked": torch.tensor(1.0)}),
-)
-changed("negative-variance", "negative variances", lambda t: t["stage3.1.mlp.fc2_bn.running_var"].neg_())
-changed("sparse", "could run code|dense|cannot read", lambda t: t.update({"head.weight": t["head.weight"].to_sparse()}))
-changed(
-    "quantised",
-    "could run code|dense",
-    lambda t: t.update({"head.weight": torch.quantize_per_tensor(t["head.weight"], 0.1, 0, torch.qint8)}),
-)
-changed("meta", "could run code|dense|claim", lambda t: t.update({"head.weight": torch.zeros(10, 64, device="meta")}))
+        changed(f"extra-{extra[:40]}", EXTRA, lambda t, e=extra: t.update({e: torch.zeros(2)}), container)
 
+COUNTER, STEM = "patch_embed1.proj_bn.num_batches_tracked", "patch_embed1.proj_conv.weight"
+replaced("dtype-counter", "expected an int64 counter", COUNTER, lambda w: torch.tensor(1.0))
+replaced("negative-variance", "negative variances", "stage3.1.mlp.fc2_bn.running_var", torch.neg)
+replaced("sparse", "could run code|dense|cannot read", "head.weight", torch.Tensor.to_sparse)
+replaced(
+    "quantised", "could run code|dense", "head.weight", lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)
+)
+replaced("meta", "could run code|dense|claim", "head.weight", lambda w: torch.zeros(10, 64, device="meta"))
 for shape in ([0, 64], [10, 0], [], [10], [10, 64, 1]):
-    changed(
-        f"classifier-of-{'x'.join(map(str, shape)) or 'scalar'}",
-        "classifier",
-        lambda t, s=shape: t.update({"head.weight": torch.zeros(s)}),
-    )
+    name = f"classifier-of-{'x'.join(map(str, shape)) or 'scalar'}"
+    replaced(name, "classifier", "head.weight", lambda w, s=shape: torch.zeros(s))
 for shape in ([8, 0, 3, 3], [0, 3, 3, 3], [8]):
-    changed(
-        f"stem-of-{'x'.join(map(str, shape))}",
-        "no stem|no model fits",
-        lambda t, s=shape: t.update({"patch_embed1.proj_conv.weight": torch.zeros(s)}),
-    )
+    name = f"stem-of-{'x'.join(map(str, shape))}"
+    replaced(name, "no stem|no model fits", STEM, lambda w, s=shape: torch.zeros(s))
 
 
 def _odd_mlps(tensors: StateDict) -> None:

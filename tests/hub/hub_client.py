@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 
 class Client:
@@ -33,7 +33,7 @@ class Client:
     def transformers_logits(self, name: str) -> list[list[float]]:
         return self._pool.submit(_transformers_logits, name).result()
 
-    def cli(self, *argv: str, answer: Optional[str] = None) -> tuple[int, str, str]:
+    def cli(self, *argv: str, answer: str | None = None) -> tuple[int, str, str]:
         """Exit code, output and error output. `answer`: what a person at a terminal types; None: no terminal."""
         return self._pool.submit(_cli, argv, answer).result()
 
@@ -75,7 +75,7 @@ class _Terminal(io.StringIO):
 
 
 @contextlib.contextmanager
-def _stdin(answer: Optional[str]) -> Iterator[None]:
+def _stdin(answer: str | None) -> Iterator[None]:
     before = sys.stdin
     sys.stdin = io.StringIO() if answer is None else _Terminal(answer + "\n")
     try:
@@ -84,7 +84,7 @@ def _stdin(answer: Optional[str]) -> Iterator[None]:
         sys.stdin = before
 
 
-def _cli(argv: tuple[str, ...], answer: Optional[str]) -> tuple[int, str, str]:
+def _cli(argv: tuple[str, ...], answer: str | None) -> tuple[int, str, str]:
     from timm_qkformer.cli import main
 
     out, err = io.StringIO(), io.StringIO()

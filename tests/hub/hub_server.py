@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Optional
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
 
@@ -36,7 +36,7 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     head: str = "0" * 40
 
-    def files(self, revision: str) -> Optional[dict[str, bytes]]:
+    def files(self, revision: str) -> dict[str, bytes] | None:
         return self.commits.get(self.head if revision == "main" else revision)
 
     def commit(self, files: dict[str, bytes]) -> str:
@@ -96,30 +96,12 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self._handle()
-
-    def do_GET(self) -> None:
-        self._handle()
-
-    def do_POST(self) -> None:
-        self._handle()
-
-    def do_PUT(self) -> None:
-        self._handle()
-
     def _handle(self) -> None:
         path = unquote(urlparse(self.path).path)
         self.server.log.append((self.command, path, self.headers.get("Range", "")))
         body = self._body()
-        self.fault = next(
-            (
-                fault
-                for fault in self.server.faults
-                if fault.path in path and fault.method in ("", self.command) and fault.times > 0
-            ),
-            Fault(),
-        )
+        faults = [f for f in self.server.faults if f.path in path and f.method in ("", self.command) and f.times > 0]
+        self.fault = faults[0] if faults else Fault()
         self.fault.times -= 1
         time.sleep(self.fault.delay)
         if self.fault.status:
@@ -131,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
                 getattr(self, method)(body, *match.groups())
                 return
         self._json({"error": f"no route for {path}"}, 404)
+
+    do_HEAD = do_GET = do_POST = do_PUT = _handle  # noqa: N815
 
     def _body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
@@ -144,29 +128,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _json(self, content: Any, status: int = 200, **headers: str) -> None:
         body = json.dumps(content).encode()
+        self._head(status, Content_Type="application/json", Content_Length=str(len(body)), **headers)
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _head(self, status: int, **headers: str) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
         for key, value in headers.items():
             self.send_header(key.replace("_", "-"), value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
     def _content(self, content: bytes, etag: str, **headers: str) -> None:
         start = 0
         requested = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if requested and self.headers.get("If-Range", f'"{etag}"') == f'"{etag}"':
             start = int(requested[1])
-        self.send_response(206 if start else 200)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", f'"{etag}"')
-        for key, value in headers.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.end_headers()
+            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        headers |= {"Content_Length": str(len(content) - start), "Accept_Ranges": "bytes", "ETag": f'"{etag}"'}
+        self._head(206 if start else 200, **headers)
         if self.command == "HEAD":
             return
         if self.fault.flip:
@@ -197,21 +177,14 @@ class _Handler(BaseHTTPRequestHandler):
         commit = repo.head if revision == "main" else revision
         self._content(content, _etag(path, content), X_Repo_Commit=commit, X_Linked_Size=str(len(content)))
 
-    def model_info(self, body: bytes, repo_id: str, revision: Optional[str] = None) -> None:
+    def model_info(self, body: bytes, repo_id: str, revision: str | None = None) -> None:
         repo = self.server.repos.get(repo_id)
         if repo is None:
             self._json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
             return
-        names = sorted(repo.files("main") or {})
-        self._json(
-            {
-                "id": repo_id,
-                "modelId": repo_id,
-                "private": repo.private,
-                "sha": repo.head,
-                "siblings": [{"rfilename": name} for name in names],
-            }
-        )
+        siblings = [{"rfilename": name} for name in sorted(repo.files("main") or {})]
+        facts = {"id": repo_id, "modelId": repo_id, "private": repo.private, "sha": repo.head}
+        self._json({**facts, "siblings": siblings})
 
     def paths_info(self, body: bytes, repo_id: str, revision: str) -> None:
         files = self.server.repos[repo_id].files(revision) or {}
@@ -221,11 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
                 content = files[path]
                 entry = {"type": "file", "path": path, "size": len(content), "oid": _git_hash(content)}
                 if _is_large(path):
-                    entry["lfs"] = {
-                        "oid": hashlib.sha256(content).hexdigest(),
-                        "size": len(content),
-                        "pointerSize": 134,
-                    }
+                    oid = hashlib.sha256(content).hexdigest()
+                    entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 134}
                 entries.append(entry)
         self._json(entries)
 
@@ -233,26 +203,18 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(body)
         repo_id = f"{request.get('organization') or 'me'}/{request['name']}"
         status = 409 if repo_id in self.server.repos else 200
-        self.server.repos.setdefault(
-            repo_id, Repo(private=bool(request.get("private")) or request.get("visibility") == "private")
-        )
+        private = bool(request.get("private")) or request.get("visibility") == "private"
+        self.server.repos.setdefault(repo_id, Repo(private))
         self._json({"url": f"{self.server.url}/{repo_id}", "name": repo_id}, status)
 
     def preupload(self, body: bytes, repo_id: str, revision: str) -> None:
         files = self.server.repos[repo_id].files("main") or {}
-        self._json(
-            {
-                "files": [
-                    {
-                        "path": entry["path"],
-                        "uploadMode": "lfs" if _is_large(entry["path"]) else "regular",
-                        "shouldIgnore": False,
-                        "oid": _etag(entry["path"], files[entry["path"]]) if entry["path"] in files else None,
-                    }
-                    for entry in json.loads(body)["files"]
-                ]
-            }
-        )
+        entries = []
+        for path in (entry["path"] for entry in json.loads(body)["files"]):
+            oid = _etag(path, files[path]) if path in files else None
+            mode = "lfs" if _is_large(path) else "regular"
+            entries.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self._json({"files": entries})
 
     def lfs_batch(self, body: bytes, repo_id: str) -> None:
         stored = (self.server.repos[repo_id].files("main") or {}).values()

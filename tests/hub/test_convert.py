@@ -1,4 +1,4 @@
-"""`convert`: what it recognises and writes, and that the folder gives the checkpoint's logits wherever it loads."""
+"""`convert`: what it infers and writes, and that the folder gives the checkpoint's logits wherever it loads."""
 
 import argparse
 import importlib.util
@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from golden import CASES, GoldenCase
 from release import release_state_dict
-from timm_qkformer import round_weights
-from timm_qkformer.hub import CheckpointError, convert, read_checkpoint, verify
-from timm_qkformer.hub import releases as releases_module
-from timm_qkformer.hub.releases import RELEASES, find_release
+from timm_qkformer import quantize_weights
+from timm_qkformer.hub import CheckpointError, convert, infer, read_checkpoint, verify
+from timm_qkformer.hub.infer import RELEASES, find_release
 from training_dict import training_checkpoint
 
 
@@ -59,14 +58,7 @@ def test_folder_holds_weights_config_and_card(tiny_model, tiny_checkpoint, folde
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "timm"
     assert card.data.license == "unknown"
-    facts = (
-        "Time steps:** 2",
-        "checkpoint-199.pth",
-        "Epoch:** 199",
-        "issue 14",
-        "zhou2024qkformer",
-        "Not measured",
-    )
+    facts = ("Time steps:** 2", "checkpoint-199.pth", "Epoch:** 199", "issue 14", "zhou2024qkformer", "Not measured")
     for words in facts:
         assert words in card.text
 
@@ -116,7 +108,7 @@ def test_synthetic_training_checkpoint_matches_the_golden_logits(name, time_step
         ("maxformer_imagenet_10_384_t4", "maxformer_10_384", {}),
     ],
 )
-def test_every_family_is_recognised(name, model, args, folder, tmp_path):
+def test_every_family_is_inferred(name, model, args, folder, tmp_path):
     golden = GoldenCase(name)
     done = convert(save({"state_dict": golden.checkpoint}, tmp_path / "checkpoint.pth"), folder, time_steps=3)
     assert done.model == model
@@ -239,7 +231,7 @@ def test_time_steps_come_from_arguments_then_the_file_name_then_the_model(folder
 def test_known_md5_gives_tag_input_size_and_published_accuracy(tiny_model, folder, tmp_path, monkeypatch):
     source = save(release_state_dict(tiny_model), tmp_path / "x.pth")
     known = RELEASES[4]._replace(model="test_qkformer", md5=read_checkpoint(source).md5)
-    monkeypatch.setattr(releases_module, "RELEASES", (known,))
+    monkeypatch.setattr(infer, "RELEASES", (known,))
     done = convert(source, folder)
     assert done.tag == "ft384_in1k"
     cfg = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
@@ -339,19 +331,19 @@ def test_half_precision_halves_the_file_and_computes_in_single(folder, tmp_path)
     assert torch.equal(model.head.weight, weights["head.weight"].half().float())
 
 
-def test_rounded_weights_are_exact_in_half_precision_and_no_longer_the_authors(folder, tmp_path, monkeypatch):
+def test_quantized_weights_are_exact_in_half_precision_and_no_longer_the_authors(folder, tmp_path, monkeypatch):
     model = variant()
     source = save(release_state_dict(model), tmp_path / "x.pth")
     known = RELEASES[4]._replace(model="test_qkformer", md5=read_checkpoint(source).md5)
-    monkeypatch.setattr(releases_module, "RELEASES", (known,))
-    done = convert(source, folder, dtype="float16", round_weights=True)
+    monkeypatch.setattr(infer, "RELEASES", (known,))
+    done = convert(source, folder, dtype="float16", quantize_weights=True)
     assert done.tag == "custom"
     assert "weights rounded to 8 bits, one step per output channel" in done.report
     card = (folder / "README.md").read_text()
-    assert "**Rounding:** weights rounded to 8 bits" in card
+    assert "**Quantization:** weights rounded to 8 bits" in card
     assert "published by the authors" not in card
     found = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
-    round_weights(model)
+    quantize_weights(model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(found[name], tensor.half().float() if tensor.is_floating_point() else tensor)
     name = "stages.0.embed.main.0.conv.weight"

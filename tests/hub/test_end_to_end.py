@@ -8,6 +8,7 @@ import torch
 from hub_client import Client, logits_of
 from hub_server import Fault, Repo
 
+from release import release_state_dict
 from timm_qkformer.hub import convert
 
 TINY = "me/tiny"
@@ -36,11 +37,8 @@ def on_hub(server, converted):
 @pytest.fixture
 def at_url(server, tiny_checkpoint):
     server.files["tiny.pth"] = tiny_checkpoint.read_bytes()
-    return {
-        "pretrained_cfg_overlay": {"url": f"{server.url}/files/tiny.pth", "num_classes": 10},
-        "num_classes": 10,
-        "time_steps": 2,
-    }
+    overlay = {"url": f"{server.url}/files/tiny.pth", "num_classes": 10}
+    return {"pretrained_cfg_overlay": overlay, "num_classes": 10, "time_steps": 2}
 
 
 def overlay_url(kwargs, url):
@@ -50,30 +48,56 @@ def overlay_url(kwargs, url):
 def assert_helpful(outcome, *words):
     """The error names what was tried, the reason, and the other ways; the original exception is its cause."""
     assert outcome.get("type") == "WeightsError", outcome
-    for part in (
-        *words,
-        "create_model('test_qkformer'",
-        "file='checkpoint.pth'",
-        "timm-qkformer convert",
-        "local-dir:",
-    ):
+    ways = ("create_model('test_qkformer'", "file='checkpoint.pth'", "timm-qkformer convert", "local-dir:")
+    for part in (*words, *ways):
         assert part in outcome["error"]
     assert outcome["cause"] != "NoneType"
 
 
-class TestUrl:
-    def test_second_call_comes_from_the_cache(self, server, client, at_url, expected, tmp_path):
-        assert client.load("test_qkformer", cache_dir=tmp_path, **at_url) == {"logits": expected}
-        assert len(server.requests("GET", "tiny.pth")) == 1
-        assert client.load("test_qkformer", cache_dir=tmp_path, **at_url) == {"logits": expected}
-        assert len(server.requests("GET", "tiny.pth")) == 1
-        assert [path.name for path in tmp_path.iterdir()] == ["tiny.pth"]
+@pytest.fixture(params=["url", "hub"])
+def origin(request, server):
+    """How a model is asked for, the file's name, a part of each address, and what an error calls the place."""
+    if request.param == "url":
+        return request.getfixturevalue("at_url"), "tiny.pth", "tiny.pth", "/files/tiny.pth"
+    return request.getfixturevalue("on_hub"), WEIGHTS, "/resolve/", f"Hub repository {TINY} at {server.url}"
 
+
+class TestBoth:
+    def test_second_call_comes_from_the_cache(self, server, client, origin, expected, tmp_path):
+        kwargs, file, _, _ = origin
+        for _ in range(2):
+            assert client.load("test_qkformer", cache_dir=tmp_path, **kwargs) == {"logits": expected}
+            assert len(server.requests("GET", file)) == 1
+        assert file == WEIGHTS or [path.name for path in tmp_path.iterdir()] == [file]
+
+    @pytest.mark.parametrize(
+        ("status", "words"),
+        [
+            (401, "wants to know who asks (401)"),
+            (403, "access is forbidden (403)"),
+            (404, "nothing at that address (404)"),
+            (429, "too many requests (429)"),
+            (500, "the server failed (500)"),
+            (503, "the server failed (503)"),
+        ],
+    )
+    def test_refusals_have_their_sentence(self, server, client, origin, tmp_path, status, words):
+        kwargs, _, address, place = origin
+        server.faults.append(Fault(address, status=status))
+        assert_helpful(client.load("test_qkformer", cache_dir=tmp_path, **kwargs), place, words)
+
+    def test_silence(self, server, client, origin, tmp_path):
+        kwargs, _, address, _ = origin
+        server.faults.append(Fault(address, delay=3.0))
+        assert_helpful(client.load("test_qkformer", cache_dir=tmp_path, **kwargs), "did not answer in time")
+
+
+class TestUrl:
     def test_default_cache_is_that_of_torch_hub(self, server, client, at_url, expected):
         assert client.load("test_qkformer", **at_url) == {"logits": expected}
         assert (client.home / "torch" / "hub" / "checkpoints" / "tiny.pth").exists()
 
-    def test_broken_transfer_is_taken_up_where_it_broke(self, server, client, at_url, expected, tmp_path):
+    def test_broken_transfer_is_resumed_where_it_broke(self, server, client, at_url, expected, tmp_path):
         server.faults.append(Fault("tiny.pth", cut=700_000, times=2))
         assert client.load("test_qkformer", cache_dir=tmp_path, **at_url) == {"logits": expected}
         assert server.requests("GET", "tiny.pth") == ["", "bytes=700000-", "bytes=1400000-"]
@@ -104,24 +128,7 @@ class TestUrl:
         assert not list(tmp_path.iterdir())
         assert client.load("test_qkformer", cache_dir=tmp_path, **named) == {"logits": expected}
 
-    @pytest.mark.parametrize(
-        ("status", "words"),
-        [
-            (401, "wants to know who asks (401)"),
-            (403, "access is forbidden (403)"),
-            (404, "nothing at that address (404)"),
-            (429, "too many requests (429)"),
-            (500, "the server failed (500)"),
-            (503, "the server failed (503)"),
-        ],
-    )
-    def test_refusals_have_their_sentence(self, server, client, at_url, tmp_path, status, words):
-        server.faults.append(Fault("tiny.pth", status=status))
-        assert_helpful(client.load("test_qkformer", cache_dir=tmp_path, **at_url), "/files/tiny.pth", words)
-
-    def test_silence_and_refused_connections(self, server, client, at_url, tmp_path):
-        server.faults.append(Fault("tiny.pth", delay=3.0))
-        assert_helpful(client.load("test_qkformer", cache_dir=tmp_path, **at_url), "did not answer in time")
+    def test_refused_connections(self, server, client, at_url, tmp_path):
         nobody = overlay_url(at_url, "http://127.0.0.1:9/tiny.pth")
         assert_helpful(client.load("test_qkformer", cache_dir=tmp_path, **nobody), "no connection")
 
@@ -132,12 +139,6 @@ class TestUrl:
 
 
 class TestHub:
-    def test_second_call_comes_from_the_cache(self, server, client, on_hub, expected, tmp_path):
-        assert client.load("test_qkformer", cache_dir=tmp_path, **on_hub) == {"logits": expected}
-        assert len(server.requests("GET", WEIGHTS)) == 1
-        assert client.load("test_qkformer", cache_dir=tmp_path, **on_hub) == {"logits": expected}
-        assert len(server.requests("GET", WEIGHTS)) == 1
-
     def test_hub_name_brings_its_own_arguments(self, server, client, on_hub, expected, tmp_path):
         assert client.load(f"hf-hub:{TINY}", cache_dir=tmp_path) == {"logits": expected}
         one_step = client.load(f"hf-hub:{TINY}", cache_dir=tmp_path, time_steps=1)
@@ -159,37 +160,15 @@ class TestHub:
         assert client.load("test_qkformer", cache_dir=tmp_path, **on_hub) == {"logits": expected}
         assert len(server.requests("GET", WEIGHTS)) == 2
 
-    @pytest.mark.parametrize(
-        ("status", "words"),
-        [
-            (401, "wants to know who asks (401)"),
-            (403, "access is forbidden (403)"),
-            (404, "nothing at that address (404)"),
-            (500, "the server failed (500)"),
-        ],
-    )
-    def test_refusals_have_their_sentence(self, server, client, on_hub, tmp_path, status, words):
-        server.faults.append(Fault("/resolve/", status=status))
-        outcome = client.load("test_qkformer", cache_dir=tmp_path, **on_hub)
-        assert_helpful(outcome, f"Hub repository {TINY} at {server.url}", words)
-
     def test_missing_repository(self, server, client, on_hub, tmp_path):
         server.repos.clear()
         assert_helpful(client.load("test_qkformer", cache_dir=tmp_path, **on_hub), "(404)")
 
-    def test_silence(self, server, client, on_hub, tmp_path):
-        server.faults.append(Fault("/resolve/", delay=3.0))
-        assert_helpful(client.load("test_qkformer", cache_dir=tmp_path, **on_hub), "did not answer in time")
-
     def test_pending_weights_say_so(self, server, client):
         outcome = client.load("qkformer_hst10_384.in1k")
         assert outcome["type"] == "WeightsError"
-        for words in (
-            "timm-qkformer/qkformer_hst10_384.in1k",
-            "(404)",
-            "not been uploaded yet",
-            "timm-qkformer publish",
-        ):
+        ours = "timm-qkformer/qkformer_hst10_384.in1k"
+        for words in (ours, "(404)", "not been uploaded yet", "timm-qkformer publish"):
             assert words in outcome["error"]
 
     def test_offline(self, server, client, on_hub, expected, tmp_path):
@@ -209,11 +188,10 @@ class TestHub:
 class TestPublish:
     @pytest.fixture
     def folder(self, converted, tmp_path):
-        folder = tmp_path / "folder"
-        folder.mkdir()
+        (tmp_path / "folder").mkdir()
         for name, content in converted.items():
-            (folder / name).write_bytes(content)
-        return folder
+            (tmp_path / "folder" / name).write_bytes(content)
+        return tmp_path / "folder"
 
     def test_uploads_what_it_shows_and_reads_it_back(self, server, client, folder, converted, expected, tmp_path):
         (folder / "notes.txt").write_text("mine")
@@ -284,8 +262,6 @@ class TestPublish:
 
 def test_real_name_from_checkpoint_to_pretrained(server, client, tmp_path):
     """What a holder of the authors' weights and then everyone else does, with the real architecture and name."""
-    from release import release_state_dict
-
     torch.manual_seed(4)
     model = timm.create_model("qkformer_hst10_384", num_classes=1000).eval()
     torch.save({"model": release_state_dict(model)}, tmp_path / "checkpoint.pth")

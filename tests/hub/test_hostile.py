@@ -32,7 +32,7 @@ def test_hostile_files_are_refused(case, honest, tmp_path):
     build, reason = CASES[case]
     marker = tmp_path / "marker"
     source, folder = tmp_path / "checkpoint.pth", tmp_path / "out"
-    source.write_bytes(build({name: tensor.clone() for name, tensor in honest.items()}, marker, tmp_path))
+    source.write_bytes(build({name: tensor.clone() for name, tensor in honest.items()}, marker))
     with pytest.raises(CheckpointError, match=reason) as refusal:
         convert(source, folder)
     assert not marker.exists()
@@ -70,7 +70,7 @@ def test_hostile_files_use_less_than_three_times_the_honest_memory(honest, tmp_p
     for number, name in enumerate(greedy):
         build, _ = CASES[name]
         tensors = {name: tensor.clone() for name, tensor in honest.items()}
-        (tmp_path / "hostile" / str(number)).write_bytes(build(tensors, tmp_path / "marker", tmp_path))
+        (tmp_path / "hostile" / str(number)).write_bytes(build(tensors, tmp_path / "marker"))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True, env=env

@@ -40,23 +40,25 @@ def images(tmp_path_factory):
 
 
 def expected_counts(folder, images, batch_size, coupled):
-    """Top-1 and top-5 hits by hand: one transform, one forward pass for each batch."""
+    """Top-1, top-5 and loss by hand: one transform, one forward pass for each batch."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, batch_coupled=coupled).eval()
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     paths = sorted(images.rglob("*.png"))
     inputs = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
     targets = torch.tensor([sorted({p.parent.name for p in paths}).index(path.parent.name) for path in paths])
     with torch.inference_mode():
-        ranks = torch.cat([model(batch) for batch in inputs.split(batch_size)]).topk(5).indices
-    hits = ranks == targets.unsqueeze(1)
-    return 100 * hits[:, 0].float().mean().item(), 100 * hits.any(1).float().mean().item()
+        logits = torch.cat([model(batch) for batch in inputs.split(batch_size)])
+    hits = logits.topk(5).indices == targets.unsqueeze(1)
+    loss = torch.nn.functional.cross_entropy(logits, targets).item()
+    return 100 * hits[:, 0].float().mean().item(), 100 * hits.any(1).float().mean().item(), loss
 
 
 def test_counts_are_those_of_the_plain_loop(folder, images):
     per_sample, coupled = verify(str(folder), images, batch_size=7, workers=0, device="cpu", quiet=True)
     for result, is_coupled in ((per_sample, False), (coupled, True)):
         assert result["batch_coupled"] is is_coupled
-        assert (result["top1"], result["top5"]) == pytest.approx(expected_counts(folder, images, 7, is_coupled))
+        expected = expected_counts(folder, images, 7, is_coupled)
+        assert (result["top1"], result["top5"], result["loss"]) == pytest.approx(expected)
         assert result["images"] == 20
         assert result["time_steps"] == 2
         assert result["images_per_second"] > 0
@@ -64,41 +66,44 @@ def test_counts_are_those_of_the_plain_loop(folder, images):
 
 
 def test_neurons_and_time_steps_can_be_chosen(folder, images):
-    (result,) = verify(
-        str(folder), images, neurons="coupled", time_steps=1, workers=0, limit=3, device="cpu", quiet=True
-    )
+    args = {"time_steps": 1, "workers": 0, "limit": 3, "device": "cpu", "quiet": True}
+    (result,) = verify(str(folder), images, neurons="coupled", **args)
     assert (result["batch_coupled"], result["time_steps"], result["images"]) == (True, 1, 3)
 
 
-def test_interrupted_run_is_taken_up(folder, images, tmp_path, monkeypatch):
+def test_interrupted_run_is_resumed(folder, images, tmp_path, monkeypatch):
     progress = tmp_path / "progress.json"
     args = {"batch_size": 6, "workers": 0, "device": "cpu", "quiet": True, "progress": progress}
     whole = verify(str(folder), images, **{**args, "progress": None})
     monkeypatch.setattr(verify_module, "_SAVE_EVERY", 0.0)
-    count, calls = verify_module._count, []
+    classify, calls = verify_module._Pass.__call__, []
 
-    def interrupted(*arguments):
-        calls.append(arguments)
+    def interrupted(self, x):
+        calls.append(len(x))
         if len(calls) == 5:  # the third batch, with the first kind of neurons
             raise KeyboardInterrupt
-        count(*arguments)
+        return classify(self, x)
 
-    monkeypatch.setattr(verify_module, "_count", interrupted)
+    monkeypatch.setattr(verify_module._Pass, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         verify(str(folder), images, **args)
-    assert json.loads(progress.read_text())["done"] == 12
+    half = json.loads(progress.read_text())
+    assert half["done"] == 12
     assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]
-    seen = []
-    monkeypatch.setattr(verify_module, "_count", lambda *a: (seen.append(len(a[3])), count(*a)))
+    calls = ["not the fifth"] * 9
     resumed = verify(str(folder), images, **args)
-    assert seen == [6, 6, 2, 2]
+    assert calls[9:] == [6, 6, 2, 2]
     for a, b in zip(whole, resumed, strict=True):
         assert {k: v for k, v in a.items() if k != "images_per_second"} == {
             k: v for k, v in b.items() if k != "images_per_second"
         }
-    seen.clear()
     assert verify(str(folder), images, **args)[0]["top1"] == whole[0]["top1"]
-    assert seen == []  # complete
+    assert len(calls) == 13  # complete
+    for counts in half["counts"].values():  # as earlier versions wrote it
+        del counts["loss"]
+    progress.write_text(json.dumps(half))
+    again = verify(str(folder), images, **args)
+    assert [(r["top1"], r["loss"]) for r in again] == [(r["top1"], None) for r in whole]
 
 
 def test_progress_of_another_run_is_refused(folder, images, tmp_path):

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 
 import tiny
 from timm_qkformer import deploy
-from timm_qkformer.inference import ops, precision, projection
-from timm_qkformer.inference.neurons import NeuronSpec
+from timm_qkformer.execution import BINARY, events, execution_policy
+from timm_qkformer.inference import kernels, projection, weights
 from timm_qkformer.inference.projection import Projection
 from timm_qkformer.inference.weights import Folded
-from timm_qkformer.layers import IF, LIF, events, set_lif_backend
+from timm_qkformer.neurons import IF, LIF, NeuronSpec
 
 pytestmark = pytest.mark.usefixtures("event_kernels")
 
@@ -107,7 +107,7 @@ def test_neurons_that_follow_fire_alike(outputs, side, stride, dtype, steps, neu
     unit = make(24, outputs, side, stride, dtype)
     x = spikes((steps, 2, 7, 6, 24), 0.4, 2)
     fired = unit.fire(x, neuron, torch.uint8)
-    expected = ops.fire(unit.currents(x), neuron, torch.uint8)
+    expected = kernels.fire(unit.currents(x), neuron, torch.uint8)
     assert torch.equal(fired, expected)
     assert steps == 1 or 0 < fired.float().mean() < 1
     sums = torch.randint(0, 9, (steps, 5, *fired.shape[1:]), dtype=torch.uint8)[:, 2]
@@ -120,7 +120,7 @@ def test_neurons_that_follow_fire_alike(outputs, side, stride, dtype, steps, neu
 def test_neurons_fire_by_themselves_where_the_kernel_does_not_fit(steps, outputs):
     unit = make(8, outputs, dtype=torch.int8)
     x = spikes((steps, 2, 9, 8), 0.4)
-    assert torch.equal(unit.fire(x, NEURONS[0], torch.uint8), ops.fire(unit.currents(x), NEURONS[0], torch.uint8))
+    assert torch.equal(unit.fire(x, NEURONS[0], torch.uint8), kernels.fire(unit.currents(x), NEURONS[0], torch.uint8))
     assert unit.fire(x, NEURONS[0], torch.float32).dtype == torch.float32
 
 
@@ -144,7 +144,7 @@ def test_dense_products_stand_in(dtype, monkeypatch):
     unit = make(24, 32, 3, dtype=dtype)
     x = spikes((2, 6, 6, 24), 0.3, 3)
     expected = check(unit, x)
-    with set_lif_backend("eager"):
+    with execution_policy(kernels="never"):
         torch.testing.assert_close(unit(x), expected)
     monkeypatch.setattr(events, "MOST_CHANNELS", 23)
     torch.testing.assert_close(unit(x), expected)
@@ -160,11 +160,11 @@ def test_dense_products_stand_in(dtype, monkeypatch):
 def test_matrix_units_are_used_where_there_are_some(monkeypatch):
     capabilities = {"amx_int8": True, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert [precision.adds_events("auto", p) for p in precision.PRECISIONS] == [True, True, False]
-    assert all(precision.adds_events("events", p) for p in precision.PRECISIONS)
-    assert not any(precision.adds_events("dense", p) for p in precision.PRECISIONS)
+    assert [weights.adds_events("auto", p) for p in weights.PRECISIONS] == [True, True, False]
+    assert all(weights.adds_events("events", p) for p in weights.PRECISIONS)
+    assert not any(weights.adds_events("dense", p) for p in weights.PRECISIONS)
     full = torch.empty(0, device="meta")
-    assert precision.spikes_dtype("fp32", full, events=True) == torch.float32
+    assert weights.spikes_dtype("fp32", full, True, BINARY) == torch.float32
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 7, 12, 64])

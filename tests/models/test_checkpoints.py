@@ -1,36 +1,72 @@
-"""`checkpoint_filter_fn`: the release's spellings, strictness, and timm's adaptation of classes and channels."""
+"""`checkpoint_filter_fn`: both releases' spellings, by name and by position, strictness, and timm's adaptation."""
 
+import argparse
+import logging
 import re
+import sys
 
 import pytest
 import timm
 import torch
 
-from release import release_state_dict
-from timm_qkformer.models.qkformer import checkpoint_filter_fn
+from release import membrane_release_state_dict, release_state_dict
+
+MEMBRANE = ["test_qkformer_ms", "test_maxformer"]
+WRAPS = [lambda sd: sd, lambda sd: {"model": sd, "epoch": 3}, lambda sd: {"state_dict": sd}]
+
+
+def small(name, **kwargs):
+    return timm.create_model(name, **{"num_classes": 5, **kwargs}).eval()
 
 
 @pytest.fixture
-def model():
-    return timm.create_model("test_qkformer", num_classes=5).eval()
+def plain():
+    return small("test_qkformer")
+
+
+@pytest.fixture(params=MEMBRANE)
+def membrane(request):
+    return small(request.param)
+
+
+def checkpoint_filter(checkpoint, model):
+    return sys.modules[type(model).__module__].checkpoint_filter_fn(checkpoint, model)
 
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("spelling", ["imagenet", "cifar"])
 @pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("wrap", [lambda sd: sd, lambda sd: {"model": sd, "epoch": 3}, lambda sd: {"state_dict": sd}])
-def test_release_spellings(model, spelling, prefix, wrap):
-    release = {prefix + k: v for k, v in release_state_dict(model, spelling).items()}
-    assert equal(checkpoint_filter_fn(wrap(release), model), model.state_dict())
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("spelling", ["imagenet", "cifar"])
+def test_release_spellings(plain, spelling, prefix, wrap):
+    release = {prefix + k: v for k, v in release_state_dict(plain, spelling).items()}
+    assert equal(checkpoint_filter(wrap(release), plain), plain.state_dict())
 
 
-def test_own_state_dict_passes_unchanged(model):
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("names", ["known", "unknown", "sorted"])
+def test_membrane_release_by_name_and_by_position(membrane, prefix, wrap, names):
+    release = membrane_release_state_dict(membrane)
+    if names == "unknown":
+        release = {f"tensor_{i}": v for i, v in enumerate(release.values())}
+    elif names == "sorted":
+        release = dict(sorted(release.items()))
+    release = {prefix + k: v for k, v in release.items()}
+    assert equal(checkpoint_filter(wrap(release), membrane), membrane.state_dict())
+
+
+@pytest.mark.parametrize("name", ["test_qkformer", *MEMBRANE])
+def test_own_state_dict_passes_unchanged(name):
+    model = small(name)
     own = model.state_dict()
-    assert equal(checkpoint_filter_fn(own, model), own)
-    assert equal(checkpoint_filter_fn({"state_dict": own, "epoch": 1}, model), own)
+    assert equal(checkpoint_filter(own, model), own)
+    assert equal(checkpoint_filter({"state_dict": own, "epoch": 1}, model), own)
+    if name in MEMBRANE:
+        del own["stem.conv.weight"]  # for load_state_dict to complain about
+        assert equal(checkpoint_filter(own, model), own)
 
 
 NAMES = [
@@ -44,38 +80,104 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", [*NAMES, "head.weight"])
-def test_a_missing_tensor_is_named(model, name):
-    release = release_state_dict(model)
+def test_a_missing_tensor_is_named(plain, name):
+    release = release_state_dict(plain)
     del release[name]
     with pytest.raises(ValueError, match=f"missing: {re.escape(name)}"):
-        checkpoint_filter_fn(release, model)
+        checkpoint_filter(release, plain)
 
 
-def test_a_missing_layer_is_named(model):
-    release = {k: v for k, v in release_state_dict(model).items() if ".k_" not in k}
+def test_a_missing_tensor_of_a_membrane_release_is_named(membrane):
+    release = membrane_release_state_dict(membrane)
+    del release["stage3.1.mlp.fc1_bn.running_var"]
+    with pytest.raises(ValueError, match=r"by name, missing: stage3\.1\.mlp\.fc1_bn\.running_var"):
+        checkpoint_filter(release, membrane)
+
+
+def test_a_missing_layer_is_named(plain):
+    release = {k: v for k, v in release_state_dict(plain).items() if ".k_" not in k}
     with pytest.raises(ValueError, match=r"missing: stages\.0\.blocks\.0\.attn\.k\.conv\.weight"):
-        checkpoint_filter_fn(release, model)
+        checkpoint_filter(release, plain)
 
 
 @pytest.mark.parametrize("name", ["stage1.7.tssa.q_bn.weight", "stage4.0.mlp.fc1_bn.bias", "pos_embed", "head.scale"])
-def test_an_extra_tensor_is_named(model, name):
-    release = release_state_dict(model) | {name: torch.zeros(3)}
+def test_an_extra_tensor_is_named(plain, name):
     with pytest.raises(ValueError, match=re.escape(name)):
-        checkpoint_filter_fn(release, model)
+        checkpoint_filter(release_state_dict(plain) | {name: torch.zeros(3)}, plain)
+
+
+@pytest.mark.parametrize("name", ["stage3.9.mlp.fc1_conv.bias", "pos_embed"])
+def test_an_extra_tensor_of_a_membrane_release_is_named(membrane, name):
+    release = membrane_release_state_dict(membrane)
+    count = len(release)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}.*{count + 1} tensors cannot.* position with {count}"):
+        checkpoint_filter(release | {name: torch.zeros(3)}, membrane)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_misshapen_tensor_is_named(model, name):
-    release = release_state_dict(model)
-    release[name] = torch.zeros(2, 3)
+def test_a_misshapen_tensor_is_named(plain, name):
+    release = release_state_dict(plain) | {name: torch.zeros(2, 3)}
     with pytest.raises(ValueError, match=rf"misshapen: {re.escape(name)} \[2, 3\] instead of \["):
-        checkpoint_filter_fn(release, model)
+        checkpoint_filter(release, plain)
 
 
-def test_another_width_is_refused(model):
-    wider = timm.create_model("test_qkformer", num_classes=5, embed_dims=(16, 32, 128))
-    with pytest.raises(ValueError, match=r"does not fit this QKFormer; misshapen: .* and \d+ more"):
-        checkpoint_filter_fn(release_state_dict(wider), model)
+@pytest.mark.parametrize("known", [True, False])
+def test_a_misshapen_tensor_of_a_membrane_release_is_named(membrane, known):
+    name = "stage3.1.attn.proj_conv.weight"
+    release = membrane_release_state_dict(membrane) | {name: torch.zeros(2, 3)}
+    if not known:
+        release = {k.replace("stage", "layer"): v for k, v in release.items()}
+        name = name.replace("stage", "layer")
+    with pytest.raises(ValueError, match=rf"by position, misshapen: {re.escape(name)} \[2, 3\] instead of \[64, 64, 1"):
+        checkpoint_filter(release, membrane)
+
+
+def test_two_tensors_in_each_others_place_are_refused(membrane):
+    """Position alone counts when names are unknown, so a shape out of place must not be glossed over."""
+    values = list(membrane_release_state_dict(membrane).values())
+    values[0], values[1] = values[1], values[0]
+    with pytest.raises(ValueError, match=r"by position, misshapen: tensor_0 .*, tensor_1"):
+        checkpoint_filter({f"tensor_{i}": v for i, v in enumerate(values)}, membrane)
+
+
+@pytest.mark.parametrize(
+    ("name", "spell", "message"),
+    [
+        ("test_qkformer", release_state_dict, r"does not fit this QKFormer; misshapen: .* and \d+ more"),
+        *((n, membrane_release_state_dict, r"fit this \w+: by name, misshapen: .* and \d+ more") for n in MEMBRANE),
+    ],
+)
+def test_another_width_is_refused(name, spell, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoint_filter(spell(small(name, embed_dims=(16, 32, 128))), small(name))
+
+
+def test_each_others_checkpoints_are_refused():
+    ms, maxformer = map(small, MEMBRANE)
+    for theirs, model in ((maxformer, ms), (ms, maxformer)):
+        with pytest.raises(ValueError, match="cannot be matched by position"):
+            checkpoint_filter(membrane_release_state_dict(theirs), model)
+
+
+def test_models_without_membrane_shortcuts_refuse_their_release(plain):
+    with pytest.raises(ValueError, match=r"MS-QKFormer.*qkformer_hst10_\*_ms"):
+        checkpoint_filter(membrane_release_state_dict(small("test_qkformer_ms")), plain)
+
+
+def test_names_of_qkformers_own_release_are_suspicious(caplog):
+    """Older MS checkpoints may be spelled so, but so are the weights of models without membrane shortcuts."""
+    ms = small("test_qkformer_ms")
+    by_name = membrane_release_state_dict(ms)
+    names = [n.replace("proj_conv1", "proj1_conv").replace("proj_bn1", "proj1_bn") for n in by_name]
+    names = [n.replace("proj_conv2", "proj2_conv").replace("proj_bn2", "proj2_bn") for n in names]
+    names = [n.replace("rpe_", "proj_res_") for n in names]
+    assert set(names) - {n.replace("tssa", "attn") for n in release_state_dict(ms)} == set()
+    with caplog.at_level(logging.WARNING):
+        assert equal(checkpoint_filter(by_name, ms), ms.state_dict())
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert equal(checkpoint_filter(dict(zip(names, by_name.values(), strict=True)), ms), ms.state_dict())
+    assert "without membrane shortcuts" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -86,43 +188,44 @@ def test_another_width_is_refused(model):
         ({"epoch": 3, "optimizer": {}}, "not tensors: epoch, optimizer"),
     ],
 )
-def test_no_checkpoint_at_all(model, checkpoint, message):
+def test_no_checkpoint_at_all(plain, checkpoint, message):
     with pytest.raises(ValueError, match=message):
-        checkpoint_filter_fn(checkpoint, model)
+        checkpoint_filter(checkpoint, plain)
 
 
-@pytest.fixture
-def released_file(tmp_path):
-    source = timm.create_model("test_qkformer").eval()
-    path = tmp_path / "released.pth"
-    torch.save({"model": release_state_dict(source), "epoch": 9}, path)
-    return source, str(path)
-
-
+@pytest.mark.parametrize(
+    ("name", "known"), [("test_qkformer", True), *((n, known) for n in MEMBRANE for known in (True, False))]
+)
+@pytest.mark.parametrize("way", ["file", "url"])
 @torch.inference_mode()
-def test_loads_through_timm(released_file):
-    source, path = released_file
+def test_loads_through_timm(name, known, way, tmp_path, monkeypatch):
+    """A training checkpoint with its command line, as `pretrained=True` loads it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    source = timm.create_model(name).eval()
+    release = (membrane_release_state_dict if name in MEMBRANE else release_state_dict)(source)
+    if not known:
+        release = {k.replace("_", "."): v for k, v in release.items()}
+    path = tmp_path / "released.pth.tar"
+    torch.save({"model": release, "epoch": 9, "args": argparse.Namespace(lr=1e-3, model=name)}, path)
+    overlay = {way: str(path) if way == "file" else path.as_uri()}
     x = torch.randn(2, 3, 32, 32)
-    overlay = {"file": path}
-    loaded = timm.create_model("test_qkformer", pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    assert torch.equal(loaded(x), source(x))
 
-    other = timm.create_model("test_qkformer", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=11).eval()
+    def create(**kwargs):
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+
+    assert torch.equal(create()(x), source(x))
+    other = create(num_classes=11)
     assert other(x).shape == (2, 11)
     assert torch.equal(other.forward_features(x), source.forward_features(x))
-
-    headless = timm.create_model("test_qkformer", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0).eval()
-    assert torch.equal(headless(x), source.forward_head(source.forward_features(x), pre_logits=True))
-
-    grey = timm.create_model("test_qkformer", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1).eval()
+    assert torch.equal(create(num_classes=0)(x), source.forward_head(source.forward_features(x), pre_logits=True))
+    grey = create(in_chans=1)  # gives the currents that it gave as three equal channels
     torch.testing.assert_close(grey.stem.conv.weight, source.stem.conv.weight.sum(1, keepdim=True))
-
-    features = timm.create_model("test_qkformer", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
-    torch.testing.assert_close(features.eval()(x)[-1], source.forward_features(x))
+    maps = source.forward_intermediates(x, intermediates_only=True)
+    torch.testing.assert_close(create(features_only=True)(x), maps)
 
 
 def test_a_wrong_number_of_classes_is_an_error_when_nobody_asked_for_it(tmp_path):
     path = tmp_path / "seven.pth"
-    torch.save(release_state_dict(timm.create_model("test_qkformer", num_classes=7)), path)
+    torch.save(release_state_dict(small("test_qkformer", num_classes=7)), path)
     with pytest.raises(RuntimeError, match=r"head\.weight"):
         timm.create_model("test_qkformer", pretrained=True, pretrained_cfg_overlay={"file": str(path)})

@@ -1,48 +1,59 @@
-"""Parity with the authors' release, in float64: logits, coupled logits and every neuron's firing rate."""
+"""Parity with the authors' releases, in float64: logits, coupled logits, every neuron's firing rate, and deployed."""
 
 import pytest
-import timm
 import torch
 
-from golden import CASES, GoldenCase
-from timm_qkformer.layers import SpikingNeuron
-from timm_qkformer.models.qkformer import QKFormer, checkpoint_filter_fn
+from golden import ALL_CASES, CASES, MEMBRANE_CASES, GoldenCase, create
+from timm_qkformer import deploy
+from timm_qkformer.analysis import firing_rates
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-9}
 
 
-@pytest.fixture(params=sorted(CASES))
-def case(request):
-    return request.param, GoldenCase(request.param)
-
-
-def create(name: str, golden: GoldenCase, **kwargs) -> QKFormer:
-    model_name, model_args = CASES[name]
-    model = timm.create_model(model_name, **model_args, **kwargs).double().eval()
-    model.load_state_dict(checkpoint_filter_fn(golden.checkpoint, model), strict=True)
-    assert sum(p.numel() for p in model.parameters()) == golden.params
-    return model
-
-
+@pytest.mark.parametrize("name", ALL_CASES)
 @torch.inference_mode()
-def test_agrees_with_the_release(case):
-    name, golden = case
-    model = create(name, golden)
+def test_agrees_with_the_release(name):
+    golden = GoldenCase(name)
+    model = create(name, golden.checkpoint)
+    assert sum(p.numel() for p in model.parameters()) == golden.params
 
     # The batch in one call gives what each sample gives alone.
-    torch.testing.assert_close(model(golden.input), golden.one_by_one, **TOLERANCE)
+    logits = model(golden.input)
+    torch.testing.assert_close(logits, golden.one_by_one, **TOLERANCE)
+    torch.testing.assert_close(model.forward_head(model.forward_features(golden.input)), logits, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(deploy(model)(golden.input), golden.one_by_one, **TOLERANCE)
 
-    rates: dict[str, float] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, SpikingNeuron):
-            module.register_forward_hook(lambda _m, _i, spikes, path=path: rates.update({path: spikes.mean().item()}))
-    first = model(golden.input[:1])
-    torch.testing.assert_close(first, golden.one_by_one[:1], **TOLERANCE)
+    torch.testing.assert_close(model(golden.input[:1]), golden.one_by_one[:1], **TOLERANCE)
     # Neurons fire in the order in which the release's do; its names differ.
-    assert list(rates.values()) == pytest.approx(list(golden.firing_rates.values()), abs=1e-9)
-    del model
+    layers = firing_rates(model, golden.input[:1]).layers
+    means = [layer.mean for layer in layers if layer.is_neuron]
+    assert means == pytest.approx(list(golden.firing_rates.values()), abs=1e-9)
+    assert all(layer.std == 0.0 for layer in layers)
 
-    coupled = create(name, golden, batch_coupled=True)
-    torch.testing.assert_close(coupled(golden.input), golden.batched, **TOLERANCE)
-    if len(golden.input) > 1:
-        assert not torch.allclose(golden.batched, golden.one_by_one, atol=1e-3)
+    if name in CASES:
+        model = create(name, golden.checkpoint, batch_coupled=True)
+        torch.testing.assert_close(model(golden.input), golden.batched, **TOLERANCE)
+        torch.testing.assert_close(deploy(model)(golden.input), golden.batched, **TOLERANCE)
+        if len(golden.input) > 1:
+            assert not torch.allclose(golden.batched, golden.one_by_one, atol=1e-3)
+    else:  # nothing there couples the samples of a batch
+        torch.testing.assert_close(golden.batched, golden.one_by_one, **TOLERANCE)
+        assert model.time_steps == golden.time_steps
+
+
+@pytest.mark.parametrize("how", ["older", "shuffled", "sorted"])
+@pytest.mark.parametrize("name", MEMBRANE_CASES)
+def test_loads_by_position_whatever_the_names_and_by_name_whatever_the_order(name, how):
+    checkpoint = GoldenCase(name).checkpoint
+    names = list(checkpoint)
+    if how == "older":  # what changed between the release's versions is not known: any spelling must do
+        names = [name.replace("stage", "block_").replace("embed", "patch").replace("_bn", ".norm") for name in names]
+    elif how == "shuffled":
+        names = [names[i] for i in torch.randperm(len(names)).tolist()]
+    other = dict(zip(names, checkpoint.values(), strict=True))
+    if how == "sorted":
+        other = dict(sorted(checkpoint.items()))
+    assert list(other) != list(checkpoint)
+    loaded = create(name, other).state_dict()
+    for key, tensor in create(name, checkpoint).state_dict().items():
+        assert torch.equal(tensor, loaded[key]), key

@@ -1,12 +1,12 @@
-"""Instruments that look into a model while it runs, without changing it."""
+"""Instruments that look into a model while it runs, without changing it. User's view: docs/analysis.md, pictures.md."""
 
 from .attention import AttentionRecord, attention_layers, record_attention
 from .complexity import attention_complexity, parameter_counts
 from .energy import Energy, LayerEnergy, energy
+from .hooks import neuron_layers, pick_neurons, recalibrated_norms, record_layer, record_spikes
 from .memory import attention_memory, peak_memory
-from .raster import neuron_layers, pick_neurons, record_layer
+from .profile import Profile, profile
 from .rates import FiringRates, LayerRates, firing_rates
-from .recording import record_spikes
 
 __all__ = [
     "AttentionRecord",
@@ -14,6 +14,7 @@ __all__ = [
     "FiringRates",
     "LayerEnergy",
     "LayerRates",
+    "Profile",
     "attention_complexity",
     "attention_layers",
     "attention_memory",
@@ -23,6 +24,8 @@ __all__ = [
     "parameter_counts",
     "peak_memory",
     "pick_neurons",
+    "profile",
+    "recalibrated_norms",
     "record_attention",
     "record_layer",
     "record_spikes",

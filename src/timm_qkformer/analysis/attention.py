@@ -1,105 +1,97 @@
-"""What the attention layers do with a batch: queries, keys, masks, and what is left after masking.
+"""What the attention of a model does with a batch: its inputs, its inner neurons' spikes, and what is left of them.
 
-The names are those of QKFormer (arXiv 2403.16552), eq. 7 to 10 and Fig. 3. The arrays are plain numpy arrays, to be
-drawn by `pictures` or processed by anything else.
+The names are those that operators declare, for QKFormer's (arXiv 2403.16552) those of eq. 7 to 10 and Fig. 3. The
+arrays are plain numpy arrays, to be drawn by `drawing` or processed by anything else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..layers import QKChannelAttention, QKTokenAttention, SpikingSelfAttention
-from .capture import capture_outputs
-from .running import bare_model
+from ..execution import BINARY, Range
+from ..layers import output_range
+from ..operators import Operator
+from .hooks import bare_model, capture
+from .names import has_mask, inner_names, operator_layers, place_of
 
-__all__ = ["AttentionRecord", "attention_layers", "record_attention"]
-
-Spikes = NDArray[np.bool_]
-
-# A QKCA layer is a QKTA layer by inheritance: the first match counts.
-_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
-    (QKChannelAttention, "qkca"),
-    (QKTokenAttention, "qkta"),
-    (SpikingSelfAttention, "ssa"),
-)
+Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
+class AttentionViews(NamedTuple):
+    """How much things count, by time step and head, as the operator declares it."""
+
+    tokens: Array  # float32 [T, B, heads, H, W]
+    channels: Array  # float32 [T, B, heads, channels of a head]
+
+
+@dataclass(frozen=True, repr=False)
 class AttentionRecord:
-    """One attention layer's spikes for one batch.
+    """One attention layer's spikes for one batch."""
 
-    Attributes:
-        name: Module name of the layer, such as "stages.0.blocks.0.attn".
-        kind: "qkta", "qkca" or "ssa".
-        q: Q, bool [T, B, heads, channels of a head, H, W].
-        k: K, likewise.
-        v: V of SSA, likewise; else None.
-        mask: What Q decides: A_t of QKTA, bool [T, B, heads, 1, H, W]; A_c of QKCA, bool [T, B, heads, channels of a
-            head, 1, 1]. SSA has none.
-        attended: X', shaped as K: mask * K, of SSA LIF(scale * Q K^T V).
-        scale: Of SSA's Q K^T V; 1 for the others, which have none.
-    """
+    name: str  # module name of the layer, such as "stages.0.blocks.0.attn"
+    operator: str  # registered name of what it does, such as "ssa"
+    # its inputs by name, such as "q": [T, B, heads, channels of a head, H, W], bool if they are spikes
+    inputs: dict[str, Array]
+    # spikes of its inner neurons, by their names in the paper, such as "A_t": likewise, with 1 in place of what was
+    # summed over
+    inner: dict[str, Array]
+    result: Array  # what its projection takes, X' in the paper: shaped as the inputs
+    result_name: str  # its name in the paper
+    views: AttentionViews  # how much each token and each channel counts
+    labels: Mapping[str, str]  # what the numbers of each view are, in words
+    main_view: str  # the view that says most
 
-    name: str
-    kind: str
-    q: Spikes
-    k: Spikes
-    v: Optional[Spikes]
-    mask: Optional[Spikes]
-    attended: Spikes
-    scale: float = 1.0
-
-    @property
-    def heads(self) -> int:
-        return self.k.shape[2]
+    def __repr__(self) -> str:
+        arrays = ", ".join([*self.inputs, *self.inner])
+        return f"AttentionRecord({self.name}: {self.operator} with {arrays}, {list(self.result.shape)})"
 
     @property
     def time_steps(self) -> int:
-        return self.k.shape[0]
+        return self.result.shape[0]
 
-    def token_values(self) -> NDArray[np.float32]:
-        """How much each token counts, by time step and head: float32 [T, B, heads, H, W].
+    @property
+    def heads(self) -> int:
+        return self.result.shape[2]
 
-        - QKTA: the mask A_t, 0 or 1.
-        - SSA: the attention that a token receives, that is the weight scale * (q_i . k_j) of token j, averaged over
-          all queries i; from 0 to scale * channels of a head.
-        - QKCA keeps or drops channels for all tokens at once: the share of the head's channels that spike in X'.
-        """
-        if self.kind == "qkta":
-            assert self.mask is not None
-            return self.mask[:, :, :, 0].astype(np.float32)
-        if self.kind == "ssa":
-            mean_query = self.q.mean((4, 5), keepdims=True, dtype=np.float32)
-            return self.scale * (mean_query * self.k).sum(3, dtype=np.float32)
-        return self.attended.mean(3, dtype=np.float32)
-
-    def channel_values(self) -> NDArray[np.float32]:
-        """How much each channel counts, by time step and head: float32 [T, B, heads, channels of a head].
-
-        QKCA: the mask A_c, 0 or 1. QKTA and SSA: the share of tokens at which the channel spikes in X'.
-        """
-        if self.kind == "qkca":
-            assert self.mask is not None
-            return self.mask[..., 0, 0].astype(np.float32)
-        return self.attended.mean((4, 5), dtype=np.float32)
+    @property
+    def mask(self) -> tuple[str, Array] | None:
+        """Name and spikes of the inner neurons that keep or drop tokens or channels; None if there are none."""
+        for name, spikes in self.inner.items():
+            sizes = zip(spikes.shape, self.result.shape, strict=True)
+            if name != self.result_name and all(own in (1, full) for own, full in sizes):
+                return name, spikes
+        return None
 
 
 def attention_layers(model: nn.Module) -> dict[str, str]:
-    """The kinds ("qkta", "qkca", "ssa") of a model's attention layers, by module name, in the model's order."""
-    layers = {}
-    for name, module in bare_model(model).named_modules():
-        for cls, kind in _KINDS:
-            if isinstance(module, cls):
-                layers[name] = kind
-                break
-    return layers
+    """What a model's attention layers are, such as "ssa", by module name, in the model's order."""
+    return {name: layer.operator_name for name, layer in operator_layers(bare_model(model)).items()}
 
 
-def record_attention(model: nn.Module, x: Tensor, layers: Optional[Sequence[str]] = None) -> list[AttentionRecord]:
+def select_layers(model: nn.Module, stage: int | None = None, block: int | None = None) -> dict[str, Operator]:
+    """Attention layers by name, of one stage or block (counted from 1).
+
+    Without either, those with a mask or, in a model without any, every attention layer. ValueError if there are none.
+    """
+    layers = _layers(bare_model(model))
+    if stage is None and block is None:
+        return {name: layer for name, layer in layers.items() if has_mask(layer)} or layers
+    places = {name: place_of(name)[1:] for name in layers}
+    chosen = {
+        name: layers[name] for name, place in places.items() if stage in (None, place[0]) and block in (None, place[1])
+    }
+    if not chosen:
+        given = (f"{key}={value}" for key, value in (("stage", stage), ("block", block)) if value is not None)
+        raise ValueError(
+            f"{' and '.join(given)} (counted from 1) has no attention layer; there are {', '.join(layers)}"
+        )
+    return chosen
+
+
+def record_attention(model: nn.Module, x: Tensor, layers: Sequence[str] | None = None) -> list[AttentionRecord]:
     """Run a batch and record what its attention layers do.
 
     The model runs in eval mode and is left as it was, also by an error. A compiled or DDP-wrapped model is looked at
@@ -114,39 +106,46 @@ def record_attention(model: nn.Module, x: Tensor, layers: Optional[Sequence[str]
         ValueError: If the model has no attention, no layer of such a name, or the input cannot be run.
     """
     plain = bare_model(model)
-    kinds = attention_layers(plain)
-    if not kinds:
-        raise ValueError(f"{type(plain).__name__} has no Q-K or spiking self-attention to look into")
-    unknown = [name for name in layers or () if name not in kinds]
+    known = _layers(plain)
+    unknown = [name for name in layers or () if name not in known]
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is no attention layer; there are {', '.join(kinds)}")
-    names = list(kinds if layers is None else layers)
-    parts = [f"{name}.{part}" for name in names for part in _parts(kinds[name])]
-    outputs = capture_outputs(plain, x, parts)
-    return [_record(plain.get_submodule(name), name, kinds[name], outputs) for name in names]
+        raise ValueError(f"{unknown[0]!r} is no attention layer; there are {', '.join(known)}")
+    names = list(known if layers is None else layers)
+    parts = [f"{name}.{part}" for name in names for part in (*known[name].inputs, *known[name].inner_neurons)]
+    found = capture(plain, x, parts, [f"{name}.{known[name].output}" for name in names])
+    return [_record(name, known[name], found) for name in names]
 
 
-def _parts(kind: str) -> tuple[str, ...]:
-    return ("q", "k", "v", "attn_neuron") if kind == "ssa" else ("q", "k", "attn_neuron")
+def _layers(model: nn.Module) -> dict[str, Operator]:
+    layers = operator_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no attention to look into")
+    return layers
 
 
-def _record(layer: Any, name: str, kind: str, outputs: dict[str, Tensor]) -> AttentionRecord:
-    _, _, _, H, W = outputs[f"{name}.k"].shape
+def _record(name: str, layer: Operator, found: Mapping[str, Tensor]) -> AttentionRecord:
+    result = found[f"{name}.{layer.output}"]
+    H, W = result.shape[3:]
+    split = layer.split(result)
+    inputs = {part: layer.split(found[f"{name}.{part}"]) for part in layer.inputs}
+    inner = {part: found[f"{name}.{part}"] for part in layer.inner_neurons}
+    views = layer.views(inputs, inner, split)
+    held = {part: output_range(getattr(layer, part)) for part in (*inputs, *inner)}
+    return AttentionRecord(
+        name,
+        layer.operator_name,
+        {part: _array(x, held[part], H, W) for part, x in inputs.items()},
+        {called: _array(inner[part], held[part], H, W) for part, called in inner_names(layer).items()},
+        _array(split, getattr(layer, layer.output).input_range, H, W),
+        layer.attended_name,
+        AttentionViews(views.tokens.float().unflatten(-1, (H, W)).cpu().numpy(), views.channels.float().cpu().numpy()),
+        layer.view_labels,
+        layer.main_view,
+    )
 
-    def heads(part: str) -> Spikes:
-        """[T, B, C, H, W] to [T, B, heads, C / heads, H, W]."""
-        spikes = _as_bool(outputs[f"{name}.{part}"])
-        return spikes.reshape(*spikes.shape[:2], layer.num_heads, layer.head_dim, H, W)
 
-    q, k = heads("q"), heads("k")
-    fired = _as_bool(outputs[f"{name}.attn_neuron"])  # [T, B, heads, channels or 1, tokens or 1]
-    if kind == "ssa":
-        attended = fired.reshape(k.shape)
-        return AttentionRecord(name, kind, q, k, heads("v"), None, attended, float(layer.scale))
-    mask = fired.reshape(*fired.shape[:4], H, W) if kind == "qkta" else fired[..., None]
-    return AttentionRecord(name, kind, q, k, None, mask, mask & k)
-
-
-def _as_bool(spikes: Tensor) -> Spikes:
-    result: Spikes = spikes.bool().cpu().numpy()
-    return result
+def _array(x: Tensor, held: Range, H: int, W: int) -> Array:
+    """[..., tokens or 1] to [..., H or 1, W or 1]; bool if it holds spikes."""
+    x = x.unflatten(-1, (H, W) if x.shape[-1] == H * W else (x.shape[-1], 1))
+    array: Array = (x.bool() if held[:2] == BINARY[:2] else x.float()).cpu().numpy()
+    return array

@@ -6,19 +6,18 @@ for each term of a matrix product. The paper's O(D) for QKTA and O(N) for QKCA c
 ("when applying mask operation"); scalar by scalar it states O(N D), which is what is found here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
-from typing import Any, Optional
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .attention_core import ATTENTION_CORES, AttentionCore
-
-__all__ = ["PAPER_COMPLEXITY", "Complexity", "OperationCounts", "attention_complexity", "parameter_counts"]
+from ..neurons import LIF
+from ..operators import get_operator, operator_names
 
 # Time and space in the paper's Table 1 (arXiv 2403.16552).
 PAPER_COMPLEXITY: dict[str, tuple[str, str]] = {
@@ -27,44 +26,59 @@ PAPER_COMPLEXITY: dict[str, tuple[str, str]] = {
     "SSA": ("O(N^2 D)", "O(N^2 + N D)"),
 }
 
+# Self-attention in the order that the papers write down; this package and the release run it as Q (K^T V).
+QUADRATIC = "SSA as (Q K^T) V"
+
 aten = torch.ops.aten
+
+
+def attention_kinds() -> dict[str, str]:
+    """What can be measured, as tables call it, with the name of its operator; `QUADRATIC` has none."""
+    names = {name.upper(): name for name in operator_names() if get_operator(name)(1, num_heads=1).inputs}
+    return {**names, QUADRATIC: ""}
+
+
+def attention_core(kind: str, dim: int, with_neurons: bool = True) -> tuple[Callable[..., Tensor], int]:
+    """What one of `attention_kinds`, with D = `dim` and one head, makes of its inputs, and how many it has.
+
+    It maps spikes [T, B, 1, D, N] for each input to X' of the same shape, or to what its neuron would be given.
+
+    Raises:
+        ValueError: For an unknown kind.
+    """
+    if kind == QUADRATIC:
+        neuron = LIF(v_threshold=0.5) if with_neurons else nn.Identity()
+        return lambda q, k, v: neuron(v @ (k.transpose(-2, -1) @ q) * 0.125), 3
+    kinds = attention_kinds()
+    if kind not in kinds:
+        raise ValueError(f"kind={kind!r} is unknown, choose one of {list(kinds)}")
+    layer: Any = get_operator(kinds[kind])(dim, num_heads=1, device="meta")
+    for name in () if with_neurons else layer.inner_neurons:
+        setattr(layer, name, nn.Identity())
+    return layer.attend, len(layer.inputs)
 
 
 @dataclass(frozen=True)
 class OperationCounts:
-    """Counted for one number of tokens and channels.
+    """Counted for one number of tokens and channels."""
 
-    Attributes:
-        tokens, dim: N and D.
-        operations: Scalar operations.
-        state: Elements of what stands between queries and result: attention vector, K^T V or Q K^T.
-    """
-
-    tokens: int
-    dim: int
-    operations: int
-    state: int
+    tokens: int  # N
+    dim: int  # D
+    operations: int  # scalar operations
+    state: int  # elements of what stands between queries and result: attention vector, K^T V or Q K^T
 
 
 @dataclass(frozen=True)
 class Complexity:
-    """How the cost of one kind of attention grows.
+    """How the cost of one kind of attention grows."""
 
-    Attributes:
-        kind: "QKTA", "QKCA", "SSA" (as this package and the release run it, Q (K^T V)) or "SSA as (Q K^T) V".
-        counts: All measured points.
-        operations_n, operations_d: Exponents of N and D of the operations, fitted to the points.
-        state_n, state_d: Likewise of the state.
-        paper: The paper's time and space, where it has the kind.
-    """
-
-    kind: str
-    counts: tuple[OperationCounts, ...]
-    operations_n: float
-    operations_d: float
-    state_n: float
-    state_d: float
-    paper: Optional[tuple[str, str]]
+    kind: str  # see `attention_kinds`
+    counts: tuple[OperationCounts, ...]  # all measured points
+    operations_n: float  # exponent of N in the operations, fitted to the points
+    operations_d: float  # exponent of D
+    state_n: float  # likewise of the state
+    state_d: float  # likewise
+    paper: tuple[str, str] | None  # the paper's time and space, where it has the kind
 
 
 def attention_complexity(
@@ -77,13 +91,13 @@ def attention_complexity(
         dims: Numbers of channels D, two or more.
 
     Raises:
-        ValueError: For fewer than two different numbers, or one below 1.
+        ValueError: For fewer than two different numbers, one below 1, or an operator that cannot be counted.
     """
     for name, numbers in (("tokens", tokens), ("dims", dims)):
         if len(set(numbers)) < 2 or min(numbers) < 1:
             raise ValueError(f"{name}={tuple(numbers)!r} must be two or more different numbers of at least 1")
     results = []
-    for kind in ATTENTION_CORES:
+    for kind in attention_kinds():
         counts = tuple(_count(kind, n, d) for n in tokens for d in dims)
         operations_n, operations_d = _exponents(counts, [c.operations for c in counts])
         state_n, state_d = _exponents(counts, [c.state for c in counts])
@@ -99,15 +113,15 @@ def parameter_counts() -> dict[str, int]:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts scalar operations, and notes the size of the first result that is not a view."""
+    """Counts scalar operations, and keeps the size of the first result that is not a view."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations = 0
-        self.state: Optional[int] = None
+        self.state: int | None = None
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Optional[dict[str, Any]] = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         count = _operations_of(func, args, out)
@@ -121,27 +135,27 @@ class _Operations(TorchDispatchMode):
 def _operations_of(func: Any, args: tuple[Any, ...], out: Any) -> int:
     if func in (aten.bmm.default, aten.mm.default):
         return out.numel() * args[0].shape[-1]
-    if func in (aten.sum.default, aten.sum.dim_IntList):
+    if func.overloadpacket in (aten.sum, aten.mean, aten.amax, aten.amin, aten.cumsum):
         return args[0].numel()
-    if func in (aten.mul.Tensor, aten.mul.Scalar):
-        return out.numel()
-    if func.is_view or func in (aten._unsafe_view.default, aten._to_copy.default, aten.clone.default):
+    if func.is_view or func.overloadpacket in (aten._unsafe_view, aten._to_copy, aten.clone):
         return 0
-    raise NotImplementedError(f"{func} is not known to the operation counter")
+    if torch.Tag.pointwise in func.tags:
+        return out.numel()
+    raise ValueError(f"{func} is not known to the operation counter")
 
 
 @torch.no_grad()
 def _count(kind: str, tokens: int, dim: int) -> OperationCounts:
-    core = AttentionCore(kind, dim, neuron_layer=_no_neuron)
-    spikes = [torch.ones(1, 1, dim, tokens, 1) for _ in core.inputs]
-    with _Operations() as counter:
-        core(*spikes)
-    assert counter.state is not None
+    attend, inputs = attention_core(kind, dim, with_neurons=False)
+    spikes = [torch.ones(1, 1, 1, dim, tokens) for _ in range(inputs)]
+    try:
+        with _Operations() as counter:
+            attend(*spikes)
+    except ValueError as error:
+        raise ValueError(f"{kind} cannot be counted: {error}") from error
+    if counter.state is None:
+        raise ValueError(f"{kind} does nothing with its inputs that could be counted")
     return OperationCounts(tokens, dim, counter.operations, counter.state)
-
-
-def _no_neuron(**_kwargs: Any) -> nn.Module:
-    return nn.Identity()
 
 
 def _exponents(counts: Sequence[OperationCounts], values: Sequence[int]) -> tuple[float, float]:

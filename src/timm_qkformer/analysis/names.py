@@ -1,9 +1,9 @@
 """What the papers call a model's layers: QKFormer (arXiv 2403.16552), eq. 4 to 11 and its table of firing rates.
 
-    Q, K, V           neurons of queries, keys and (SSA) values
-    A_t, A_c          neurons of the token (QKTA) and channel (QKCA) attention vector
-    X'                what the attention gives and its projection takes: the mask times K, which no neuron of its own
-                      fires (QKTA, QKCA), or the neuron LIF(Q K^T V * scale) (SSA)
+    Q, K, V           neurons of an operator's inputs
+    A_t, A_c, ...     its inner neurons, by the names that it declares
+    X'                what it gives and its projection takes: an inner neuron's spikes (SSA), or the product of some,
+                      which no neuron of its own fires (a mask times K)
     X''               neuron after the projection
     SMLP layer 1, 2   neurons after the MLP's two layers
 
@@ -13,14 +13,11 @@ sub-blocks ("attention input", "SMLP input"), the patch embeddings ("input") and
 
 import re
 from dataclasses import dataclass
-from typing import Any, Optional
 
 from torch import nn
 
-from ..layers import QKChannelAttention, QKTokenAttention, SpikingNeuron
-from ..layers.attention import _SpikingAttention
-
-__all__ = ["SpikeSource", "place_of", "spike_sources"]
+from ..neurons import SpikingNeuron
+from ..operators import Operator
 
 _PLACE = re.compile(r"(?:^|\.)stages\.(\d+)\.(?:embed|blocks\.(\d+))(?:\.|$)")
 
@@ -28,14 +25,11 @@ _PLACES = {"stem": "stem", "readout": "head", "head": "head"}
 
 # Ends of module paths and their names in the paper.
 _NAMES: tuple[tuple[str, str], ...] = (
-    (r"attn\.q\.neuron", "Q"),
-    (r"attn\.k\.neuron", "K"),
-    (r"attn\.v\.neuron", "V"),
-    (r"attn\.proj\.neuron", "X''"),
-    (r"attn\.dw\.neuron", "DWC"),
     (r"mlp\.fc1\.neuron", "SMLP layer 1"),
     (r"mlp\.fc2\.neuron", "SMLP layer 2"),
+    (r"dw\.neuron", "DWC"),
     (r"neuron1", "attention input"),
+    (r"more\.\d+\.neuron", "attention input"),
     (r"neuron2", "SMLP input"),
     (r"embed\.neuron", "input"),
     (r"embed\.main\.(\d+)\.neuron", "conv {}"),
@@ -46,48 +40,61 @@ _NAMES: tuple[tuple[str, str], ...] = (
 
 
 @dataclass(frozen=True)
-class SpikeSource:
-    """Where a model has spikes.
+class SpikeLayer:
+    """Where a model has spikes."""
 
-    Attributes:
-        path: Name of the module.
-        name: Its name in the paper, see the module's first lines; the path where the paper has none.
-        place: Part of the model: "stem", "stage 1, embedding", "stage 1, block 1", "head" or "" elsewhere.
-        stage: Number of the stage, from 1 as in the paper.
-        block: Number of the block in its stage, from 1.
-        is_neuron: Whether the spikes are a neuron layer's output. X' of QKTA and QKCA is the input of the module.
-        channel_dims: How many dimensions of the spikes [T, B, channels..., positions...] number channels.
+    path: str  # name of the module
+    name: str  # its name in the paper, see the module's first lines; the path where the paper has none
+    place: str  # part of the model: "stem", "stage 1, embedding", "stage 1, block 1", "head" or "" elsewhere
+    stage: int | None  # number of the stage, from 1 as in the paper
+    block: int | None  # number of the block in its stage, from 1
+    is_neuron: bool  # whether the spikes are a neuron layer's output. An X' that no neuron fires is the module's input
+
+
+def operator_layers(model: nn.Module) -> dict[str, Operator]:
+    """A model's operators that have inputs, by module name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Operator) and module.inputs}
+
+
+def inner_names(operator: Operator) -> dict[str, str]:
+    """What papers call an operator's inner neurons, by the attributes that hold them."""
+    return {name: operator.neuron_names.get(name, name) for name in operator.inner_neurons}
+
+
+def spike_layers(model: nn.Module) -> dict[SpikeLayer, int]:
+    """All neuron layers of a model, and every X' that no neuron fires.
+
+    With each: how many dimensions of its spikes [T, B, channels..., positions...] number channels.
     """
-
-    path: str
-    name: str
-    place: str
-    stage: Optional[int]
-    block: Optional[int]
-    is_neuron: bool = True
-    channel_dims: int = 1
-
-
-def spike_sources(model: nn.Module) -> list[SpikeSource]:
-    """All neuron layers of a model, and X' of QKTA and QKCA."""
-    modules: dict[str, Any] = dict(model.named_modules())
-    sources = []
-    for path, module in modules.items():
+    operators = operator_layers(model)
+    names: dict[str, str] = {}
+    inner: set[str] = set()
+    for path, operator in operators.items():
+        names |= {f"{path}.{name}.neuron": name.upper() for name in operator.inputs}
+        names[f"{path}.{operator.output}.neuron"] = f"{operator.attended_name}'"
+        names |= {f"{path}.{name}": called for name, called in inner_names(operator).items()}
+        inner |= {f"{path}.{name}" for name in operator.inner_neurons}
+    layers = {}
+    for path, module in model.named_modules():
         if isinstance(module, SpikingNeuron):
-            owner = modules.get(path.rpartition(".")[0])
-            in_attention = isinstance(owner, _SpikingAttention) and owner.attn_neuron is module
-            name = _attention_name(owner) if in_attention else _name(path)
-            # Attention neurons see [T, B, heads, channels of a head, tokens].
-            sources.append(SpikeSource(path, name, *place_of(path), channel_dims=2 if in_attention else 1))
-        elif isinstance(module, QKTokenAttention):
-            sources.append(SpikeSource(f"{path}.proj", "X'", *place_of(path), is_neuron=False))
-    return sources
+            layer = SpikeLayer(path, names.get(path) or _name(path), *place_of(path), is_neuron=True)
+            # Inner neurons see [T, B, heads, channels of a head, tokens].
+            layers[layer] = 2 if path in inner else 1
+        elif path in operators and not fires_result(operators[path]):
+            operator = operators[path]
+            given = SpikeLayer(f"{path}.{operator.output}", operator.attended_name, *place_of(path), is_neuron=False)
+            layers[given] = 1
+    return layers
 
 
-def _attention_name(attention: Any) -> str:
-    if isinstance(attention, QKChannelAttention):
-        return "A_c"
-    return "A_t" if isinstance(attention, QKTokenAttention) else "X'"
+def fires_result(operator: Operator) -> bool:
+    """Whether X' is what an inner neuron fires."""
+    return operator.attended_name in operator.neuron_names.values()
+
+
+def has_mask(operator: Operator) -> bool:
+    """Whether inner neurons decide what is left of the operator's inputs."""
+    return bool(operator.inner_neurons) and not fires_result(operator)
 
 
 def _name(path: str) -> str:
@@ -98,8 +105,8 @@ def _name(path: str) -> str:
     return path
 
 
-def place_of(path: str) -> tuple[str, Optional[int], Optional[int]]:
-    """Part of the model that a module belongs to, stage and block: see `SpikeSource`."""
+def place_of(path: str) -> tuple[str, int | None, int | None]:
+    """Part of the model that a module belongs to, stage and block: see `SpikeLayer`."""
     match = _PLACE.search(path)
     if match is None:
         names = path.split(".")

@@ -1,72 +1,74 @@
-"""Everything about a model at a glance: firing rates, operations and energy, parameters, memory and speed."""
+"""Everything about a model at a glance: firing rates, operations and energy, parameters, memory and speed.
 
+As numbers, as text for a terminal, and as a page of HTML that needs no other file and no network.
+"""
+
+import base64
+import io
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Optional
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data.sampling import draw
 from .energy import AC_PJ, MAC_PJ, Energy, EnergyMeter
-from .inputs import ModelInputs, find_files
+from .hooks import Data, bare_model, inference, run_samples
 from .memory import peak_memory
 from .rates import FiringRates, RateMeter
-from .running import Data, bare_model, inference, observe
 
-__all__ = ["Profile", "Speed", "file_data", "noise_data", "profile"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-_ROUNDS = 5
+_STEPS = 4  # columns of single time steps; longer clips are shown at evenly spaced ones
+_UNTRAINED = (
+    "The weights are random: rates and energy are those of an untrained model and say nothing about a trained one."
+)
+_COUNTING = (
+    "Rates are spikes per neuron and time step, mean and standard deviation over the samples; X' of Q-K attention is "
+    "the mask times K, which no neuron fires. A dead channel never fired, a saturated one always did. "
+    "SOP is rate x T x FLOP, where FLOP counts the multiply-accumulates of a time step; sums of spikes count as that "
+    "many additions. The first convolution sees pixels and the classifier means: multiply-accumulates. "
+    "Energy: 45 nm, M. Horowitz, ISSCC 2014, as used by Spikformer and QKFormer; batch norm is folded into "
+    "convolutions; neurons, shortcut additions, pooling and memory access are not counted."
+)
+
+Row = Sequence[str]
+Table = tuple[str, Row, Sequence[Row]]  # title, header, rows
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast batches run: median and quartiles of the rounds, the first one left out.
+    """How fast batches run: median and quartiles of the rounds, the first one left out."""
 
-    Attributes:
-        batch_size: Samples in a batch.
-        rounds: Batches timed.
-        per_second: Samples a second.
-        quartiles: Lower and upper.
-        device, dtype, threads: What it ran on.
-    """
-
-    batch_size: int
-    rounds: int
-    per_second: float
-    quartiles: tuple[float, float]
-    device: str
+    batch_size: int  # samples in a batch
+    rounds: int  # batches timed
+    per_second: float  # samples a second
+    quartiles: tuple[float, float]  # lower and upper
+    device: str  # it ran on this, in this dtype, with so many threads
     dtype: str
     threads: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Profile:
-    """What `profile` measured.
+    """What `profile` measured."""
 
-    Attributes:
-        model: Name of the model.
-        weights: Where its weights come from.
-        is_random: Whether they are untrained: then rates and energy say nothing about a trained model's.
-        data: What it ran on.
-        parameters: Of the model.
-        peak_bytes: Of a forward pass of one batch, see `peak_memory`.
-        speed: Of batches of the same size.
-        rates, energy: Per layer and total.
-    """
+    model: str  # name of the model
+    weights: str  # where its weights come from
+    is_random: bool  # whether they are untrained: then rates and energy say nothing about a trained model's
+    data: str  # what it ran on
+    parameters: int  # of the model
+    peak_bytes: int  # of a forward pass of one batch, see `peak_memory`
+    speed: Speed  # of batches of the same size
+    rates: FiringRates  # per layer and total
+    energy: Energy  # likewise
 
-    model: str
-    weights: str
-    is_random: bool
-    data: str
-    parameters: int
-    peak_bytes: int
-    speed: Speed
-    rates: FiringRates
-    energy: Energy
+    def __repr__(self) -> str:
+        return f"Profile({self.model}, {self.weights}, on {self.data}: {self.rates!r}, {self.energy!r})"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the attributes, with those of the parts."""
@@ -82,7 +84,7 @@ def profile(
     is_random: bool = False,
     data_name: str = "as given",
     batch_size: int = 1,
-    rounds: int = _ROUNDS,
+    rounds: int = 5,
     mac_pj: float = MAC_PJ,
     ac_pj: float = AC_PJ,
 ) -> Profile:
@@ -113,7 +115,7 @@ def profile(
             first.append(x)
 
     rate_meter, energy_meter = RateMeter(), EnergyMeter()
-    samples, shape = observe(model, data, [rate_meter, energy_meter], keep_first)
+    samples, shape = run_samples(model, data, [rate_meter, energy_meter], keep_first)
     batch = torch.cat([first[i % len(first)] for i in range(batch_size)])
     return Profile(
         name or type(model).__name__,
@@ -126,51 +128,6 @@ def profile(
         rate_meter.result(samples, shape),
         energy_meter.result(samples, shape, mac_pj, ac_pj),
     )
-
-
-def noise_data(model: Any, samples: int, seed: int = 0) -> tuple[str, Iterator[Tensor]]:
-    """Noise of the shape of a model's input, and what to call it.
-
-    Images are normally distributed, mean 0 and variance 1, as normalised pixels are on average; clips for models of two
-    channels, which are for events, have a count drawn from a Poisson distribution of mean 0.1 in every pixel and step.
-    """
-    if samples < 1:
-        raise ValueError(f"samples={samples} must be at least 1")
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    _, height, width = config.get("input_size", (3, 224, 224))
-    generator = torch.Generator().manual_seed(seed)
-    if model.in_chans == 2:
-        shape = (1, model.time_steps, 2, height, width)
-        drawn = (torch.poisson(torch.full(shape, 0.1), generator) for _ in range(samples))
-        return f"{samples} clips of random noise (Poisson counts of mean 0.1, seed {seed}), no real recordings", drawn
-    drawn = (torch.randn(1, model.in_chans, height, width, generator=generator) for _ in range(samples))
-    return f"{samples} images of random noise (normally distributed, seed {seed}), no real images", drawn
-
-
-def file_data(
-    model: Any, folder: Path, limit: Optional[int] = None, sensor_size: Optional[tuple[int, int]] = None
-) -> tuple[str, Iterator[Tensor]]:
-    """Images or recordings below a folder as the model takes them, one by one, and what to call them.
-
-    Args:
-        model: A model with its config.
-        folder: Folder, or a file.
-        limit: Take so many, the first ones of a fixed random order of all. None: all, sorted.
-        sensor_size: (height, width) of the event camera, see `ModelInputs`.
-
-    Raises:
-        ValueError: For a `limit` below 1, or files that the model cannot take.
-        FileNotFoundError: If there is no such folder.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} must be at least 1")
-    files = find_files(folder)
-    name = f"{len(files)} files of {folder.name}"
-    drawn = draw(files, limit)
-    if len(drawn) < len(files):
-        name = f"{limit} of {name}, drawn at random"
-    inputs = ModelInputs(model, sensor_size)
-    return name, (inputs.read(path).x for path in drawn)
 
 
 @torch.no_grad()
@@ -187,3 +144,149 @@ def _speed(model: nn.Module, batch: Tensor, rounds: int) -> Speed:
     lower, median, upper = statistics.quantiles(rates, n=4)
     dtype = str(batch.dtype).removeprefix("torch.")
     return Speed(len(batch), rounds, median, (lower, upper), str(batch.device), dtype, torch.get_num_threads())
+
+
+def text_report(profile: Profile) -> str:
+    """Tables for a terminal."""
+    lines = [*([f"NOTE: {_UNTRAINED}", ""] if profile.is_random else [])]
+    summary = _summary(profile)
+    width = max(len(name) for name, _ in summary)
+    lines += [f"{name:<{width}}  {value}" for name, value in summary]
+    for title, header, rows in (_rates_table(profile.rates), _energy_table(profile.energy)):
+        lines += ["", title, *_aligned(header, rows)]
+    return "\n".join(lines)
+
+
+def html_report(profile: Profile, figures: Mapping[str, "Figure"]) -> str:
+    """A page with the tables and with figures, by their captions, embedded as pictures."""
+    title = escape(f"{profile.model}: profile")
+    note = f'<p class="note">{escape(_UNTRAINED)}</p>' if profile.is_random else ""
+    tables = "".join(
+        f"<h2>{escape(heading)}</h2>{_html_table(header, rows)}"
+        for heading, header, rows in (_rates_table(profile.rates), _energy_table(profile.energy))
+    )
+    pictures = "".join(_html_figure(caption, figure) for caption, figure in figures.items())
+    summary = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in _summary(profile))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; }}
+table {{ border-collapse: collapse; font-size: 13px; }}
+th, td {{ border-bottom: 1px solid #ddd; padding: 2px 8px; text-align: left; white-space: nowrap; }}
+td.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
+.wide {{ overflow-x: auto; }}
+.note {{ background: #fff3cd; border-left: 5px solid #d39e00; padding: 0.6em 1em; }}
+img {{ max-width: 100%; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{note}
+<table>{summary}</table>
+<p>{escape(_COUNTING)}</p>
+{pictures}
+{tables}
+</body>
+</html>
+"""
+
+
+def _summary(profile: Profile) -> list[tuple[str, str]]:
+    rates, energy, speed = profile.rates, profile.energy, profile.speed
+    threads = f", {speed.threads} threads" if speed.device == "cpu" else ""
+    neurons = [layer for layer in rates.layers if layer.is_neuron]
+    channels, dead, saturated = (
+        sum(counts) for counts in zip(*((n.channels, len(n.dead), len(n.saturated)) for n in neurons), strict=True)
+    )
+    return [
+        ("model", profile.model),
+        ("weights", profile.weights),
+        ("data", profile.data),
+        ("samples", f"{rates.samples:,} of {'x'.join(map(str, rates.input_shape))}, T = {rates.time_steps}"),
+        ("parameters", f"{profile.parameters:,}"),
+        ("peak memory", f"{profile.peak_bytes / 2**20:,.1f} MiB, batch of {speed.batch_size}, eager mode"),
+        (
+            "speed",
+            f"{speed.per_second:.2f} samples/s ({speed.quartiles[0]:.2f} to {speed.quartiles[1]:.2f}), batch of "
+            f"{speed.batch_size}, {speed.dtype} on {speed.device}{threads}",
+        ),
+        ("firing rate", f"{rates.mean:.4f} spikes per neuron and time step"),
+        ("channels", f"{dead:,} dead and {saturated:,} saturated of {channels:,}"),
+        ("SOP", f"{energy.sops / 1e9:.4g} G (additions that take place: {energy.additions / 1e9:.4g} G)"),
+        ("MAC", f"{energy.macs / 1e9:.4g} G, first convolution and classifier"),
+        ("energy", f"{energy.pj * 1e-9:.4g} mJ ({energy.mac_pj} pJ per MAC, {energy.ac_pj} pJ per addition)"),
+        ("the same ANN", f"{energy.flops / 1e9:.4g} G MAC, {energy.ann_pj * 1e-9:.4g} mJ"),
+    ]
+
+
+def _rates_table(rates: FiringRates) -> Table:
+    count = min(rates.time_steps, _STEPS)
+    steps = sorted({round(i * (rates.time_steps - 1) / max(count - 1, 1)) for i in range(count)})
+    header = ["part", "name", "rate", "std", *(f"t={t + 1}" for t in steps), "dead", "saturated", "channels", "module"]
+    rows = [
+        [
+            layer.place,
+            layer.name,
+            *(f"{rate:.4f}" for rate in (layer.mean, layer.std, *(layer.step_means[t] for t in steps))),
+            *map(str, (len(layer.dead), len(layer.saturated), layer.channels)),
+            layer.path,
+        ]
+        for layer in rates.layers
+    ]
+    return "Firing rates", header, rows
+
+
+def _energy_table(energy: Energy) -> Table:
+    header = ["part", "operation", "input", "rate", "steps", "MFLOP", "MSOP", "M additions", "MMAC", "µJ", "module"]
+    rows = [
+        [
+            layer.place,
+            layer.operation,
+            layer.input,
+            "" if layer.rate is None else f"{layer.rate:.4f}",
+            str(layer.steps),
+            *(f"{n / 1e6:.3f}" for n in (layer.flops, layer.sops, layer.additions, layer.macs, layer.pj)),
+            layer.path,
+        ]
+        for layer in energy.layers
+    ]
+    return "Operations and energy per sample", header, rows
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
+
+
+def _aligned(header: Row, rows: Sequence[Row]) -> list[str]:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    right = [all(_is_number(row[i]) or row[i] == "" for row in rows) for i in range(len(header))]
+
+    def line(row: Row) -> str:
+        cells = (
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(row, widths, right, strict=True)
+        )
+        return "  ".join(cells).rstrip()
+
+    return [line(header), *(line(row) for row in rows)]
+
+
+def _html_table(header: Row, rows: Sequence[Row]) -> str:
+    def cell(text: str) -> str:
+        return f'<td class="number">{text}</td>' if _is_number(text) else f"<td>{escape(text)}</td>"
+
+    head = "".join(f"<th>{escape(text)}</th>" for text in header)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _html_figure(caption: str, figure: "Figure") -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f'<h2>{escape(caption)}</h2><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'

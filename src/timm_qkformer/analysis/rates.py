@@ -7,17 +7,15 @@ the samples nor on how they are batched, and nothing is kept but the counts.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import prod, sqrt
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from .names import SpikeSource, spike_sources
-from .running import Data, bare_model, observe
-
-__all__ = ["PAPER_RATES", "FiringRates", "LayerRates", "RateMeter", "firing_rates"]
+from .hooks import Data, Watch, bare_model, run_samples
+from .names import SpikeLayer, spike_layers
 
 # As published for HST-10-768 on ImageNet-1k at 224 px (arXiv 2403.16552, table of firing rates in QKFormer blocks), by
 # name and stage. The blocks of stage 3 are not in the table.
@@ -33,62 +31,43 @@ PAPER_RATES: dict[str, dict[int, float]] = {
 
 
 @dataclass(frozen=True)
-class LayerRates:
-    """How often one layer fires.
+class LayerRates(SpikeLayer):
+    """How often one layer fires."""
 
-    Attributes:
-        path, name, place, stage, block, is_neuron: See `SpikeSource`.
-        neurons: Neurons of the layer, for one sample.
-        channels: Its channels; heads for A_t.
-        mean: Spikes per neuron and time step, between 0 and 1.
-        std: Standard deviation over the samples (population; 0 for one sample) of each one's mean over time.
-        step_means: Mean at each of the T time steps.
-        step_stds: Standard deviation over the samples at each time step.
-        dead: Channels that never fired, anywhere, for any sample.
-        saturated: Channels that fired everywhere, at every time step, for all samples.
-    """
-
-    path: str
-    name: str
-    place: str
-    stage: Optional[int]
-    block: Optional[int]
-    is_neuron: bool
-    neurons: int
-    channels: int
-    mean: float
-    std: float
-    step_means: tuple[float, ...]
-    step_stds: tuple[float, ...]
-    dead: tuple[int, ...]
-    saturated: tuple[int, ...]
+    neurons: int  # neurons of the layer, for one sample
+    channels: int  # its channels; heads for a mask of tokens
+    mean: float  # spikes per neuron and time step, between 0 and 1
+    std: float  # standard deviation over the samples (population; 0 for one sample) of each one's mean over time
+    step_means: tuple[float, ...]  # mean at each of the T time steps
+    step_stds: tuple[float, ...]  # standard deviation over the samples at each time step
+    dead: tuple[int, ...]  # channels that never fired, anywhere, for any sample
+    saturated: tuple[int, ...]  # channels that fired everywhere, at every time step, for all samples
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FiringRates:
-    """Firing rates of a model's layers, in the order in which they fire.
+    """Firing rates of a model's layers, in the order in which they fire."""
 
-    Attributes:
-        layers: Neuron layers and, where the paper has it, X'.
-        samples: Samples measured.
-        input_shape: Of a sample: [C, H, W], or [T, C, H, W] for event clips.
-        time_steps: Time steps T.
-        mean: Spikes per neuron and time step, of all neurons of the model.
-    """
-
-    layers: tuple[LayerRates, ...]
-    samples: int
-    input_shape: tuple[int, ...]
-    time_steps: int
-    mean: float = field(init=False)
+    layers: tuple[LayerRates, ...]  # neuron layers and, where the paper has it, X'
+    samples: int  # samples measured
+    input_shape: tuple[int, ...]  # of a sample: [C, H, W], or [T, C, H, W] for event clips
+    time_steps: int  # time steps T
+    mean: float = field(init=False)  # spikes per neuron and time step, of all neurons of the model
 
     def __post_init__(self) -> None:
         neurons = [layer for layer in self.layers if layer.is_neuron]
         fired = sum(layer.mean * layer.neurons for layer in neurons)
         object.__setattr__(self, "mean", fired / sum(layer.neurons for layer in neurons))
 
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.input_shape))
+        return (
+            f"FiringRates(mean {self.mean:.4f} of {len(self.layers)} layers, {self.samples} samples of {shape}, "
+            f"T = {self.time_steps})"
+        )
+
     def __getitem__(self, path: str) -> LayerRates:
-        """The neuron layer of this module name; "....attn.proj" for X'."""
+        """The neuron layer of this module name; "....attn.proj" for an X' that no neuron fires."""
         for layer in self.layers:
             if layer.path == path:
                 return layer
@@ -127,54 +106,36 @@ def firing_rates(model: nn.Module, data: Data) -> FiringRates:
     """
     model = bare_model(model)
     meter = RateMeter()
-    samples, shape = observe(model, data, [meter])
-    return meter.result(samples, shape)
+    return meter.result(*run_samples(model, data, [meter]))
 
 
 class RateMeter:
-    """An instrument for `observe` that counts spikes."""
+    """An instrument for `run_samples` that counts spikes."""
 
     def __init__(self) -> None:
-        self._sample: dict[SpikeSource, tuple[Tensor, int]] = {}
-        self._counts: dict[SpikeSource, _Counts] = {}
+        self._sample: dict[SpikeLayer, tuple[Tensor, int]] = {}
+        self._counts: dict[SpikeLayer, _Counts] = {}
 
-    def attach(self, model: nn.Module) -> Iterator[RemovableHandle]:
-        for source in spike_sources(model):
-            module = model.get_submodule(source.path)
-            if source.is_neuron:
-                yield module.register_forward_hook(self._on_output(source))
-            else:
-                yield module.register_forward_pre_hook(self._on_input(source))
+    def watches(self, model: nn.Module) -> Iterator[Watch]:
+        for layer, channel_dims in spike_layers(model).items():
+            yield Watch(layer.path, partial(self._count, layer, channel_dims), is_input=not layer.is_neuron)
 
-    def _on_output(self, source: SpikeSource) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
-            self._count(source, spikes)
-
-        return hook
-
-    def _on_input(self, source: SpikeSource) -> Any:
-        def hook(_module: nn.Module, inputs: Any) -> None:
-            self._count(source, inputs[0])
-
-        return hook
-
-    def _count(self, source: SpikeSource, spikes: Tensor) -> None:
-        if source in self._sample:
-            raise ValueError(f"{source.path} runs more than once in a forward pass, its rate would be ambiguous")
-        channels = prod(spikes.shape[2 : 2 + source.channel_dims])
-        flat = spikes.detach().reshape(len(spikes), channels, -1)  # of a batch of one: [T, channels, positions]
-        per_channel = flat.sum(2, dtype=torch.float64)  # exact: whole numbers far below 2^53
-        self._sample[source] = (per_channel, flat.shape[2])
+    def _count(self, layer: SpikeLayer, channel_dims: int, spikes: Tensor) -> None:
+        if layer in self._sample:
+            raise ValueError(f"{layer.path} runs more than once in a forward pass, its rate would be ambiguous")
+        channels = prod(spikes.shape[2 : 2 + channel_dims])
+        flat = spikes.reshape(len(spikes), channels, -1)  # of a batch of one: [T, channels, positions]
+        self._sample[layer] = (torch.count_nonzero(flat, dim=2), flat.shape[2])
 
     def end_sample(self) -> None:
-        for source, (fired, positions) in self._sample.items():
-            if source not in self._counts:
-                self._counts[source] = _Counts(fired.shape[0], fired.shape[1], positions)
-            self._counts[source].add(fired.cpu().to(torch.int64))
+        for layer, (fired, positions) in self._sample.items():
+            if layer not in self._counts:
+                self._counts[layer] = _Counts(fired.shape[0], fired.shape[1], positions)
+            self._counts[layer].add(fired.cpu())
         self._sample.clear()
 
     def result(self, samples: int, shape: list[int]) -> FiringRates:
-        layers = tuple(counts.result(source, samples) for source, counts in self._counts.items())
+        layers = tuple(counts.result(layer, samples) for layer, counts in self._counts.items())
         return FiringRates(layers, samples, tuple(shape), len(layers[0].step_means))
 
 
@@ -196,10 +157,9 @@ class _Counts:
             self.sums[t] += count
             self.squares[t] += count * count
 
-    def result(self, source: SpikeSource, samples: int) -> LayerRates:
+    def result(self, layer: SpikeLayer, samples: int) -> LayerRates:
         time_steps = len(self.sums) - 1
-        channels = len(self.per_channel)
-        neurons = channels * self.positions
+        neurons = len(self.per_channel) * self.positions
         means, stds = [], []
         for t, (total, squares) in enumerate(zip(self.sums, self.squares, strict=True)):
             size = neurons * (time_steps if t == time_steps else 1)
@@ -208,18 +168,13 @@ class _Counts:
             stds.append(sqrt(samples * squares - total * total) / (samples * size))
         full = samples * time_steps * self.positions
         return LayerRates(
-            source.path,
-            source.name,
-            source.place,
-            source.stage,
-            source.block,
-            source.is_neuron,
-            neurons,
-            channels,
-            means.pop(),
-            stds.pop(),
-            tuple(means),
-            tuple(stds),
-            tuple((self.per_channel == 0).nonzero().flatten().tolist()),
-            tuple((self.per_channel == full).nonzero().flatten().tolist()),
+            **vars(layer),
+            neurons=neurons,
+            channels=len(self.per_channel),
+            mean=means.pop(),
+            std=stds.pop(),
+            step_means=tuple(means),
+            step_stds=tuple(stds),
+            dead=tuple((self.per_channel == 0).nonzero().flatten().tolist()),
+            saturated=tuple((self.per_channel == full).nonzero().flatten().tolist()),
         )

@@ -3,22 +3,18 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
-from .._files import refuse_existing
-from .attention import record_attention
-from .attention_pictures import QUERY_KEY, draw_attention, select_layers
-from .capture import SETTLING, settle_norms
+from ..files import refuse_existing
+from ..operators import Operator
+from .attention import record_attention, select_layers
+from .drawing import QUERY_KEY, draw_attention, draw_gallery, draw_raster, save_picture
+from .hooks import CALIBRATION_SAMPLES, bare_model, pick_neurons, recalibrated_norms, record_layer
 from .inputs import FileInput, ModelInputs, find_files
-from .names import place_of
-from .pictures import draw_gallery, draw_raster, save_picture
-from .raster import pick_neurons, record_layer
-from .running import bare_model
-
-__all__ = ["visualize"]
+from .names import has_mask, place_of
 
 _GALLERY_ROWS = 12  # inputs on one gallery picture
 
@@ -28,10 +24,10 @@ def visualize(
     paths: Sequence[Path],
     output: Path,
     *,
-    stage: Optional[int] = None,
-    block: Optional[int] = None,
-    raster: Optional[str] = None,
-    sensor_size: Optional[tuple[int, int]] = None,
+    stage: int | None = None,
+    block: int | None = None,
+    raster: str | None = None,
+    sensor_size: tuple[int, int] | None = None,
     untrained: bool = False,
     title: str = "",
     quiet: bool = False,
@@ -45,14 +41,14 @@ def visualize(
         model: A model of this package; it runs in eval mode and is left as it was.
         paths: Images (anything that timm reads), recordings (.npz, .bin, .bs2, .aedat4) and folders of them.
         output: Folder for the pictures, made if missing.
-        stage: Only this stage's layers, counted from 1 as in the paper. None: every layer with Q-K attention or, in a
-            model without it, every attention layer.
+        stage: Only this stage's layers, counted from 1 as in the paper. None: those with a mask or, in a model
+            without any, every attention layer.
         block: Only this block of each stage, counted from 1.
         raster: Layer of neurons for the raster, such as "stages.0.blocks.0.mlp.fc1.neuron". None: the keys of the
             first layer drawn.
         sensor_size: (height, width) of the event camera, see `ModelInputs`.
         untrained: Run with batch norm statistics of the first inputs instead of the model's own; without it hardly
-            anything fires in a model that was not trained, see `settle_norms`.
+            anything fires in a model that was not trained, see `recalibrated_norms`.
         title: First line of every picture's title.
         quiet: Show no progress bar.
 
@@ -84,9 +80,9 @@ def visualize(
     refuse_existing(*written)
     output.mkdir(parents=True, exist_ok=True)
     everything = [*files, *(file for found in pages.values() for file in found)]
-    samples = [inputs.read(file).x for file in everything[:SETTLING]] if untrained else []
+    samples = [inputs.read(file).x for file in everything[:CALIBRATION_SAMPLES]] if untrained else []
     with (
-        settle_norms(plain, samples) if untrained else nullcontext(),
+        recalibrated_norms(plain, samples) if untrained else nullcontext(),
         tqdm(total=len(everything), desc="drawing", unit="input", disable=quiet or None) as bar,
     ):
         for name, file in zip(names, files, strict=True):
@@ -100,7 +96,7 @@ def visualize(
                 records.append(record_attention(plain, item.x, list(layers)))
                 bar.update()
             save_picture(draw_gallery([item.pictures[0] for item in shown], records, title), target)
-    return written
+    return [path for path in written if path.exists()]  # a mask of an unknown kind is on no picture
 
 
 def _names(files: Sequence[Path]) -> list[str]:
@@ -110,13 +106,13 @@ def _names(files: Sequence[Path]) -> list[str]:
     return [f"{i + 1:03}-{stem}" if repeated else stem for i, stem in enumerate(stems)]
 
 
-def _targets(output: Path, name: str, layers: dict[str, str]) -> dict[str, Path]:
+def _targets(output: Path, name: str, layers: dict[str, Operator]) -> dict[str, Path]:
     """File of each picture of one input, by layer name, "query-key" or "raster"."""
     targets = {}
-    for layer, kind in layers.items():
-        place = (place_of(layer)[0] or layer).replace(" ", "").replace(",", "-")
-        targets[layer] = output / f"{name}-{place}-{'channels' if kind == 'qkca' else 'tokens'}.png"
-    if any(kind != "ssa" for kind in layers.values()):
+    for path, layer in layers.items():
+        place = (place_of(path)[0] or path).replace(" ", "").replace(",", "-")
+        targets[path] = output / f"{name}-{place}-{layer.main_view}.png"
+    if any(map(has_mask, layers.values())):
         targets[QUERY_KEY] = output / f"{name}-{QUERY_KEY}.png"
     targets["raster"] = output / f"{name}-raster.png"
     return targets
@@ -125,13 +121,14 @@ def _targets(output: Path, name: str, layers: dict[str, str]) -> dict[str, Path]
 def _draw_file(
     model: nn.Module,
     item: FileInput,
-    layers: dict[str, str],
-    raster: Optional[str],
+    layers: dict[str, Operator],
+    raster: str | None,
     targets: dict[str, Path],
     title: str,
 ) -> None:
     records = record_attention(model, item.x, list(layers))
     for name, figure in draw_attention(records, item.pictures, title).items():
         save_picture(figure, targets[name])
-    layer = raster or f"{records[0].name}.k.neuron"
+    keys = layers[records[0].name].inputs[:2][-1]  # the second input, if there are two
+    layer = raster or f"{records[0].name}.{keys}.neuron"
     save_picture(draw_raster(*pick_neurons(record_layer(model, item.x, layer)), layer, title), targets["raster"])

@@ -1,12 +1,11 @@
-"""Augmentations of event clips: one random transform of space, the same at every time step."""
+"""Augmentations of event clips: one random transform of space, the same at every time step, and mixup."""
 
 import math
 from collections.abc import Callable, Sequence
 
 import torch
+from timm.data import Mixup
 from torch import Tensor
-
-__all__ = ["RELEASE_AUGMENTATIONS", "EventAugment", "cutout", "roll", "rotate", "shear_x", "translate"]
 
 
 def translate(clip: Tensor, dx: int, dy: int) -> Tensor:
@@ -107,3 +106,31 @@ class EventAugment:
 
     def __repr__(self) -> str:
         return f"EventAugment(flip_prob={self.flip_prob}, operations={self.operations}, bins={self.bins})"
+
+
+class EventMixup(Mixup):
+    """Mixup and CutMix of clips [B, T, C, H, W]; arguments and random numbers (numpy's) are timm's.
+
+    timm's own slices dimensions 2 and 3 of a batch, rows and columns of images but channels and rows of clips. Here T
+    and C are folded for the call, so that one box or one weight holds for all steps of a clip. With mixup alone both
+    return the same.
+    """
+
+    def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply mixup or CutMix to a batch.
+
+        Args:
+            x: Clips [B, T, C, H, W], floating point, B even. Changed in place where contiguous, as timm does.
+            target: Class indices [B].
+
+        Returns:
+            The new clips and the soft targets [B, num_classes].
+        """
+        if x.ndim != 5:
+            raise ValueError(f"EventMixup needs clips [B, T, C, H, W], got shape {list(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"EventMixup needs clips of floating point numbers, got {x.dtype}")
+        if x.shape[0] % 2:
+            raise ValueError(f"EventMixup needs an even batch size, got {x.shape[0]}")
+        mixed, target = super().__call__(x.flatten(1, 2), target)
+        return mixed.view(x.shape), target

@@ -1,23 +1,40 @@
-"""Frames on disk, so that a recording is read and counted once."""
+"""Arrays on disk: .npz files that may be anything, and a cache of frames, so that a recording is counted once."""
 
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .._files import replacing
-from ._npz import load_arrays
-
-__all__ = ["FrameCache"]
+from ..files import replacing
 
 _FORMAT = 1  # part of every key: raise it whenever the meaning of the stored frames changes
 
 Frames = NDArray[np.unsignedinteger[Any]]
+
+
+def load_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Load arrays of an .npz file, never unpickling.
+
+    ValueError if it is not a sound .npz archive with these arrays, OSError if it cannot be read at all.
+    """
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise ValueError("a single array, not an archive of arrays")
+        with archive:
+            missing = [name for name in names if name not in archive.files]
+            if missing:
+                raise ValueError(f"lacks {', '.join(missing)}; found {archive.files}, expected {', '.join(names)}")
+            return {name: archive[name] for name in names}
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
 
 
 class FrameCache:
@@ -67,7 +84,9 @@ class FrameCache:
             _save(path, frames)
         except OSError as error:
             # Without the file's name: the same text every time is shown once.
-            warnings.warn(f"cannot write to the cache {self.root}, going on without it: {error.strerror}", stacklevel=2)
+            warnings.warn(
+                f"cannot write to the cache {self.root}, continuing without it: {error.strerror}", stacklevel=2
+            )
         return frames
 
 

@@ -15,10 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .cache import FrameCache
-from .events import EventFileError, Events, check_events, read_events
-from .frames import FrameSpec, events_to_frames
-
-__all__ = ["EventDataset"]
+from .events import EventFileError, Events, FrameSpec, check_events, events_to_frames, read_events
 
 _logger = logging.getLogger(__name__)
 _NAMED = 10  # how many bad recordings a message names
@@ -29,11 +26,7 @@ class EventDataset(Dataset):
 
     Every recording is read once when the data set is created, so that a bad one is found then and not in the middle of
     an epoch. With `cache_dir` the frames made on the way are kept, and the next creation only reads what is new.
-
-    Attributes:
-        recordings: (path, class index) of the recordings that are used.
-        class_names: Name of each class.
-        skipped: What was wrong with each recording left out, by path.
+    Afterwards `recordings` holds those that are used, and `skipped` by path what was wrong with each one left out.
 
     Args:
         recordings: (path, class index) of each recording, in any format of `read_events`.

@@ -1,4 +1,4 @@
-"""Read one recording of an event camera, whatever the file format, and check it."""
+"""Recordings of event cameras: read from any file format, checked, counted into the frames that a model sees."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,23 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._npz import load_arrays
-
-__all__ = ["EVENT_SUFFIXES", "EventFileError", "Events", "check_events", "read_events"]
+from .cache import load_arrays
 
 
 class EventFileError(ValueError):
-    """A recording that cannot be used: missing, corrupt, empty or not what its format promises.
-
-    Attributes:
-        path: The recording.
-        reason: What is wrong with it, without the path.
-    """
+    """A recording that cannot be used: missing, corrupt, empty or not what its format promises."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(path, reason)  # as args, so that the error survives pickling on its way out of a worker
         self.path = Path(path)
-        self.reason = reason
+        self.reason = reason  # without the path
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
@@ -32,21 +25,13 @@ class EventFileError(ValueError):
 
 @dataclass(frozen=True)
 class Events:
-    """A recording of N events, in the order of the file.
+    """A recording of N events, in the order of the file. All arrays are [N]."""
 
-    Attributes:
-        t: Timestamps in microseconds, int64 [N].
-        x: Columns, int64 [N].
-        y: Rows, int64 [N].
-        p: Polarities, bool [N]; True where brightness rose ("on").
-        sensor_size: (height, width) if the file states it.
-    """
-
-    t: NDArray[np.int64]
-    x: NDArray[np.int64]
-    y: NDArray[np.int64]
-    p: NDArray[np.bool_]
-    sensor_size: tuple[int, int] | None = None
+    t: NDArray[np.int64]  # timestamps in microseconds
+    x: NDArray[np.int64]  # columns
+    y: NDArray[np.int64]  # rows
+    p: NDArray[np.bool_]  # polarities: True where brightness rose ("on")
+    sensor_size: tuple[int, int] | None = None  # (height, width) if the file states it
 
     def __len__(self) -> int:
         return len(self.t)
@@ -166,3 +151,68 @@ _READERS: dict[str, Callable[[Path], Events]] = {
     ".aedat4": _read_aedat4,
 }
 EVENT_SUFFIXES = tuple(_READERS)
+
+
+@dataclass(frozen=True)
+class FrameSpec:
+    """How a recording becomes frames."""
+
+    time_steps: int  # number of frames, T
+    split_by: str = "number"  # every frame has the same number of events; "time": the same duration
+    size: tuple[int, int] | None = None  # (height, width), not above the sensor's; None keeps that
+
+    def __post_init__(self) -> None:
+        if self.time_steps < 1:
+            raise ValueError(f"time_steps={self.time_steps} needs to be at least 1")
+        if self.split_by not in ("number", "time"):
+            raise ValueError(f"split_by={self.split_by!r} needs to be 'number' or 'time'")
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise ValueError(f"size={self.size} needs to be (height, width), both at least 1")
+
+    def frame_size(self, sensor_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the frames of a sensor of (height, width) pixels."""
+        if self.size is None:
+            return sensor_size
+        if self.size[0] > sensor_size[0] or self.size[1] > sensor_size[1]:
+            raise ValueError(
+                f"size={self.size} is larger than the sensor's {sensor_size}: frames are only sampled down, because "
+                f"enlarging would leave rows and columns without events; resize the finished clips instead"
+            )
+        return self.size
+
+
+def events_to_frames(events: Events, spec: FrameSpec, sensor_size: tuple[int, int]) -> NDArray[np.uint32]:
+    """Count the events of each polarity at each pixel in each of T slices of the recording.
+
+    Slices are those of spikingjelly's `integrate_events_by_fixed_frames_number`, which the release trains on:
+
+    - by number: N // T events each in the order of the file, the last slice takes the rest;
+    - by time: (t_max - t_min) // T microseconds each, the last slice takes the rest. A slice in which nothing happens
+      is an empty frame (spikingjelly raises IndexError there).
+
+    Sampling down moves the event at (y, x) to (y * h // H, x * w // W): every event is counted once, and for whole
+    ratios this is sum pooling.
+
+    Args:
+        events: At least one event, all of them on the sensor (`check_events`).
+        spec: Number, kind and size of the frames.
+        sensor_size: (height, width), (H, W) above.
+
+    Returns:
+        Counts [T, 2, h, w]; channel 0 counts "off" events and channel 1 "on" events.
+    """
+    steps = spec.time_steps
+    height, width = spec.frame_size(sensor_size)
+    if spec.split_by == "number":
+        step = np.arange(len(events)) // max(len(events) // steps, 1)
+        if len(events) < steps:
+            step[:] = steps - 1
+    else:
+        elapsed = events.t - events.t.min()
+        step = elapsed // max(int(elapsed.max()) // steps, 1)
+    step = np.minimum(step, steps - 1)
+    y = events.y * height // sensor_size[0]
+    x = events.x * width // sensor_size[1]
+    position = ((step * 2 + events.p) * height + y) * width + x
+    counts = np.bincount(position, minlength=steps * 2 * height * width)
+    return counts.reshape(steps, 2, height, width).astype(np.uint32)

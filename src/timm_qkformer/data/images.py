@@ -1,4 +1,4 @@
-"""Image files, and errors of loaders, as one line that names the file."""
+"""Labelled images that are read or named in one line, and the same for whatever a loader cannot read."""
 
 import re
 from collections.abc import Iterator
@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from PIL import Image
+from torch.utils.data import Dataset
 
 from .events import EventFileError
-
-__all__ = ["UnreadableImageError", "open_image", "readable"]
 
 
 class UnreadableImageError(ValueError):
@@ -35,12 +34,38 @@ def open_image(file: str | Path | IO[bytes], mode: str | None = None, path: str 
         raise UnreadableImageError(f"{path or file} is not a readable image: {error}") from error
 
 
-def readable(batches: Any) -> Iterator[Any]:
-    """The batches; what cannot be read is one line, also from worker processes, which wrap it in a traceback.
+class ImageDataset(Dataset):
+    """Labelled images; timm's `create_loader` sets `transform`.
 
-    Raises:
-        ValueError: Naming the image or recording.
+    An unreadable image stops the run and is named. timm's own data set gives the next image in its place.
+
+    Args:
+        samples: Pairs of a file, open or by its path, and a class index (None: unknown). A reader of timm's will do.
+        mode: Pillow's mode of the images.
+        hint: Ends an error's message.
     """
+
+    def __init__(self, samples: Any, mode: str, hint: str = "") -> None:
+        self.reader = samples
+        self.mode = mode
+        self.hint = hint
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        try:
+            file, target = self.reader[index]
+            name = self.reader.filename(index, absolute=True) if hasattr(self.reader, "filename") else file
+            image = open_image(file, self.mode, name)
+        except (OSError, ValueError) as error:
+            raise UnreadableImageError(f"{error}{self.hint}") from error
+        return (image if self.transform is None else self.transform(image)), -1 if target is None else target
+
+
+def readable(batches: Any) -> Iterator[Any]:
+    """The batches; what cannot be read is a ValueError of one line, also from workers, which wrap it in a traceback."""
     try:
         yield from batches
     except (ValueError, RuntimeError) as error:

@@ -8,8 +8,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .sampling import SharedRandomSampler
 
-__all__ = ["EventLoader", "create_event_loader"]
-
 
 class EventLoader(DataLoader):
     """A DataLoader whose order and workers' seeds follow from (seed, epoch, rank) alone, see `create_event_loader`."""

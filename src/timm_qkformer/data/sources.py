@@ -11,11 +11,8 @@ from timm.layers import to_2tuple
 from torch import Tensor
 
 from .dataset import EventDataset
-from .events import EVENT_SUFFIXES
-from .frames import FrameSpec
-from .splits import split_by_class
-
-__all__ = ["EVENT_DATASETS", "create_event_dataset"]
+from .events import EVENT_SUFFIXES, FrameSpec
+from .sampling import split_by_class
 
 Recordings = list[tuple[Path, int]]
 
@@ -58,9 +55,7 @@ def create_event_dataset(
         sensor_size: (height, width), or one number for both, of the camera; for "folder" only, the others' are known.
         train_ratio: Share of each class to train on, for "cifar10dvs" and for a "folder" without split folders.
         split_seed: Shuffle before such a split; None does not, as published.
-        on_error: See `EventDataset`.
-        cache_dir: See `EventDataset`.
-        transform: See `EventDataset`.
+        on_error, cache_dir, transform: See `EventDataset`.
 
     Raises:
         FileNotFoundError: If the data is not there.
@@ -82,13 +77,7 @@ def create_event_dataset(
     if not recordings:
         raise ValueError(f"the {split} split of {name} in {root} is empty; train_ratio={train_ratio} may leave nothing")
     return EventDataset(
-        recordings,
-        class_names,
-        spec,
-        sensor_size=camera,
-        on_error=on_error,
-        cache_dir=cache_dir,
-        transform=transform,
+        recordings, class_names, spec, sensor_size=camera, on_error=on_error, cache_dir=cache_dir, transform=transform
     )
 
 

@@ -1,13 +1,11 @@
 """Model cards: README.md of a converted checkpoint."""
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .releases import Release
-
-__all__ = ["write_card"]
+from .infer import Release
 
 _CITATIONS = {
     "2403.16552": """@inproceedings{zhou2024qkformer,
@@ -42,8 +40,8 @@ def write_card(
     config: dict[str, Any],
     source: dict[str, str],
     params: int,
-    release: Optional[Release] = None,
-    measured: Optional[list[dict[str, Any]]] = None,
+    release: Release | None = None,
+    measured: list[dict[str, Any]] | None = None,
 ) -> None:
     """Write `folder`/README.md.
 
@@ -93,7 +91,7 @@ def _list(facts: dict[str, Any]) -> str:
     return "\n".join(f"- **{key}:** {value}" for key, value in facts.items() if value is not None)
 
 
-def _accuracy(release: Optional[Release], measured: list[dict[str, Any]]) -> str:
+def _accuracy(release: Release | None, measured: list[dict[str, Any]]) -> str:
     if release is None and not measured:
         return "Not measured, and this file is none of those with a published accuracy."
     rows = ["| Top-1 | Top-5 | Images | Neurons | Where from |", "|---|---|---|---|---|"]

@@ -11,19 +11,18 @@ import hashlib
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from .._errors import first_line
-
-__all__ = ["Checkpoint", "CheckpointError", "read_checkpoint"]
+from ..errors import first_line
 
 MAX_FILE_BYTES = 8 << 30  # the largest known checkpoint, with optimizer state, is a tenth of it
 MAX_PICKLE_BYTES = 8 << 20  # the pickle holds names, shapes and options; the tensors are records of their own
@@ -54,11 +53,11 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     weights: str  # which of the file's weights these are, for messages
     args: dict[str, Any] = field(default_factory=dict)  # the training's command line
-    epoch: Optional[int] = None
+    epoch: int | None = None
 
 
-def read_checkpoint(path: Path, ema: Optional[bool] = None) -> Checkpoint:
-    """Read a checkpoint file without trusting it.
+def read_checkpoint(path: Path, ema: bool | None = None) -> Checkpoint:
+    """Read the weights of a checkpoint file without trusting it.
 
     Args:
         path: A plain state dict or a training checkpoint, in safetensors or `torch.save`'s zip format.
@@ -69,35 +68,56 @@ def read_checkpoint(path: Path, ema: Optional[bool] = None) -> Checkpoint:
         CheckpointError: With the reason, for a file that cannot be read or has weights that no model can have.
         OSError: If the file cannot be opened.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise CheckpointError(f"{path}: {size:,} bytes are more than a checkpoint has (limit {MAX_FILE_BYTES:,})")
+    content = read_content(path)
     with path.open("rb") as file:
-        start = file.read(9)
-        file.seek(0)
         md5 = hashlib.file_digest(file, "md5").hexdigest()
-    try:
+    with _naming(path):
+        tensors, weights = _choose(content, ema)
+        _check_tensors(tensors, path.stat().st_size)
+    if weights == _PLAIN:
+        return Checkpoint(path, md5, tensors, weights)
+    epoch = content.get("epoch")
+    return Checkpoint(path, md5, tensors, weights, _arguments(content), epoch if isinstance(epoch, int) else None)
+
+
+def read_content(path: Path, mmap: bool = True) -> Any:
+    """Read all that a checkpoint file holds, without trusting it: every reader of this package starts here.
+
+    Args:
+        path: The file, in safetensors or `torch.save`'s zip format.
+        mmap: Leave the tensors of a zip on the disk until they are looked at.
+
+    Raises:
+        CheckpointError: With the reason, for a file that cannot be read.
+        OSError: If the file cannot be opened.
+    """
+    with _naming(path):
+        if not path.is_file():
+            raise CheckpointError("there is no such file")
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise CheckpointError(f"{size:,} bytes are more than a checkpoint has (limit {MAX_FILE_BYTES:,})")
+        with path.open("rb") as file:
+            start = file.read(9)
         if start.startswith(b"PK\x03\x04"):
-            content: Any = _read_zip(path, size)
-        elif start[8:] == b"{":
-            content = _read_safetensors(path, size, int.from_bytes(start[:8], "little"))
-        elif start[:1] == b"\x80":
+            return _read_zip(path, size, mmap)
+        if start[8:] == b"{":
+            return _read_safetensors(path, size, int.from_bytes(start[:8], "little"))
+        if start[:1] == b"\x80":
             raise CheckpointError(
                 "a bare pickle. PyTorch before 1.6 saved so, and it can hide code; if you trust it, save it anew: "
                 "torch.save(torch.load(OLD, weights_only=True), NEW)"
             )
-        else:
-            raise CheckpointError("neither a safetensors file nor one that torch.save wrote")
-        tensors, weights = _choose(content, ema)
-        _check_tensors(tensors, size)
+        raise CheckpointError("neither a safetensors file nor one that torch.save wrote")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let errors begin with the file's name."""
+    try:
+        yield
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
-    has_extras = weights != _PLAIN
-    return Checkpoint(
-        path, md5, tensors, weights, _arguments(content) if has_extras else {}, _epoch(content) if has_extras else None
-    )
 
 
 def _read_safetensors(path: Path, size: int, header: int) -> dict[str, Tensor]:
@@ -114,7 +134,7 @@ def _read_safetensors(path: Path, size: int, header: int) -> dict[str, Tensor]:
         raise CheckpointError(f"damaged or cut off ({first_line(error)})") from error
 
 
-def _read_zip(path: Path, size: int) -> Any:
+def _read_zip(path: Path, size: int, mmap: bool) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -132,7 +152,7 @@ def _read_zip(path: Path, size: int) -> Any:
         raise CheckpointError(f"damaged or cut off ({first_line(error)})") from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a crafted pickle may fail in any way
         raise CheckpointError(f"PyTorch cannot read it ({first_line(error)})") from error
 
@@ -169,7 +189,7 @@ def _check_pickle(pickle: bytes) -> None:
 _PLAIN = "plain weights"
 
 
-def _choose(content: Any, ema: Optional[bool]) -> tuple[dict[str, Tensor], str]:
+def _choose(content: Any, ema: bool | None) -> tuple[dict[str, Tensor], str]:
     """The state dict in the file: the moving average, the model's entry, or the whole."""
     if not isinstance(content, Mapping):
         raise CheckpointError(f"it holds a {type(content).__name__}, not a dict of tensors")
@@ -195,7 +215,7 @@ def _choose(content: Any, ema: Optional[bool]) -> tuple[dict[str, Tensor], str]:
     return clean_state_dict(dict(tensors)), words
 
 
-def _first_dict(content: Mapping[str, Any], keys: Iterable[str]) -> Optional[str]:
+def _first_dict(content: Mapping[str, Any], keys: Iterable[str]) -> str | None:
     return next((key for key in keys if isinstance(content.get(key), Mapping)), None)
 
 
@@ -216,7 +236,7 @@ def _check_tensors(tensors: dict[str, Tensor], size: int) -> None:
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise CheckpointError(f"{shown} claims the shape {list(tensor.shape)}, the file holds less")
         counter = name.endswith("num_batches_tracked")
-        may_count = counter or tensor.ndim == 0  # whatever its name; `recognise` compares with the model's
+        may_count = counter or tensor.ndim == 0  # whatever its name; `infer_architecture` compares with the model's
         if not ((tensor.dtype == torch.int64 and may_count) or (tensor.dtype in _WIDENED and not counter)):
             wanted = "an int64 counter" if counter else "float32, float64, float16 or bfloat16"
             raise CheckpointError(f"{shown} is {str(tensor.dtype).removeprefix('torch.')}, expected {wanted}")
@@ -246,11 +266,6 @@ def _is_plain(value: Any, depth: int = 2) -> bool:
     if isinstance(value, (list, tuple)):
         return len(value) <= 16 and all(isinstance(item, (str, int, float)) for item in value)
     return isinstance(value, (str, int, float))
-
-
-def _epoch(content: Mapping[str, Any]) -> Optional[int]:
-    epoch = content.get("epoch")
-    return epoch if isinstance(epoch, int) else None
 
 
 def _listing(names: Iterable[str], shown: int = 3) -> str:

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import timm
 import torch
@@ -17,15 +17,12 @@ from torch import nn
 from .. import inference
 from .card import write_card
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
+from .infer import RELEASES, InferredModel, Release, architectures, find_asset, find_release, infer_architecture
 from .publish import FILES
-from .recognise import Recognised, architectures, find_asset, recognise
-from .releases import RELEASES, Release, find_release
 from .verify import coupled_layers
 
-__all__ = ["Conversion", "convert"]
-
 _DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-_ROUNDED = "weights rounded to 8 bits, one step per output channel"
+_QUANTIZED = "weights rounded to 8 bits, one step per output channel"
 
 
 @dataclass
@@ -36,24 +33,24 @@ class Conversion:
     model: str
     tag: str
     model_args: dict[str, Any]
-    release: Optional[Release]
-    report: list[str]  # what was recognised, for the user
+    release: Release | None
+    report: list[str]  # what was found, for the user
 
 
 def convert(
     source: Path,
     folder: Path,
     *,
-    model: Optional[str] = None,
-    time_steps: Optional[int] = None,
-    tag: Optional[str] = None,
-    input_size: Optional[int] = None,
+    model: str | None = None,
+    time_steps: int | None = None,
+    tag: str | None = None,
+    input_size: int | None = None,
     batch_coupled: bool = False,
-    ema: Optional[bool] = None,
+    ema: bool | None = None,
     dtype: str = "float32",
-    round_weights: bool = False,
+    quantize_weights: bool = False,
     force: bool = False,
-    measure: Optional[Callable[[Path], list[dict[str, Any]]]] = None,
+    measure: Callable[[Path], list[dict[str, Any]]] | None = None,
 ) -> Conversion:
     """Turn a checkpoint into a folder for timm: model.safetensors, config.json and README.md.
 
@@ -71,8 +68,8 @@ def convert(
         ema: Take the moving average (True), the weights themselves (False), or the former where there is one (None).
         dtype: "float16", "float32" or "float64" for the floating-point tensors, which are widened exactly or rounded.
             A model that loads them computes in its own dtype all the same.
-        round_weights: Round weights to 8 bits first, see `timm_qkformer.round_weights`. By that, an authors' checkpoint
-            loses its tag and its published accuracy.
+        quantize_weights: Round weights to 8 bits first, see `timm_qkformer.quantize_weights`. By that, an authors'
+            checkpoint loses its tag and its published accuracy.
         force: Replace what is in `folder`.
         measure: Called with the finished folder before it is moved to its place; its results go into the card.
 
@@ -88,15 +85,15 @@ def convert(
     _check_target(folder, force)
     checkpoint = read_checkpoint(source, ema)
     release = find_release(checkpoint.md5)
-    found = recognise(checkpoint, model or (release.model if release else None), time_steps)
+    found = infer_architecture(checkpoint, model or (release.model if release else None), time_steps)
     asset = find_asset(source.name)
-    if tag is None and not round_weights:
+    if tag is None and not quantize_weights:
         tag = release.tag if release else asset[1] if asset and asset[0] == found.model else None
     cfg = _pretrained_cfg(found, checkpoint, release, tag or "custom", input_size)
-    built = _build(found, cfg, batch_coupled, _DTYPES[dtype], round_weights)
+    built = _build(found, cfg, batch_coupled, _DTYPES[dtype], quantize_weights)
     source_facts = _source_facts(checkpoint, release)
-    if round_weights:
-        source_facts["Rounding"] = _ROUNDED
+    if quantize_weights:
+        source_facts["Quantization"] = _QUANTIZED
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -105,7 +102,7 @@ def convert(
         config = _without_duplicates(staging / "config.json")
         measured = measure(staging) if measure is not None else None
         params = sum(p.numel() for p in built.parameters())
-        write_card(staging, config, source_facts, params, None if round_weights else release, measured)
+        write_card(staging, config, source_facts, params, None if quantize_weights else release, measured)
         staging.chmod(0o755)  # what tempfile and safetensors write is private
         for path in staging.iterdir():
             path.chmod(0o644)
@@ -113,8 +110,8 @@ def convert(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     report = _report(checkpoint, found, release, config, dtype)
-    if round_weights:
-        report.append(_ROUNDED)
+    if quantize_weights:
+        report.append(_QUANTIZED)
     return Conversion(folder, found.model, tag or "custom", config["model_args"], release, report)
 
 
@@ -132,7 +129,7 @@ def _check_target(folder: Path, force: bool) -> None:
             )
 
 
-def _architecture(folder: Path) -> Optional[str]:
+def _architecture(folder: Path) -> str | None:
     """Name of the model in a folder; None if there is none."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -157,7 +154,7 @@ def _put(staging: Path, folder: Path) -> None:
 
 
 def _pretrained_cfg(
-    found: Recognised, checkpoint: Checkpoint, release: Optional[Release], tag: str, input_size: Optional[int]
+    found: InferredModel, checkpoint: Checkpoint, release: Release | None, tag: str, input_size: int | None
 ) -> dict[str, Any]:
     """What differs from the model's own pretrained config: size and normalisation as they were in training, or as the
     tag has them, and the crop that the releases evaluate with at that size."""
@@ -182,7 +179,7 @@ def _pretrained_cfg(
     return overlay
 
 
-def _trained_size(checkpoint: Checkpoint) -> Optional[int]:
+def _trained_size(checkpoint: Checkpoint) -> int | None:
     """Pixels per side in the training's arguments: the ImageNet code's name for it, or timm's two."""
     for key in ("input_size", "img_size"):
         size = checkpoint.args.get(key)
@@ -192,21 +189,23 @@ def _trained_size(checkpoint: Checkpoint) -> Optional[int]:
     return None
 
 
-def _build(found: Recognised, cfg: dict[str, Any], batch_coupled: bool, dtype: torch.dtype, rounded: bool) -> nn.Module:
+def _build(
+    found: InferredModel, cfg: dict[str, Any], batch_coupled: bool, dtype: torch.dtype, quantized: bool
+) -> nn.Module:
     args = dict(found.model_args, time_steps=found.time_steps)
     if coupled_layers(timm.create_model(found.model, device="meta")):
         args["batch_coupled"] = batch_coupled or args.get("batch_coupled", False)
     elif batch_coupled:
         raise ValueError(f"batch_coupled=True: {found.model} has no coupled neurons, its release has none either")
     # Rounded once: not to half precision first.
-    first = torch.float64 if rounded else dtype
+    first = torch.float64 if quantized else dtype
     built = timm.create_model(found.model, pretrained_cfg_overlay=cfg, dtype=first, **args)
     try:
         built.load_state_dict(found.state_dict, strict=True)
-    except RuntimeError as error:  # recognise has compared names and shapes
+    except RuntimeError as error:  # infer_architecture has compared names and shapes
         raise CheckpointError(f"{found.model} does not take the tensors: {error}") from error
-    if rounded:
-        inference.round_weights(built)
+    if quantized:
+        inference.quantize_weights(built)
         built.to(dtype)
     overflow = [name for name, value in built.state_dict().items() if not bool(torch.isfinite(value).all())]
     if overflow:
@@ -215,15 +214,14 @@ def _build(found: Recognised, cfg: dict[str, Any], batch_coupled: bool, dtype: t
 
 
 def _without_duplicates(path: Path) -> dict[str, Any]:
-    """Take the class count out of config.json's `model_args`: it stands above them too, where timm and transformers
-    read it, and transformers hands both to the model."""
+    """Take the class count out of `model_args`: transformers would hand the model it and the one that stands above."""
     config: dict[str, Any] = json.loads(path.read_text())
     config["model_args"].pop("num_classes", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
     return config
 
 
-def _source_facts(checkpoint: Checkpoint, release: Optional[Release]) -> dict[str, str]:
+def _source_facts(checkpoint: Checkpoint, release: Release | None) -> dict[str, str]:
     facts = {"File": f"`{checkpoint.path.name}`, {checkpoint.weights}"}
     if checkpoint.epoch is not None:
         facts["Epoch"] = str(checkpoint.epoch)
@@ -233,7 +231,7 @@ def _source_facts(checkpoint: Checkpoint, release: Optional[Release]) -> dict[st
 
 
 def _report(
-    checkpoint: Checkpoint, found: Recognised, release: Optional[Release], config: dict[str, Any], dtype: str
+    checkpoint: Checkpoint, found: InferredModel, release: Release | None, config: dict[str, Any], dtype: str
 ) -> list[str]:
     tag = config["pretrained_cfg"]["tag"]
     args = ", ".join(f"{k}={v}" for k, v in {"num_classes": config["num_classes"], **config["model_args"]}.items())

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import timm
 import torch
@@ -10,9 +10,7 @@ from timm.data import resolve_data_config
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 
 from .checkpoints import Checkpoint, read_checkpoint
-from .recognise import architectures, fit_tensors, recognise, stated_args
-
-__all__ = ["LoadedModel", "load_model", "shipped_models"]
+from .infer import architectures, fit_tensors, infer_architecture, stated_args
 
 # Of a training's arguments, those that prepare the model's input.
 _DATA_ARGS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
@@ -20,19 +18,12 @@ _DATA_ARGS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mo
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model and where its weights come from.
+    """A model and where its weights come from."""
 
-    Attributes:
-        model: The model, in eval mode.
-        name: Its registered name, with the tag if it has one, and arguments that were given.
-        weights: Where its weights come from, for titles: "random weights (seed 0)", "weights of FILE", ...
-        is_random: Whether nothing was loaded.
-    """
-
-    model: Any
-    name: str
-    weights: str
-    is_random: bool
+    model: Any  # in eval mode
+    name: str  # registered, with the tag if it has one, and arguments that were given
+    weights: str  # where they come from, for titles: "random weights (seed 0)", "weights of FILE", ...
+    is_random: bool  # nothing was loaded
 
     @property
     def title(self) -> str:
@@ -42,20 +33,20 @@ class LoadedModel:
 def load_model(
     source: str,
     *,
-    checkpoint: Optional[Path] = None,
+    checkpoint: Path | None = None,
     random: bool = False,
     seed: int = 0,
-    time_steps: Optional[int] = None,
-    model_args: Optional[dict[str, Any]] = None,
+    time_steps: int | None = None,
+    model_args: dict[str, Any] | None = None,
 ) -> LoadedModel:
     """Create a model with its weights.
 
     Args:
         source: A registered name, with or without a tag: its pretrained weights where the tag has any, else random
             ones. A folder that `convert` wrote, or "local-dir:FOLDER" or "hf-hub:REPOSITORY". A checkpoint file: of a
-            training by timm's train.py or this package, which says what it is of; else the model is recognised from its
+            training by timm's train.py or this package, which says what it is of; else the model is inferred from its
             tensors.
-        checkpoint: File with the weights for a registered name, for models that cannot be recognised because they
+        checkpoint: File with the weights for a registered name, for models that cannot be inferred because they
             have arguments of their own.
         random: Random weights, even where there are others.
         seed: Of the random weights.
@@ -83,7 +74,7 @@ def load_model(
     if path.is_file():
         if random or checkpoint is not None or model_args:
             raise ValueError(f"{source} is a checkpoint file and stands for itself: no other options go with it")
-        return _recognised(path, time_steps)
+        return _inferred(path, time_steps)
     if not is_model(source.partition(".")[0]):
         raise ValueError(
             f"{source!r} is neither a registered model (timm.list_models('*former*')), nor a folder or file that exists"
@@ -112,17 +103,17 @@ def _with_arguments(name: str, args: dict[str, Any]) -> str:
     return f"{name} ({', '.join(shown)})" if shown else name
 
 
-def _recognised(path: Path, time_steps: Optional[int]) -> LoadedModel:
+def _inferred(path: Path, time_steps: int | None) -> LoadedModel:
     read = read_checkpoint(path)
     if read.args.get("model") in architectures() and "num_classes" in read.args:
         return _trained(read, time_steps)
-    found = recognise(read, time_steps=time_steps)
+    found = infer_architecture(read, time_steps=time_steps)
     model: Any = timm.create_model(found.model, time_steps=found.time_steps, **found.model_args)
     model.load_state_dict(found.state_dict)
     return LoadedModel(model.eval(), found.model, f"weights of {path.name}", False)
 
 
-def _trained(read: Checkpoint, time_steps: Optional[int]) -> LoadedModel:
+def _trained(read: Checkpoint, time_steps: int | None) -> LoadedModel:
     """The model of a training checkpoint that says what it was created with, as timm's train.py writes it."""
     name, args = read.args["model"], stated_args(read)
     args |= {key: read.args[key] for key in ("num_classes", "in_chans") if key in read.args}

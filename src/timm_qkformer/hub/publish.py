@@ -4,17 +4,15 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import timm
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils.sha import git_hash
 
-from ..models._weights import explain, sha256_of
-from .recognise import architectures
-
-__all__ = ["FILES", "PublishError", "publish"]
+from ..models.loading import explain, sha256_of
+from .infer import architectures
 
 FILES = ("model.safetensors", "config.json", "README.md")
 
@@ -33,12 +31,7 @@ class _File:
 
 
 def publish(
-    folder: Path,
-    repo: str,
-    *,
-    confirm: Callable[[str], bool],
-    private: bool = False,
-    token: Optional[str] = None,
+    folder: Path, repo: str, *, confirm: Callable[[str], bool], private: bool = False, token: str | None = None
 ) -> str:
     """Upload a folder that `convert` wrote, read it back and compare.
 

@@ -4,9 +4,8 @@ import hashlib
 import json
 import re
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Optional, cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -15,15 +14,16 @@ from timm.data.imagenet_info import ImageNetInfo
 from timm.data.loader import create_loader
 from timm.data.readers import get_img_extensions
 from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .._files import write_atomically
-from ..data.images import open_image, readable
+from ..data.images import ImageDataset
 from ..data.sampling import draw
-from ..layers import SpikingConv, SpikingSelfAttention
-
-__all__ = ["coupled_layers", "find_samples", "verify"]
+from ..files import write_atomically
+from ..layers import SpikingConv
+from ..operators import Operator
+from .evaluate import Evaluation, classify_batches, report
 
 Sample = tuple[str, int]  # path and class index
 
@@ -31,13 +31,34 @@ _SYNSET = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?!\d)")
 _SAVE_EVERY = 10.0  # seconds between two writes of the progress file
 
 
-@dataclass
-class _Count:
-    """What was counted so far with one kind of neurons."""
+class _Pass(ClassificationEvaluator):
+    """One kind of neurons, and what was counted with it so far: `sums` of the samples that are `done`."""
 
-    top1: int = 0
-    top5: int = 0
-    seconds: float = 0.0
+    def __init__(self, net: nn.Module, coupled: bool, done: int, sums: dict[str, float]) -> None:
+        super().__init__()
+        self.net = net
+        self.coupled = coupled
+        self.seconds = sums["seconds"]  # of the forward passes alone
+        self.counts = torch.tensor([done, sums["top1"], sums["top5"]])
+        self.loss_sum.fill_(sums.get("loss", float("nan")))  # files of earlier versions have none
+
+    def __call__(self, images: Tensor) -> Tensor:
+        for layer in coupled_layers(self.net):
+            layer.batch_coupled = self.coupled
+        start = time.perf_counter()
+        logits: Tensor = self.net(images).cpu()  # waits for the device
+        self.seconds += time.perf_counter() - start
+        return logits
+
+    def sums(self) -> dict[str, float]:
+        """What the progress file holds."""
+        _, top1, top5 = self.counts.tolist()
+        return {"top1": top1, "top5": top5, "seconds": self.seconds, "loss": self.loss_sum.item()}
+
+    def measured(self) -> Evaluation:
+        """The result so far."""
+        samples = int(self.counts[0])
+        return Evaluation(**self.summary(), samples=samples, samples_per_second=samples / self.seconds)
 
 
 def verify(
@@ -45,12 +66,12 @@ def verify(
     data: Path,
     *,
     neurons: str = "both",
-    time_steps: Optional[int] = None,
+    time_steps: int | None = None,
     batch_size: int = 32,
-    limit: Optional[int] = None,
+    limit: int | None = None,
     workers: int = 2,
-    device: Optional[str] = None,
-    progress: Optional[Path] = None,
+    device: str | None = None,
+    progress: Path | None = None,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure top-1, top-5 and speed on labelled images, with the transform of the model's own config.
@@ -69,12 +90,12 @@ def verify(
         limit: Take the first so many images of a fixed random order of all. None: take all, sorted.
         workers: Processes that decode images; 0 for none.
         device: Where to run. None: CUDA if there is one, else CPU.
-        progress: File to keep the counts in; a second call with the same arguments goes on from there.
+        progress: File to keep the counts in; a second call with the same arguments resumes from them.
         quiet: Show no progress bar.
 
     Returns:
-        One dict for each kind of neurons with model, batch_coupled, time_steps, images, top1 and top5 in percent,
-        images_per_second (of the forward pass alone), input_size, batch_size and device.
+        One `report` for each kind of neurons, with batch_coupled and images; images_per_second is that of the forward
+        pass alone.
 
     Raises:
         ValueError: For an argument outside its range, images without a known class or a broken image.
@@ -86,17 +107,13 @@ def verify(
     config = resolve_model_data_config(net)
     modes = _modes(net, neurons)
     key = _fingerprint(net, samples, config, batch_size, sorted(modes))
-    done, counts = _read_progress(progress, key, modes)
+    done, sums = _read_progress(progress, key, modes)
+    passes = {name: _Pass(net, coupled, done, sums[name]) for name, coupled in modes.items()}
 
     loader = create_loader(
-        cast(Any, _Images(samples[done:], net.in_chans)),
-        input_size=config["input_size"],
+        cast(Any, ImageDataset(samples[done:], "L" if net.in_chans == 1 else "RGB")),
+        **config,
         batch_size=batch_size,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
         num_workers=workers,
         persistent_workers=False,
         use_prefetcher=False,
@@ -104,34 +121,22 @@ def verify(
     )
     saved = time.monotonic()
     with tqdm(total=len(samples), initial=done, unit="img", disable=quiet or None) as bar:
-        for images, targets in readable(loader) if done < len(samples) else ():
-            images, targets = images.to(on), targets.to(on)
-            for name, coupled in modes.items():
-                _count(net, coupled, images, targets, counts[name])
-            done += len(targets)
-            bar.update(len(targets))
-            bar.set_postfix({name: f"{100 * count.top1 / done:.2f} %" for name, count in counts.items()})
+        pairs = [(one, one) for one in passes.values()]
+        for images in classify_batches(pairs, loader, on) if done < len(samples) else ():
+            done += len(images)
+            bar.update(len(images))
+            bar.set_postfix({name: f"{one.measured().top1:.2f} %" for name, one in passes.items()})
             if progress is not None and (time.monotonic() - saved > _SAVE_EVERY or done == len(samples)):
-                _write_progress(progress, key, done, counts)
+                content = {"key": key, "done": done, "counts": {name: one.sums() for name, one in passes.items()}}
+                write_atomically(progress, json.dumps(content))
                 saved = time.monotonic()
     return [
-        {
-            "model": model,
-            "batch_coupled": modes[name],
-            "time_steps": net.time_steps,
-            "images": done,
-            "top1": 100 * count.top1 / done,
-            "top5": 100 * count.top5 / done,
-            "images_per_second": done / count.seconds,
-            "input_size": list(config["input_size"]),
-            "batch_size": batch_size,
-            "device": str(on),
-        }
-        for name, count in counts.items()
+        report(one.measured(), net, config, batch_size, on, model=model, batch_coupled=one.coupled, images=done)
+        for one in passes.values()
     ]
 
 
-def _check_arguments(neurons: str, batch_size: int, limit: Optional[int], workers: int) -> None:
+def _check_arguments(neurons: str, batch_size: int, limit: int | None, workers: int) -> None:
     if neurons not in ("both", "per-sample", "coupled"):
         raise ValueError(f"neurons={neurons!r} is unknown, choose one of both, per-sample, coupled")
     if batch_size < 1:
@@ -142,7 +147,7 @@ def _check_arguments(neurons: str, batch_size: int, limit: Optional[int], worker
         raise ValueError(f"workers={workers} must not be negative")
 
 
-def _load(model: str, time_steps: Optional[int]) -> nn.Module:
+def _load(model: str, time_steps: int | None) -> nn.Module:
     if (Path(model) / "config.json").is_file():
         name = f"local-dir:{model}"
     elif ":" in model or timm.is_model(model.split(".")[0]):
@@ -156,8 +161,7 @@ def _load(model: str, time_steps: Optional[int]) -> nn.Module:
 def find_samples(data: Path, num_classes: int) -> list[Sample]:
     """Images below `data` with their class index, sorted by path; see `verify` for the two layouts.
 
-    Raises:
-        ValueError: If there are no images, or their classes cannot be told.
+    ValueError if there are no images, or their classes cannot be told.
     """
     if not data.is_dir():
         raise ValueError(f"data={str(data)!r} is not a folder")
@@ -197,26 +201,11 @@ def _by_file_name(paths: list[str], classes: dict[str, int], num_classes: int) -
     return samples
 
 
-class _Images(torch.utils.data.Dataset[tuple[Any, int]]):
-    """Samples as images; timm's loader sets `transform`. timm's own dataset skips broken images, this one says so."""
-
-    def __init__(self, samples: list[Sample], channels: int) -> None:
-        self.samples = samples
-        self.mode = "L" if channels == 1 else "RGB"
-        self.transform: Any = None
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, target = self.samples[index]
-        return self.transform(open_image(path, self.mode)), target
-
-
 def coupled_layers(net: nn.Module) -> list[SpikingConv]:
     """Layers whose neurons the QKFormer release couples: with membrane shortcuts there are none."""
-    projections = [module.proj for module in net.modules() if isinstance(module, SpikingSelfAttention)]
-    return [layer for layer in projections if not isinstance(layer.neuron, nn.Identity)]
+    operators = [module for module in net.modules() if isinstance(module, Operator) and module.couples_batch]
+    last = [getattr(operator, operator.output) for operator in operators]
+    return [layer for layer in last if not isinstance(layer.neuron, nn.Identity)]
 
 
 def _modes(net: nn.Module, neurons: str) -> dict[str, bool]:
@@ -227,19 +216,6 @@ def _modes(net: nn.Module, neurons: str) -> dict[str, bool]:
             raise ValueError(f"neurons='coupled': {type(net).__name__} has no coupled neurons")
         return {"per-sample": False}
     return modes if neurons == "both" else {neurons: modes[neurons]}
-
-
-@torch.inference_mode()
-def _count(net: nn.Module, coupled: bool, images: Tensor, targets: Tensor, count: _Count) -> None:
-    for layer in coupled_layers(net):
-        layer.batch_coupled = coupled
-    start = time.perf_counter()
-    logits = net(images)
-    ranks = logits.topk(min(5, logits.shape[1])).indices.cpu()  # waits for the device
-    count.seconds += time.perf_counter() - start
-    hits = ranks == targets.cpu().unsqueeze(1)
-    count.top1 += int(hits[:, 0].sum())
-    count.top5 += int(hits.any(1).sum())
 
 
 def _fingerprint(
@@ -254,22 +230,18 @@ def _fingerprint(
     return digest.hexdigest()
 
 
-def _read_progress(path: Optional[Path], key: str, modes: dict[str, bool]) -> tuple[int, dict[str, _Count]]:
+def _read_progress(path: Path | None, key: str, modes: dict[str, bool]) -> tuple[int, dict[str, dict[str, float]]]:
     if path is None or not path.exists():
-        return 0, {name: _Count() for name in modes}
+        return 0, {name: {"top1": 0, "top5": 0, "seconds": 0.0, "loss": 0.0} for name in modes}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found, done = content["key"], int(content["done"])
-        counts = {name: _Count(**content["counts"][name]) for name in modes}
-    except (ValueError, KeyError, TypeError) as error:
+        found, done, sums = content["key"], int(content["done"]), dict(content["counts"])
+        if found == key and not all({"top1", "top5", "seconds"} <= sums[name].keys() for name in modes):
+            raise ValueError("counts are missing")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"progress={str(path)!r} is not a progress file; delete it or name another") from error
     if found != key:
         raise ValueError(
             f"progress={str(path)!r} belongs to a run with other weights, images or settings; delete it or name another"
         )
-    return done, counts
-
-
-def _write_progress(path: Path, key: str, done: int, counts: dict[str, _Count]) -> None:
-    content = {"key": key, "done": done, "counts": {name: asdict(count) for name, count in counts.items()}}
-    write_atomically(path, json.dumps(content))
+    return done, sums

@@ -1,10 +1,9 @@
-"""Fast inference: `deploy` makes a model that only runs, `round_weights` one that 8 bits leave as it is.
+"""Fast inference: `deploy` makes a model that only runs, `quantize_weights` one that 8 bits leave as it is.
 
 User's view: docs/deploy.md.
 """
 
-from .deployment import deploy
-from .model import DeployedModel
-from .rounding import round_weights
+from .model import DeployedModel, deploy
+from .weights import quantize_weights
 
-__all__ = ["DeployedModel", "deploy", "round_weights"]
+__all__ = ["DeployedModel", "deploy", "quantize_weights"]

@@ -2,10 +2,11 @@
 
 Tensors are channels last, [T, B, H, W, C]. `spikes` is the dtype of spikes and spike sums, and with it the arithmetic
 of the convolutions that take them. What shortcuts carry (spike sums, or membrane potentials in a model with membrane
-shortcuts) is updated in place; tokens that do not see each other run in portions that stay in the processor's cache.
+shortcuts) is updated in place; tokens that do not see each other run in chunks that stay in the processor's cache.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,25 +14,23 @@ from torch import Tensor, nn
 
 from ..layers import (
     ConvNorm,
-    QKChannelAttention,
-    QKTokenAttention,
+    SpikingBlock,
+    SpikingBranch,
     SpikingConv,
-    SpikingDepthwiseConv,
     SpikingMlp,
     SpikingPatchEmbed,
-    SpikingSelfAttention,
+    SpikingStage,
     SpikingStem,
 )
-from ..models._hst import SpikingBlock, SpikingStage
-from . import ops, reference
-from .neurons import DeployedNeuron, NeuronSpec
+from ..neurons import SpikingNeuron, membrane_dtype
+from ..operators import Operator
+from . import kernels
+from .neurons import DeployedNeuron
 from .projection import Projection
 from .weights import fold
 
-__all__ = ["DeployedStage", "DeployedUnit"]
-
-# Input currents, elements [T, tokens, C], that a portion of tokens may have in its widest layer: 16 MB in float32.
-PORTION = 2**22
+# Input currents, elements [T, tokens, C], that a chunk of tokens may have in its widest layer: 16 MB in float32.
+CHUNK = 2**22
 
 
 class DeployedUnit(nn.Module):
@@ -63,23 +62,26 @@ class DeployedUnit(nn.Module):
             return self.projection.fire(x, self.neuron.spec, spikes)
         currents = self.projection.currents(x, periodic)
         if self.pool and self.neuron is None:
-            currents = reference.max_pool(currents)
+            currents = kernels.max_pool(currents)
         if repeats > 1:
             currents = currents.expand(repeats, -1, -1, -1, -1)
         if self.neuron is None:
             return currents
         if self.pool:
-            return ops.pool_fire(currents, self.neuron.spec, spikes)
-        return ops.fire(currents, self.neuron.spec, spikes)
+            return kernels.pool_fire(currents, self.neuron.spec, spikes)
+        return kernels.fire(currents, self.neuron.spec, spikes)
 
     def fires_periodically(self, steps: int) -> bool:
         """Whether neurons fire at every k-th step, of an input of `steps` steps: where it is one for all."""
-        return steps == 1 and self.neuron is not None and not self.neuron.spec.soft_reset
+        if steps != 1 or self.neuron is None:
+            return False
+        spec = self.neuron.spec
+        return spec.levels == "binary" and not spec.soft_reset
 
     def add_to(self, sums: Tensor, x: Tensor) -> None:
         """Add this unit's spikes (or potentials) for x to `sums`."""
         if self.pool:
-            _add(sums, reference.max_pool(self.projection.currents(x)), self.neuron, self.batch_coupled)
+            _add(sums, kernels.max_pool(self.projection.currents(x)), self.neuron, self.batch_coupled)
         else:
             _project_and_add(sums, self.projection, x, self.neuron, self.batch_coupled)
 
@@ -98,9 +100,9 @@ def _add(sums: Tensor, currents: Tensor, neuron: DeployedNeuron | None, batch_co
         sums.add_(currents)
     elif batch_coupled:  # one sequence, sample after sample within a step
         joined = sums.view(-1, *sums.shape[2:])
-        ops.fire(currents.flatten(0, 1), neuron.spec, sums.dtype, sums=joined, out=joined)
+        kernels.fire(currents.flatten(0, 1), neuron.spec, sums.dtype, sums=joined, out=joined)
     else:
-        ops.fire(currents, neuron.spec, sums.dtype, sums=sums, out=sums)
+        kernels.fire(currents, neuron.spec, sums.dtype, sums=sums, out=sums)
 
 
 def _project_and_add(
@@ -124,7 +126,7 @@ class DeployedEmbed(nn.Module):
 
     def forward(self, x: Tensor, spikes: torch.dtype, periodic: bool) -> Tensor:
         if self.neuron is not None:
-            x = ops.fire(x, self.neuron.spec, spikes)
+            x = kernels.fire(x, self.neuron.spec, spikes)
         y = x
         for i, unit in enumerate(self.main):
             y = unit(y, spikes, periodic=periodic and i == 0)
@@ -135,39 +137,85 @@ class DeployedEmbed(nn.Module):
         return y
 
 
-class _Attention(nn.Module):
-    """Q, K (and V) in one product, attention, projection: spikes [T, B, N, C] to spikes of the same shape."""
+class DeployedOperator(nn.Module):
+    """An `Operator`: its inputs in one product, `attend` by its kernel or by the operator itself, the last unit.
 
-    parts = "qk"
+    Takes spikes [T, B, N, C] (of maps [T, B, H, W, C] without inputs) and gives what the last unit takes.
+    """
 
-    def __init__(self, attn: QKTokenAttention | SpikingSelfAttention, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, operator: Operator, name: str, dtype: torch.dtype) -> None:
         super().__init__()
-        units = {part: getattr(attn, part) for part in self.parts}
-        for part, unit in [*units.items(), ("proj", attn.proj)]:
+        if not isinstance(operator, Operator) or not getattr(type(operator).forward, "is_derived", False):
+            raise TypeError(
+                f"{name} is a {type(operator).__name__}, of which no deployed form is known: it must be an Operator "
+                "that declares `attend` and leaves `forward` to its base"
+            )
+        units = {part: getattr(operator, part) for part in operator.inputs}
+        last = getattr(operator, operator.output)
+        for part, unit in [*units.items(), *([(operator.output, last)] if units else [])]:
             if type(unit) is not SpikingConv or _pools(unit, f"{name}.{part}") or unit.conv.kernel_size != (1, 1):
                 raise TypeError(f"{name}.{part} is {unit}, expected a SpikingConv of 1x1 without pooling")
-        self.num_heads = attn.num_heads
-        self.inputs = Projection([fold(unit, f"{name}.{part}") for part, unit in units.items()], 1, 1, dtype)
-        neurons = [_of(unit.neuron, f"{name}.{part}.neuron") for part, unit in units.items()]
-        self.neurons = nn.ModuleList([*neurons, _of(attn.attn_neuron, f"{name}.attn_neuron")])
-        self.proj = Projection([fold(attn.proj, f"{name}.proj")], 1, 1, dtype)
-        self.neuron = DeployedNeuron.of(attn.proj.neuron, f"{name}.proj.neuron")
-        self.batch_coupled = attn.proj.batch_coupled
-
-    @property
-    def specs(self) -> list[NeuronSpec]:
-        """Of the neurons of queries, keys, values if there are any, and attention."""
-        return [neuron.spec for neuron in self.neurons if isinstance(neuron, DeployedNeuron)]
-
-    def attend(self, x: Tensor, spikes: torch.dtype) -> Tensor:
-        raise NotImplementedError
+        self.names = operator.inputs
+        self.num_heads = operator.num_heads
+        self.kernel = operator.kernel
+        self.takes_maps = not units
+        self.runs_in_chunks = operator.tokens_are_independent
+        if units:
+            folded = [fold(unit, f"{name}.{part}") for part, unit in units.items()]
+            self.inputs: Projection | None = Projection(folded, 1, 1, dtype)
+            self.neurons: Any = nn.ModuleList(_of(unit.neuron, f"{name}.{part}.neuron") for part, unit in units.items())
+            self.core: Any = _core(operator, name)
+            self.inner = list(operator.inner_neurons)
+        else:
+            self.inputs = None
+        deployed = DeployedUnit(last, f"{name}.{operator.output}", dtype)
+        setattr(self, operator.output, deployed.projection if units else deployed)
+        self.output = operator.output
+        self.neuron = deployed.neuron
+        self.batch_coupled = last.batch_coupled
 
     @property
     def last(self) -> Projection:
-        return self.proj
+        unit = getattr(self, self.output)
+        projection: Projection = unit.projection if isinstance(unit, DeployedUnit) else unit
+        return projection
 
     def forward(self, x: Tensor, spikes: torch.dtype) -> Tensor:
-        return self.attend(self.inputs.currents(x), spikes)
+        if self.inputs is None:
+            return x
+        currents = self.inputs.currents(x)
+        if self.kernel is not None:
+            neurons = [neuron.spec for neuron in (*self.neurons, *(getattr(self.core, name) for name in self.inner))]
+            found = kernels.operator_kernel(self.kernel, currents, len(self.names), self.num_heads, neurons, spikes)
+            if found is not None:
+                return found
+        dtype = membrane_dtype(currents)  # counts are beyond half precision
+        inputs = []
+        for part, neuron in zip(currents.chunk(len(self.names), dim=-1), self.neurons, strict=True):
+            fired = kernels.fire(part.contiguous(), neuron.spec, dtype)
+            inputs.append(fired.unflatten(-1, (self.num_heads, -1)).permute(0, 1, 3, 4, 2))
+        attended: Tensor = self.core.attend(*inputs)  # [T, B, heads, channels of a head, N]
+        return attended.permute(0, 1, 4, 2, 3).flatten(3).to(spikes).contiguous()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Before operators were declared in one place, inner neurons stood behind those of the inputs.
+        for i, name in enumerate(self.inner if self.inputs is not None else ()):
+            old = f"{prefix}neurons.{len(self.names) + i}.leak"
+            if old in state_dict:
+                state_dict[f"{prefix}core.{name}.leak"] = state_dict.pop(old)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _core(operator: Operator, name: str) -> nn.Module:
+    """The operator without its projections, its neurons deployed: what `attend` needs."""
+    core = operator.__new__(type(operator))
+    core.__dict__ = {**operator.__dict__, "_modules": {}}
+    for child, module in operator.inner_modules().items():
+        copied = DeployedNeuron(module, f"{name}.{child}") if isinstance(module, SpikingNeuron) else deepcopy(module)
+        core.add_module(child, copied)
+    for parameter in ("_parameters", "_buffers"):
+        core.__dict__[parameter] = deepcopy(operator.__dict__[parameter])
+    return core
 
 
 def _of(neuron: nn.Module, name: str) -> DeployedNeuron:
@@ -177,54 +225,17 @@ def _of(neuron: nn.Module, name: str) -> DeployedNeuron:
     return deployed
 
 
-class _TokenAttention(_Attention):
-    def attend(self, x: Tensor, spikes: torch.dtype) -> Tensor:
-        return ops.token_attention(x, self.num_heads, self.specs, spikes)
-
-
-class _ChannelAttention(_Attention):
-    def attend(self, x: Tensor, spikes: torch.dtype) -> Tensor:
-        return ops.channel_attention(x, self.num_heads, self.specs, spikes)
-
-
-class _SelfAttention(_Attention):
-    parts = "qkv"
-
-    def __init__(self, attn: SpikingSelfAttention, name: str, dtype: torch.dtype) -> None:
-        super().__init__(attn, name, dtype)
-        self.scale = attn.scale
-
-    def attend(self, x: Tensor, spikes: torch.dtype) -> Tensor:
-        return ops.self_attention(x, self.num_heads, self.scale, self.specs, spikes)
-
-
-class _DepthwiseConv(nn.Module):
-    """Depth-wise convolution of spikes [T, B, H, W, C]."""
-
-    def __init__(self, mixer: SpikingDepthwiseConv, name: str, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dw = DeployedUnit(mixer.dw, f"{name}.dw", dtype)
-        self.batch_coupled = self.dw.batch_coupled
-
-    @property
-    def neuron(self) -> DeployedNeuron | None:
-        return self.dw.neuron
-
-    @property
-    def last(self) -> Projection:
-        return self.dw.projection
-
-    def forward(self, x: Tensor, spikes: torch.dtype) -> Tensor:
-        return x
-
-
 class _Mlp(nn.Module):
     """Spikes [T, B, N, C] to those of the hidden layer, [T, B, N, C']."""
 
     batch_coupled = False
+    takes_maps = False
+    runs_in_chunks = True
 
-    def __init__(self, mlp: SpikingMlp, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, mlp: nn.Module, name: str, dtype: torch.dtype) -> None:
         super().__init__()
+        if type(mlp) is not SpikingMlp:
+            raise TypeError(f"{name} is a {type(mlp).__name__}, expected a SpikingMlp")
         self.fc1 = DeployedUnit(mlp.fc1, f"{name}.fc1", dtype)
         self.fc2 = DeployedUnit(mlp.fc2, f"{name}.fc2", dtype)
         _of(mlp.fc1.neuron, f"{name}.fc1.neuron")
@@ -242,54 +253,62 @@ class _Mlp(nn.Module):
         return self.fc1.projection.fire(x, self.fc1.neuron.spec, spikes)
 
 
-_MIXERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    QKTokenAttention: _TokenAttention,
-    QKChannelAttention: _ChannelAttention,
-    SpikingSelfAttention: _SelfAttention,
-    SpikingDepthwiseConv: _DepthwiseConv,
-}
+class _Branch(nn.Module):
+    """`SpikingBranch`: a further operator and its neuron."""
+
+    def __init__(self, branch: nn.Module, name: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        if type(branch) is not SpikingBranch:
+            raise TypeError(f"{name} is a {type(branch).__name__}, expected a SpikingBranch")
+        mixer: Any = branch.mixer
+        self.neuron = DeployedNeuron.of(branch.neuron, f"{name}.neuron")
+        self.mixer = DeployedOperator(mixer, f"{name}.mixer", dtype)
 
 
 class DeployedBlock(nn.Module):
-    """`SpikingBlock`, in place. Its two branches give the input of their `last` projection, whose spikes are added."""
+    """`SpikingBlock`, in place. Its branches give the input of their `last` projection, whose spikes are added."""
 
     def __init__(self, block: SpikingBlock, name: str, dtype: torch.dtype) -> None:
         super().__init__()
         if type(block) is not SpikingBlock:
             raise TypeError(f"{name} is a {type(block).__name__}, expected a SpikingBlock")
-        mixer, mlp = block.attn, block.mlp
-        if type(mixer) not in _MIXERS:
-            known = ", ".join(kind.__name__ for kind in _MIXERS)
-            raise TypeError(f"{name}.attn is a {type(mixer).__name__}, of which no deployed form is known: {known}")
-        if type(mlp) is not SpikingMlp:
-            raise TypeError(f"{name}.mlp is a {type(mlp).__name__}, expected a SpikingMlp")
+        mixer: Any = block.attn
         self.neuron1 = DeployedNeuron.of(block.neuron1, f"{name}.neuron1")
-        self.attn = _MIXERS[type(mixer)](mixer, f"{name}.attn", dtype)
+        self.attn = DeployedOperator(mixer, f"{name}.attn", dtype)
+        self.more = nn.ModuleList(_Branch(branch, f"{name}.more.{i}", dtype) for i, branch in enumerate(block.more))
         self.neuron2 = DeployedNeuron.of(block.neuron2, f"{name}.neuron2")
-        self.mlp = _Mlp(mlp, f"{name}.mlp", dtype)
+        self.mlp = _Mlp(block.mlp, f"{name}.mlp", dtype)
         self.widest = max(p.out_channels for p in self.modules() if isinstance(p, Projection))
 
     def forward(self, x: Tensor, spikes: torch.dtype) -> None:
-        T, B, H, W, C = x.shape
-        tokens = x.view(T, B, H * W, C)
-        if isinstance(self.attn, _TokenAttention):
-            for portion in self._portions(tokens):
-                self._branch(self.attn, self.neuron1, portion, spikes)
-                self._branch(self.mlp, self.neuron2, portion, spikes)
-            return
-        self._branch(self.attn, self.neuron1, x if isinstance(self.attn, _DepthwiseConv) else tokens, spikes)
-        for portion in self._portions(tokens):
-            self._branch(self.mlp, self.neuron2, portion, spikes)
+        more: list[Any] = list(self.more)
+        branches: list[tuple[DeployedNeuron | None, Any]] = [
+            (self.neuron1, self.attn),
+            *((branch.neuron, branch.mixer) for branch in more),
+            (self.neuron2, self.mlp),
+        ]
+        tokens = x.flatten(2, 3)
+        while branches:
+            together = next((i for i, (_, b) in enumerate(branches) if not b.runs_in_chunks), len(branches))
+            if together > 0:
+                for chunk in self._chunks(tokens):
+                    for neuron, branch in branches[:together]:
+                        self._run(neuron, branch, chunk, spikes)
+            else:
+                together = 1
+                neuron, branch = branches[0]
+                self._run(neuron, branch, x if branch.takes_maps else tokens, spikes)
+            branches = branches[together:]
 
     @staticmethod
-    def _branch(branch: Any, neuron: DeployedNeuron | None, x: Tensor, spikes: torch.dtype) -> None:
-        s = x.contiguous() if neuron is None else ops.fire(x, neuron.spec, spikes)
+    def _run(neuron: DeployedNeuron | None, branch: Any, x: Tensor, spikes: torch.dtype) -> None:
+        s = x.contiguous() if neuron is None else kernels.fire(x, neuron.spec, spikes)
         _project_and_add(x, branch.last, branch(s, spikes), branch.neuron, branch.batch_coupled)
 
-    def _portions(self, tokens: Tensor) -> Iterator[Tensor]:
+    def _chunks(self, tokens: Tensor) -> Iterator[Tensor]:
         """Views of [T, B, N, C] as [T, 1, n, C], of about the same n."""
         T, B, N, C = tokens.shape
-        count = -(-T * B * N * self.widest // PORTION)
+        count = -(-T * B * N * self.widest // CHUNK)
         yield from tokens.view(T, 1, B * N, C).tensor_split(count, dim=2)
 
 
@@ -302,7 +321,7 @@ class DeployedStage(nn.Module):
             raise TypeError(f"{name} is a {type(stage).__name__}, expected a SpikingStage")
         if type(stage.embed) is not SpikingPatchEmbed:
             raise TypeError(f"{name}.embed is a {type(stage.embed).__name__}, expected a SpikingPatchEmbed")
-        blocks: list[Any] = list(stage.blocks)
+        blocks: Sequence[Any] = list(stage.blocks)
         self.embed = DeployedEmbed(stage.embed, f"{name}.embed", dtype)
         self.blocks = nn.ModuleList(DeployedBlock(block, f"{name}.blocks.{i}", dtype) for i, block in enumerate(blocks))
 
@@ -311,10 +330,3 @@ class DeployedStage(nn.Module):
         for block in self.blocks:
             block(x, spikes)
         return x
-
-    def largest_sum(self, of_input: int) -> int:
-        """The largest sum of spikes that can reach a convolution or leave, for inputs of up to `of_input`."""
-        if self.embed.neuron is not None:
-            return 1
-        added = 1 + (self.embed.shortcut is not None) + 2 * len(self.blocks)
-        return max(of_input, added)

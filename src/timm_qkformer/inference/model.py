@@ -1,4 +1,4 @@
-"""A model for inference alone, with the interface of the one that it was made from."""
+"""From a trained model to one that only runs, and runs fast, with the interface of the one that it was made from."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -8,27 +8,22 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers import MeanReadout, MembraneReadout, as_sequence, count_time_steps
-from ..models._hst import HierarchicalSpikingTransformer
+from ..execution.packing import Range
+from ..layers import ConvNorm, MeanReadout, MembraneReadout, as_sequence, count_time_steps
+from ..models import SpikingTransformer
 from .blocks import DeployedStage, DeployedUnit
-from .precision import adds_events, spikes_dtype, weights_dtype
 from .projection import Projection
-
-__all__ = ["DeployedModel"]
+from .weights import PRECISIONS, PRODUCTS, adds_events, check_sums, fits_bytes, spikes_dtype, weights_dtype
 
 # Samples run together as long as the last stage has no more tokens [T, B, N] than this: enough to keep matrix products
 # efficient, few enough to stay in the processor's cache.
 _TOKENS = 1024
 
-# The largest sum of spikes in 8-bit arithmetic. Processors without int8 dot products add pairs of products up in 16
-# bits, saturating: 2 * 129 * 127 is the most that fits.
-_MAX_SUM = 129
-
 _ATTRIBUTES = ("pretrained_cfg", "default_cfg", "_model_args", "_traits")
 
 
 class DeployedModel(nn.Module):
-    """A hierarchical spiking transformer for inference; see `deploy`, which makes them.
+    """A spiking transformer for inference; see `deploy`, which makes them.
 
     Takes what the original takes: images [B, C, H, W], shown for `time_steps` steps, or event clips [B, T, C, H, W].
     No gradients. Saved by its `state_dict`, which fits whatever `deploy` makes of the same architecture at the same
@@ -43,7 +38,7 @@ class DeployedModel(nn.Module):
         TypeError, ValueError: See `deploy`.
     """
 
-    def __init__(self, model: HierarchicalSpikingTransformer, precision: str, products: str) -> None:
+    def __init__(self, model: SpikingTransformer, precision: str, products: str) -> None:
         super().__init__()
         if type(model.readout) not in (MeanReadout, MembraneReadout):
             raise TypeError(f"readout is a {type(model.readout).__name__}, expected MeanReadout or MembraneReadout")
@@ -70,30 +65,20 @@ class DeployedModel(nn.Module):
         self.reduction: int = self.feature_info[len(stages) - 1]["reduction"]
         # Sequences that run across samples cannot be cut between them.
         self.batch_coupled = any(getattr(module, "batch_coupled", False) for module in self.modules())
-        fits = self._sums_fit(precision, products)
-        self.events = fits and stem_dtype == torch.float32 and adds_events(products, precision)
+        self.numbers = _numbers(stages)
+        check_sums(self.numbers, precision, products)
+        self.events = fits_bytes(self.numbers) and stem_dtype == torch.float32 and adds_events(products, precision)
         for module in self.stages.modules():
             if isinstance(module, Projection):
                 module.events = self.events
-        spikes_dtype(precision, self.stem.projection.weight, self.events)  # warns here rather than in the first batch
+        self._spikes_dtype()  # warns here rather than in the first batch
 
-    def _sums_fit(self, precision: str, products: str) -> bool:
-        """Whether a byte holds all sums of spikes."""
-        largest = 1
-        for i, stage in enumerate(self.stages):
-            assert isinstance(stage, DeployedStage)
-            largest = stage.largest_sum(largest)
-            if largest > _MAX_SUM and (precision == "int8" or products == "events"):
-                asked = 'precision="int8"' if precision == "int8" else 'products="events"'
-                raise ValueError(
-                    f"{asked}: sums of spikes in stages.{i} can reach {largest}, 8-bit arithmetic is exact up to "
-                    f'{_MAX_SUM}: use "bf16" or "fp32" with products="auto"'
-                )
-        return largest <= _MAX_SUM
+    def _spikes_dtype(self) -> torch.dtype:
+        return spikes_dtype(self.precision, self.stem.projection.weight, self.events, self.numbers)
 
     # Of the original, unbound: they need nothing but what is here.
-    set_time_steps = HierarchicalSpikingTransformer.set_time_steps
-    get_classifier = HierarchicalSpikingTransformer.get_classifier
+    set_time_steps = SpikingTransformer.set_time_steps
+    get_classifier = SpikingTransformer.get_classifier
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeployedModel":
         bias = self.stem.projection.bias
@@ -162,14 +147,14 @@ class DeployedModel(nn.Module):
             return [self._empty_map(i, H, W) for i in (*take, stages - 1)]
         time_steps = count_time_steps(x, self.time_steps)
         tokens = time_steps * -(-H // self.reduction) * -(-W // self.reduction)
-        portions = 1 if self.batch_coupled else -(-B // max(1, _TOKENS // tokens))
-        maps = [self._run(part, time_steps, take, stages) for part in sequence.tensor_split(portions, dim=1)]
-        return [torch.cat(parts) if portions > 1 else parts[0] for parts in zip(*maps, strict=True)]
+        chunks = 1 if self.batch_coupled else -(-B // max(1, _TOKENS // tokens))
+        maps = [self._run(part, time_steps, take, stages) for part in sequence.tensor_split(chunks, dim=1)]
+        return [torch.cat(parts) if chunks > 1 else parts[0] for parts in zip(*maps, strict=True)]
 
     def _run(self, sequence: Tensor, time_steps: int, take: list[int], stages: int) -> list[Tensor]:
         """`_maps` of a few samples [T or 1, B, C, H, W]."""
         weight = self.stem.projection.weight
-        spikes = spikes_dtype(self.precision, weight, self.events)
+        spikes = self._spikes_dtype()
         x = sequence.permute(0, 1, 3, 4, 2).to(weight.dtype).contiguous()
         x = self.stem(x, spikes, time_steps)
         maps = []
@@ -188,3 +173,60 @@ class DeployedModel(nn.Module):
         info = self.feature_info[stage]
         size = (-(-side // info["reduction"]) for side in (height, width))
         return self.stem.projection.weight.new_empty(0, info["num_chs"], *size)
+
+
+def _numbers(stages: list[Any]) -> Range:
+    """What convolutions take and shortcuts of spikes carry."""
+    numbers = [Range(0, 1)]
+    for stage in stages:
+        numbers += [unit.input_range for unit in stage.modules() if isinstance(unit, ConvNorm)]
+        if type(stage.embed.neuron) is nn.Identity:  # else shortcuts carry potentials
+            numbers.append(stage.output_range)
+    return Range(min(n.low for n in numbers), max(n.high for n in numbers))
+
+
+def deploy(model: nn.Module, precision: str = "fp32", products: str = "auto") -> DeployedModel:
+    """Make a model for inference: the same answers in a fraction of the time.
+
+    Batch norms are folded into the convolutions, tensors are channels last, and neurons run in kernels together with
+    what lies next to them. The model takes what the original takes, has its `forward_features`, `forward_head` and
+    `forward_intermediates`, and shares nothing with it.
+
+    Args:
+        model: Any model of this package, with any registered operators and neurons. In train mode or not: it is
+            deployed as it would be in eval mode.
+        precision: Arithmetic of all convolutions but the first, and of nothing else.
+            "fp32": float32, or float64 for a model in float64. Equal to the original but for the order of sums.
+            "bf16": weights rounded to bfloat16; spikes are exact.
+            "int8": weights rounded to 8 bits, symmetric, one scale per output channel; spikes and their sums are exact,
+            and so are the sums of products.
+        products: What those convolutions do, on a CPU.
+            "events": add a spike's weights to the outputs that see it. Silence costs nothing: the sparser the spikes,
+            the faster. Currents are float32.
+            "dense": multiply matrices of spikes, most of them zeros, and weights.
+            "auto": events, except where a processor has matrix units (AMX) for the precision. On other devices and in
+            float64 products are dense.
+
+    Returns:
+        The model, in eval mode, on the original's device.
+
+    Raises:
+        TypeError: For another kind of model, or a layer in it of which no deployed form is known, with its name.
+        ValueError: For an unknown precision, weights that are not finite, or a network so deep that its sums of spikes
+            do not fit 8-bit arithmetic.
+
+    Warns:
+        RuntimeWarning: Once, where the device has no arithmetic for the precision and another one stands in.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is unknown, choose one of {list(PRECISIONS)}")
+    if products not in PRODUCTS:
+        raise ValueError(f"products={products!r} is unknown, choose one of {list(PRODUCTS)}")
+    if not isinstance(model, SpikingTransformer):
+        raise TypeError(
+            f"model is a {type(model).__name__}, expected a QKFormer or MaxFormer, without a wrapper around it (take "
+            "`.module` of a DistributedDataParallel, `._orig_mod` of what torch.compile returns)"
+        )
+    # Not as inference tensors: load_state_dict could not write to them later.
+    with torch.inference_mode(False), torch.no_grad():
+        return DeployedModel(model, precision, products)

@@ -1,28 +1,31 @@
-"""Neurons of deployed models: without what only training needs."""
+"""Neurons of deployed models, and modules that keep what they computed from their buffers."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import IF, LIF, ParametricLIF, integrate_and_fire
-from ..layers.recurrence import membrane_dtype
-from .derived import DerivedState
-
-__all__ = ["DeployedNeuron", "NeuronSpec"]
+from ..neurons import NeuronSpec, SpikingNeuron, integrate_and_fire
 
 
-class NeuronSpec(NamedTuple):
-    """What the dynamics of a layer's neurons depend on, see `layers.dynamics`."""
+class DerivedState(nn.Module):
+    """Keeps values in `self.derived` until the buffers are moved, converted or loaded; neither copied nor saved."""
 
-    leak: float
-    threshold: float
-    soft_reset: bool
-    decay_input: bool
+    def __init__(self) -> None:
+        super().__init__()
+        self.derived: dict[Any, Any] = {}
 
-    def fire(self, currents: Tensor) -> Tensor:
-        """Input currents [T, ...] to spikes of the same shape and dtype, as `set_lif_backend` says."""
-        return integrate_and_fire(currents, self.leak, self.threshold, self.soft_reset, self.decay_input)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DerivedState":
+        self.derived = {}
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.derived = {}
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "derived": {}}
 
 
 class DeployedNeuron(DerivedState):
@@ -33,26 +36,23 @@ class DeployedNeuron(DerivedState):
         name: What to call it in errors.
 
     Raises:
-        TypeError: For another layer than IF, LIF and ParametricLIF.
+        TypeError: For another layer than neurons of this package, or some with a `forward` of their own.
     """
 
     leak: Tensor
 
     def __init__(self, neuron: nn.Module, name: str) -> None:
         super().__init__()
-        if type(neuron) is LIF:
-            leak = neuron.leak
-        elif type(neuron) is IF:
-            leak = 0.0
-        elif type(neuron) is ParametricLIF:
-            leak = torch.sigmoid(neuron.w.detach().to(membrane_dtype(neuron.w))).item()
-        else:
+        if not isinstance(neuron, SpikingNeuron) or type(neuron).forward is not SpikingNeuron.forward:
             raise TypeError(
-                f"{name} is a {type(neuron).__name__}, of which no deployed form is known: neurons must be LIF, IF or "
-                "ParametricLIF"
+                f"{name} is a {type(neuron).__name__}, of which no deployed form is known: neurons must be LIF, IF, "
+                "ParametricLIF or others that derive from SpikingNeuron and keep its forward"
             )
+        learned = next(neuron.parameters(), None)
+        spec = neuron.spec(torch.float32 if learned is None else torch.promote_types(learned.dtype, torch.float32))
+        leak = spec.leak.item() if isinstance(spec.leak, Tensor) else spec.leak
         self.register_buffer("leak", torch.tensor(leak, dtype=torch.float64))
-        self.fixed = (neuron.threshold, neuron.soft_reset, neuron.decay_input)
+        self.fixed = spec._replace(leak=0.0)
 
     @classmethod
     def of(cls, neuron: nn.Module, name: str) -> "DeployedNeuron | None":
@@ -63,8 +63,12 @@ class DeployedNeuron(DerivedState):
     def spec(self) -> NeuronSpec:
         spec: NeuronSpec | None = self.derived.get("spec")
         if spec is None:  # read once: on a GPU, reading waits for all that is under way
-            spec = self.derived["spec"] = NeuronSpec(self.leak.item(), *self.fixed)
+            spec = self.derived["spec"] = self.fixed._replace(leak=self.leak.item())
         return spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input currents [T, ...] to spikes of the same shape and dtype."""
+        return integrate_and_fire(x, self.spec)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.spec._asdict().items())

@@ -1,6 +1,6 @@
 """Convolutions of deployed models: spikes and images in, input currents out.
 
-Spikes as bytes run event by event (layers/events.py), everything else as dense products in the arithmetic of its
+Spikes as bytes run event by event (execution/events.py), everything else as dense products in the arithmetic of its
 dtype, by oneDNN where it can. Both want weights in a layout of their own. That layout is made when it is first needed
 and never saved: `state_dict`, copies and pickles hold plain tensors.
 """
@@ -12,14 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layers.events import EventWeights
-from . import ops
-from .derived import DerivedState
-from .neurons import NeuronSpec
-from .precision import has_onednn
-from .weights import Folded, quantise, to_bfloat16
-
-__all__ = ["Projection"]
+from ..execution.events import EventWeights
+from ..neurons import NeuronSpec
+from . import kernels
+from .neurons import DerivedState
+from .weights import Folded, has_onednn, quantize, to_bfloat16
 
 
 class _Packed(NamedTuple):
@@ -51,12 +48,12 @@ class Projection(DerivedState):
         bias = torch.cat([part.bias for part in folded])
         scale = None
         if dtype == torch.int8:
-            weight, scale = quantise(weight)
+            weight, scale = quantize(weight)
         elif dtype == torch.bfloat16:
             weight, scale = to_bfloat16(weight)
         self.stride = stride
         self.groups = groups
-        self.events = False
+        self.events = False  # whether spikes as bytes are added up event by event
         self.kernel_size = weight.shape[-1]
         self.register_buffer("weight", weight.to(dtype))
         self.register_buffer("bias", bias.to(torch.float64 if dtype == torch.float64 else torch.float32))
@@ -103,12 +100,12 @@ class Projection(DerivedState):
         if events is not None and dtype == torch.uint8 and dense_steps and events.can_fire(len(x)):
             spikes = events.fire(pixels, neuron, sums)
             return spikes if sums is not None or x.dim() == 5 else spikes.squeeze(2)
-        return ops.fire(self.currents(x), neuron, dtype, sums=sums, out=sums)
+        return kernels.fire(self.currents(x), neuron, dtype, sums=sums, out=sums)
 
     def currents(self, x: Tensor, periodic: bool = False) -> Tensor:
         """[T, B, H, W, C] or, for tokens, [T, B, N, C] to input currents, likewise.
 
-        `periodic` spikes are those of neurons that fire at every k-th step, see `layers.events.first_spikes`.
+        `periodic` spikes are those of neurons that fire at every k-th step, see `execution.events.first_spikes`.
         """
         images = x.flatten(0, 1)
         if x.dim() == 4:

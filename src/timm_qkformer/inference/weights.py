@@ -1,20 +1,129 @@
-"""Convolutions with their batch norm folded in, and weights of 8 and 16 bits."""
+"""Weights of deployed models: batch norms folded in, 8 and 16 bits; what "fp32", "bf16" and "int8" mean on a device."""
 
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from ..execution.packing import Range
 from ..layers import ConvNorm
+from ..models import SpikingTransformer
 
-__all__ = ["MAX_WEIGHT", "Folded", "fold", "quantise", "to_bfloat16"]
+PRECISIONS = ("fp32", "bf16", "int8")
+PRODUCTS = ("auto", "events", "dense")
 
 # Symmetric: -128 is left out, so that a weight and its negative are equally exact.
-MAX_WEIGHT = 127
+_MAX_WEIGHT = 127
 
 # How far from a whole number of steps, of 127, a weight may be that rounding in float32 has moved.
 _NOISE = 1e-3
+
+# Significant bits of a step. A weight of up to 127 steps then has no more than the 11 of float16, so that files in half
+# precision hold it exactly.
+_STEP_BITS = 4
+
+# The largest sum of spikes in 8-bit arithmetic. Processors without int8 dot products add pairs of products up in 16
+# bits, saturating: 2 * 129 * 127 is the most that fits.
+_MAX_SUM = 129
+
+_MAX_BFLOAT16 = 256  # whole numbers up to which bfloat16 holds all
+
+_warned: set[str] = set()
+
+
+def fits_bytes(numbers: Range) -> bool:
+    """Whether 8-bit arithmetic is exact for what a network passes on."""
+    return numbers.low >= 0 and numbers.high <= _MAX_SUM
+
+
+def check_sums(numbers: Range, precision: str, products: str) -> None:
+    """Refuse arithmetic in which what a network passes on would not be exact.
+
+    Raises:
+        ValueError: For sums of spikes beyond 8-bit arithmetic, or event-driven products of what is no sum of spikes.
+    """
+    if fits_bytes(numbers):
+        return
+    if products == "events":
+        raise ValueError(
+            f'products="events": the network passes on {numbers}, event-driven products are exact for whole numbers '
+            f'from 0 to {_MAX_SUM}: use products="auto"'
+        )
+    if precision == "int8" and numbers.low >= 0 and not numbers.is_real:
+        raise ValueError(
+            f'precision="int8": sums of spikes can reach {numbers.high:g}, 8-bit arithmetic is exact up to {_MAX_SUM}: '
+            'use precision="fp32" with products="auto"'
+        )
+
+
+def weights_dtype(precision: str, full: torch.dtype) -> torch.dtype:
+    """What weights are stored in; `full`: float32, or float64 for a model in float64."""
+    return {"fp32": full, "bf16": torch.bfloat16, "int8": torch.int8}[precision]
+
+
+def adds_events(products: str, precision: str) -> bool:
+    """Whether convolutions on CPUs add the weights of spikes up, event by event, rather than multiply matrices.
+
+    "auto" does, unless this machine has matrix units (AMX) for the precision. It is a matter of the machine and never
+    of the data, so that a sample's answer does not depend on others.
+    """
+    matrix_unit = {"bf16": "amx_bf16", "int8": "amx_int8"}.get(precision, "")
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
+    has_unit = bool(capabilities.get(matrix_unit))
+    return products == "events" or (products == "auto" and not has_unit)
+
+
+def spikes_dtype(precision: str, like: Tensor, events: bool, numbers: Range) -> torch.dtype:
+    """What spikes are stored in, which decides the arithmetic of the convolutions that take them.
+
+    For events, which CPUs add up, bytes. For dense products, what is multiplied: where the device has no arithmetic for
+    the precision, or the precision would round what the network passes on (`numbers`), weights keep their values and
+    products are taken in full precision, that of the tensor `like`; the first time, a warning says so.
+    """
+    device = like.device
+    if events and device.type == "cpu":
+        return torch.uint8
+    exact = {"fp32": True, "bf16": max(-numbers.low, numbers.high) <= _MAX_BFLOAT16, "int8": fits_bytes(numbers)}
+    full = str(like.dtype).removeprefix("torch.")
+    if not exact[precision]:
+        _warn_once(
+            f'precision="{precision}": the network passes on {numbers}, so its rounded weights are multiplied in '
+            f"{full}: no less exact, no faster than fp32"
+        )
+    elif precision == "bf16":
+        if has_onednn(torch.bfloat16, device) or (device.type == "cuda" and torch.cuda.is_bf16_supported(False)):
+            return torch.bfloat16
+        _warn_once(
+            f'precision="bf16": no bfloat16 arithmetic on this {device.type}, so weights rounded to bfloat16 are '
+            f"multiplied in {full}: no less exact, no faster than fp32"
+        )
+    elif precision == "int8":
+        if has_onednn(torch.uint8, device):
+            return torch.uint8
+        _warn_once(
+            f'precision="int8": no 8-bit arithmetic on this {device.type}, so 8-bit weights are multiplied in {full}: '
+            "the same values, no faster than fp32"
+        )
+    return like.dtype
+
+
+def has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether oneDNN multiplies matrices of this dtype here (uint8: with int8), and not just by emulation."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.uint8:
+        return "onednn" in torch.backends.quantized.supported_engines
+    return dtype == torch.float32
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 class Folded(NamedTuple):
@@ -59,20 +168,20 @@ def fold(unit: ConvNorm, name: str) -> Folded:
     return Folded(weight, bias)
 
 
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weights [C', ...] as int8 and one float32 scale per output channel: int8 * scale, to within scale / 2."""
-    scale = weight.abs().flatten(1).amax(1).to(torch.float32) / MAX_WEIGHT
+    scale = weight.abs().flatten(1).amax(1).to(torch.float32) / _MAX_WEIGHT
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a channel of zeros
     steps = weight / scale.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
-    return steps.round().clamp(-MAX_WEIGHT, MAX_WEIGHT).to(torch.int8), scale
+    return steps.round().clamp(-_MAX_WEIGHT, _MAX_WEIGHT).to(torch.int8), scale
 
 
 def to_bfloat16(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weights [C', ...] as bfloat16 and one float32 scale per output channel: bfloat16 * scale.
 
-    The scale is 1, except for channels whose weights are whole steps (see `round_weights`): those are kept exactly.
+    The scale is 1, except for channels whose weights are whole steps (see `quantize_weights`): those are kept exactly.
     """
-    steps, scale = quantise(weight)
+    steps, scale = quantize(weight)
     shape = (-1, *[1] * (weight.dim() - 1))
     off = (weight / scale.to(weight.dtype).view(shape) - steps).abs().flatten(1).amax(1)
     scale = torch.where(off < _NOISE, scale, torch.ones_like(scale))
@@ -83,3 +192,44 @@ def _is_square(conv: nn.Conv2d) -> bool:
     side, stride = conv.kernel_size[0], conv.stride[0]
     expected = ((side, side), (stride, stride), (side // 2, side // 2), (1, 1), "zeros")
     return (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode) == expected
+
+
+@torch.no_grad()
+def quantize_weights(model: nn.Module) -> None:
+    """Fake quantization: round a model's weights, in place, to what `deploy(model, "int8")` keeps of them.
+
+    In all convolutions but the first, the weights of every output channel become multiples, -127 to 127, of one step.
+    Deployed in "int8" or "bf16" they are no longer rounded: the deployed model is then equal to this one, as in "fp32",
+    but for the order of sums and, in "bf16" where products are dense, rounded currents. So measure the rounded model,
+    and what is measured is what will run.
+
+    Batch norms keep their statistics and weights. Training moves weights off their steps again. Rounding twice is
+    rounding once.
+
+    Args:
+        model: A QKFormer or Max-Former.
+
+    Raises:
+        TypeError: For another kind of model.
+        ValueError: For weights that are not finite, with their name; nothing is rounded then.
+    """
+    if not isinstance(model, SpikingTransformer):
+        raise TypeError(f"model is a {type(model).__name__}, expected a QKFormer or MaxFormer, without a wrapper")
+    units = {name: unit for name, unit in model.stages.named_modules() if isinstance(unit, ConvNorm)}
+    for name, unit in units.items():
+        if not unit.conv.weight.isfinite().all():
+            raise ValueError(f"stages.{name}.conv.weight has values that are not finite: nothing was rounded")
+    for unit in units.values():
+        unit.conv.weight.copy_(_rounded(unit.conv.weight))
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    rows = weight.double().flatten(1)
+    largest, index = rows.abs().max(1, keepdim=True)
+    mantissa, exponent = torch.frexp(largest / _MAX_WEIGHT)
+    step = torch.ldexp((mantissa * 2**_STEP_BITS).round() / 2**_STEP_BITS, exponent)
+    step = torch.where(largest > 0, step, torch.ones_like(step))  # a channel of zeros
+    steps = (rows / step).round().clamp(-_MAX_WEIGHT, _MAX_WEIGHT)
+    # `quantize` takes the largest weight for 127 steps.
+    steps.scatter_(1, index, _MAX_WEIGHT * rows.gather(1, index).sign())
+    return (steps * step).view_as(weight).to(weight.dtype)

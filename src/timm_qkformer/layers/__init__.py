@@ -1,48 +1,30 @@
-"""Spiking layers. Tensors are [T, B, C, H, W] throughout; see each module's first lines for its equations."""
+"""Spiking layers: units of convolution, batch norm and neurons, embeddings, MLP, blocks, and the two ends of a network.
 
-from .attention import QKChannelAttention, QKTokenAttention, SpikingSelfAttention
-from .backend import current_lif_backend, set_lif_backend
-from .conv import ConvNorm, SpikingConv
-from .counts import add_counts, move_note
+Tensors are [T, B, C, H, W] throughout; see each module's first lines for its equations.
+"""
+
+from .block import MixerLayer, SpikingBlock, SpikingBranch, SpikingStage
+from .conv import ConvNorm, SpikingConv, output_range
 from .drop import TimeDropout, TimeDropPath
-from .dynamics import integrate_and_fire, integrate_and_fire_reference
-from .lean import is_lean_training, lean_training
-from .mixer import SpikingDepthwiseConv
+from .ends import MeanReadout, MembraneReadout, as_sequence, count_time_steps
 from .mlp import SpikingMlp
-from .neurons import IF, LIF, ParametricLIF, SpikingNeuron, get_neuron_layer
 from .patch_embed import SpikingPatchEmbed, SpikingStem
-from .readout import MeanReadout, MembraneReadout
-from .recompute import checkpoint_once
-from .sequence import as_sequence, count_time_steps
 
 __all__ = [
-    "IF",
-    "LIF",
     "ConvNorm",
     "MeanReadout",
     "MembraneReadout",
-    "ParametricLIF",
-    "QKChannelAttention",
-    "QKTokenAttention",
+    "MixerLayer",
+    "SpikingBlock",
+    "SpikingBranch",
     "SpikingConv",
-    "SpikingDepthwiseConv",
     "SpikingMlp",
-    "SpikingNeuron",
     "SpikingPatchEmbed",
-    "SpikingSelfAttention",
+    "SpikingStage",
     "SpikingStem",
     "TimeDropPath",
     "TimeDropout",
-    "add_counts",
     "as_sequence",
-    "checkpoint_once",
     "count_time_steps",
-    "current_lif_backend",
-    "get_neuron_layer",
-    "integrate_and_fire",
-    "integrate_and_fire_reference",
-    "is_lean_training",
-    "lean_training",
-    "move_note",
-    "set_lif_backend",
+    "output_range",
 ]

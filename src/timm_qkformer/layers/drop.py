@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from timm.layers import DropPath, register_notrace_module
 from torch import Tensor, nn
 
-__all__ = ["TimeDropPath", "TimeDropout"]
-
 
 @register_notrace_module
 class TimeDropPath(nn.Module):

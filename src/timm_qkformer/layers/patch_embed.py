@@ -4,16 +4,16 @@ Max-Former (arXiv 2505.18608), section 4.
 """
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .conv import SpikingConv
-from .counts import add_counts
-from .neurons import LIF, NeuronLayer
-from .sequence import as_sequence, count_time_steps
-
-__all__ = ["SpikingPatchEmbed", "SpikingStem"]
+from ..execution.packing import BINARY, Range
+from ..neurons import LIF, NeuronLayer
+from . import packed
+from .conv import SpikingConv, output_range
+from .ends import as_sequence, count_time_steps
 
 
 class SpikingStem(SpikingConv):
@@ -76,6 +76,7 @@ class SpikingPatchEmbed(nn.Module):
         pool_shortcut: Let the shortcut pool, too, instead of striding; for embeddings that halve the size once.
         neuron_layer: Factory of the neurons.
         membrane_shortcut: Map membrane potentials to membrane potentials instead of spikes to spike sums.
+        input_range: What the input may hold; real numbers with `membrane_shortcut`.
 
     Raises:
         ValueError: For no convolution, or a `pool_shortcut` that would have to do more than halve the size.
@@ -86,12 +87,13 @@ class SpikingPatchEmbed(nn.Module):
         in_chs: int,
         out_chs: int,
         pools: Sequence[bool] = (True, False),
-        hidden_chs: Optional[int] = None,
+        hidden_chs: int | None = None,
         shortcut: bool = True,
         strided: bool = False,
         pool_shortcut: bool = False,
         neuron_layer: NeuronLayer = LIF,
         membrane_shortcut: bool = False,
+        input_range: Range = BINARY,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -108,37 +110,30 @@ class SpikingPatchEmbed(nn.Module):
         layers = [neuron_layer] * (len(pools) - 1) + [last_layer]
         self.stride = 2 ** sum(pools)
         self.neuron = neuron_layer(**dd) if membrane_shortcut else nn.Identity()
-        self.main = nn.Sequential(
-            *(
-                SpikingConv(
-                    chs[i],
-                    chs[i + 1],
-                    3,
-                    stride=2 if pool and strided else 1,
-                    pool=pool and not strided,
-                    neuron_layer=layers[i],
-                    **dd,
-                )
-                for i, pool in enumerate(pools)
-            )
-        )
-        self.shortcut = (
-            SpikingConv(
-                in_chs,
-                out_chs,
-                1,
-                stride=1 if pool_shortcut else self.stride,
-                pool=pool_shortcut,
-                neuron_layer=last_layer,
-                **dd,
-            )
-            if shortcut
-            else None
-        )
+        spikes = output_range(self.neuron) if membrane_shortcut else input_range
+        self.input_range = numbers = spikes  # of the first convolution and the shortcut
+        convs = []
+        args: dict[str, Any]
+        for i, pool in enumerate(pools):
+            stride = 2 if pool and strided else 1
+            args = {"pool": pool and not strided, "input_range": numbers, "neuron_layer": layers[i], **dd}
+            convs.append(SpikingConv(chs[i], chs[i + 1], 3, stride, **args))
+            numbers = convs[-1].output_range
+        self.main = nn.Sequential(*convs)
+        self.output_range = numbers
+        self.shortcut = None
+        if shortcut:
+            stride = 1 if pool_shortcut else self.stride
+            args = {"pool": pool_shortcut, "input_range": spikes, "neuron_layer": last_layer, **dd}
+            self.shortcut = SpikingConv(in_chs, out_chs, 1, stride, **args)
+            self.output_range = numbers.plus(self.shortcut.output_range)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.neuron(x)
+        if not torch.jit.is_scripting():
+            if packed.is_active(self, x):
+                return packed.embed(self, x)
         y = self.main(x)
         if self.shortcut is not None:
-            y = add_counts(y, self.shortcut(x))
+            y = y + self.shortcut(x)
         return y

@@ -1,6 +1,25 @@
 """Models. Importing this package registers them with timm."""
 
+from .base import (
+    Architecture,
+    BlockSpec,
+    EmbedSpec,
+    MixerSpec,
+    SpikingTransformer,
+    StageSpec,
+    StemSpec,
+)
 from .maxformer import MaxFormer
 from .qkformer import QKFormer
 
-__all__ = ["MaxFormer", "QKFormer"]
+__all__ = [
+    "Architecture",
+    "BlockSpec",
+    "EmbedSpec",
+    "MaxFormer",
+    "MixerSpec",
+    "QKFormer",
+    "SpikingTransformer",
+    "StageSpec",
+    "StemSpec",
+]

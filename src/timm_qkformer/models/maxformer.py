@@ -9,47 +9,42 @@ convolution in place of attention in the first two stages.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Union
 
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import SpikingDepthwiseConv, SpikingSelfAttention
-from . import _build
-from ._checkpoint import StateDict, unwrap_checkpoint
-from ._hst import IMAGENET_CFG, Embedding, HierarchicalSpikingTransformer, MixerLayer, StageEmbed, per_stage
-from ._release import CHECKPOINTS_URL, UnitNames, translate_release
-
-__all__ = ["MaxFormer"]
-
-DEPTHWISE_KERNELS = {"dwc3": 3, "dwc5": 5, "dwc7": 7}
+from .base import IMAGENET_CFG, Embedding, EmbedSpec, SpikingTransformer, hierarchy
+from .checkpoints import MAXFORMER_CHECKPOINTS, StateDict, UnitNames, translate_release, unwrap_checkpoint
+from .loading import create
 
 # Strides 2 | 4, 8, 16. The stem and the first embedding stride, the later ones pool in both branches.
 EMBEDDING = Embedding(
     stem_pool=False,
     stem_stride=2,
     stages=(
-        StageEmbed((True, False), strided=True),
-        StageEmbed((True, False), pool_shortcut=True),
-        StageEmbed((True, False), pool_shortcut=True),
+        EmbedSpec((True, False), strided=True),
+        EmbedSpec((True, False), pool_shortcut=True),
+        EmbedSpec((True, False), pool_shortcut=True),
     ),
 )
 
 
-class MaxFormer(HierarchicalSpikingTransformer):
+class MaxFormer(SpikingTransformer):
     """Max-Former, with membrane shortcuts throughout.
 
     Takes images [B, C, H, W], shown for `time_steps` steps, or event clips [B, T, C, H, W], which bring their own T.
     Each forward pass starts from rest, and no sample sees its batch mates.
 
     Args:
-        mixer: Token mixer, one or one per stage: depth-wise convolution with a kernel of 3, 5 or 7 ("dwc3", "dwc5",
-            "dwc7") or spiking self-attention ("ssa").
-        num_heads: Attention heads, one number or one per stage; only "ssa" has any.
-        **kwargs: `in_chans`, `num_classes`, `global_pool`, `time_steps`, `embed_dims`, `depths`, `mlp_ratio`,
-            `neuron`, `neuron_args`, `drop_rate`, `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see
-            `HierarchicalSpikingTransformer`.
+        mixer: Token mixer, a registered operator: depth-wise convolution with a kernel of 3, 5 or 7 ("dwc3", "dwc5",
+            "dwc7"), spiking self-attention ("ssa"), ...; one, one per stage, or for a stage one per block.
+        embed_dims: Width of each stage.
+        depths: Blocks in each stage.
+        num_heads: Attention heads, as `mixer`.
+        mlp_ratio: MLP width relative to the stage's, as `mixer`.
+        **kwargs: `in_chans`, `num_classes`, `global_pool`, `time_steps`, `neuron`, `neuron_args`, `drop_rate`,
+            `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see `SpikingTransformer`.
 
     Raises:
         ValueError: For an argument outside its range.
@@ -57,19 +52,18 @@ class MaxFormer(HierarchicalSpikingTransformer):
 
     def __init__(
         self,
-        mixer: Union[str, Sequence[str]] = ("dwc7", "dwc5", "ssa"),
-        num_heads: Union[int, Sequence[int]] = 6,
+        mixer: Union[str, Sequence[Any]] = ("dwc7", "dwc5", "ssa"),
+        embed_dims: Sequence[int] = (96, 192, 384),
+        depths: Sequence[int] = (1, 2, 7),
+        num_heads: Union[int, Sequence[Any]] = 6,
+        mlp_ratio: Union[float, Sequence[Any]] = 4.0,
         **kwargs: Any,
     ) -> None:
-        layers: list[MixerLayer] = []
-        for name, heads in zip(per_stage("mixer", mixer), per_stage("num_heads", num_heads, minimum=1), strict=True):
-            if name == "ssa":
-                layers.append(partial(SpikingSelfAttention, num_heads=heads))
-            elif name in DEPTHWISE_KERNELS:
-                layers.append(partial(SpikingDepthwiseConv, kernel_size=DEPTHWISE_KERNELS[name]))
-            else:
-                raise ValueError(f"mixer={mixer!r}: {name!r} is unknown, choose from {[*DEPTHWISE_KERNELS, 'ssa']}")
-        super().__init__(EMBEDDING, layers, membrane_shortcut=True, **kwargs)
+        operators = ("mixer", mixer)
+        super().__init__(
+            hierarchy(EMBEDDING, embed_dims, depths, num_heads, mlp_ratio, operators, {}, membrane_shortcut=True),
+            **kwargs,
+        )
 
 
 _RELEASE_EMBEDS: tuple[tuple[UnitNames, ...], ...] = tuple(
@@ -99,7 +93,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
 def _cfg(asset: str = "", **kwargs: Any) -> dict[str, Any]:
     """Config of a checkpoint from the authors' release, which states no licence."""
     return {
-        "url": CHECKPOINTS_URL + asset if asset else "",
+        "url": MAXFORMER_CHECKPOINTS + asset if asset else "",
         **IMAGENET_CFG,
         "paper_ids": "arXiv:2505.18608",
         "paper_name": "Spiking Neural Networks Need High-Frequency Information",
@@ -130,7 +124,7 @@ _TAG_ARGS = {
 
 
 def _create_maxformer(variant: str, pretrained: bool = False, **kwargs: Any) -> MaxFormer:
-    return _build.create(MaxFormer, variant, pretrained, checkpoint_filter_fn, _TAG_ARGS, **kwargs)
+    return create(MaxFormer, variant, pretrained, checkpoint_filter_fn, _TAG_ARGS, **kwargs)
 
 
 @register_model

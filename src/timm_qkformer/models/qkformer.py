@@ -3,58 +3,54 @@
 Paper: https://arxiv.org/abs/2403.16552 (NeurIPS 2024)
 Authors' code: https://github.com/zhouchenlin2096/QKFormer
 
-Q-K attention where there are many tokens, spiking self-attention where there are few, in the skeleton of `_hst`.
+Q-K attention where there are many tokens, spiking self-attention where there are few, in a hierarchy of three stages.
 "qkformer_*" add activations (spikes), "qkformer_*_ms" add membrane potentials, the paper's eq. 17.
 """
 
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import QKChannelAttention, QKTokenAttention, SpikingSelfAttention
-from . import _build
-from ._checkpoint import StateDict, check_against_model, conv1d_to_conv2d, rename_tensors, unwrap_checkpoint
-from ._hst import IMAGENET_CFG, Embedding, HierarchicalSpikingTransformer, StageEmbed, per_stage
-from ._release import CHECKPOINTS_URL, UnitNames, translate_release
-from ._weights import PendingCfg
-
-__all__ = ["QKFormer"]
+from .base import IMAGENET_CFG, Embedding, EmbedSpec, SpikingTransformer, hierarchy
+from .checkpoints import (
+    MAXFORMER_CHECKPOINTS,
+    StateDict,
+    UnitNames,
+    check_against_model,
+    conv1d_to_conv2d,
+    rename_tensors,
+    translate_release,
+    unwrap_checkpoint,
+)
+from .loading import PendingCfg, create
 
 _logger = logging.getLogger(__name__)
 
-ATTENTIONS: dict[str, type[nn.Module]] = {
-    "qkta": QKTokenAttention,
-    "qkca": QKChannelAttention,
-    "ssa": SpikingSelfAttention,
-}
-
-
 EMBEDDINGS = {
     # strides 2 | 4, 8, 16
-    "imagenet": Embedding(True, (StageEmbed((True, False)), StageEmbed((True, False)), StageEmbed((True, False)))),
+    "imagenet": Embedding(True, (EmbedSpec((True, False)), EmbedSpec((True, False)), EmbedSpec((True, False)))),
     # strides 1 | 1, 2, 4
-    "cifar": Embedding(False, (StageEmbed((False,)), StageEmbed((False, True)), StageEmbed((False, True)))),
+    "cifar": Embedding(False, (EmbedSpec((False,)), EmbedSpec((False, True)), EmbedSpec((False, True)))),
     # strides 1 | 2, 4, 8
-    "small": Embedding(False, (StageEmbed((True,)), StageEmbed((True, False)), StageEmbed((True, False)))),
+    "small": Embedding(False, (EmbedSpec((True,)), EmbedSpec((True, False)), EmbedSpec((True, False)))),
     # strides 1 | 2, 8, 16
     "events": Embedding(
         False,
         (
-            StageEmbed((True,), shortcut=False),
-            StageEmbed((True, True), hidden_ratio=0.5),
-            StageEmbed((False, True)),
+            EmbedSpec((True,), shortcut=False),
+            EmbedSpec((True, True), hidden_ratio=0.5),
+            EmbedSpec((False, True)),
         ),
     ),
 }
 
 
-class QKFormer(HierarchicalSpikingTransformer):
+class QKFormer(SpikingTransformer):
     """Hierarchical spiking transformer (HST) with Q-K attention.
 
     Takes images [B, C, H, W], shown for `time_steps` steps, or event clips [B, T, C, H, W], which bring their own T.
@@ -63,15 +59,18 @@ class QKFormer(HierarchicalSpikingTransformer):
     Args:
         patch_embed: Downsampling: "imagenet" (stride 16), "cifar" (stride 4), "events" (stride 16) or ours, "small"
             (stride 8, for small images on little hardware).
-        num_heads: Attention heads, one number or one per stage.
-        attn: Attention, one or one per stage: "qkta", "qkca" or "ssa".
+        attn: Token mixer, a registered operator: "qkta", "qkca", "ssa", ...; one, one per stage, or for a stage one per
+            block. "a+b" is a block of two.
+        embed_dims: Width of each stage.
+        depths: Blocks in each stage.
+        num_heads: Attention heads, as `attn`.
+        mlp_ratio: MLP width relative to the stage's, as `attn`.
         membrane_shortcut: Residual connections between membrane potentials (paper, eq. 17) instead of spike sums. The
             head then has neurons of its own, see `forward_features`.
         batch_coupled: Reproduce the release's self-attention, in which samples influence their batch mates (its
             published accuracies were measured so). Off, each sample is on its own. Not with `membrane_shortcut`.
-        **kwargs: `in_chans`, `num_classes`, `global_pool`, `time_steps`, `embed_dims`, `depths`, `mlp_ratio`,
-            `neuron`, `neuron_args`, `drop_rate`, `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see
-            `HierarchicalSpikingTransformer`.
+        **kwargs: `in_chans`, `num_classes`, `global_pool`, `time_steps`, `neuron`, `neuron_args`, `drop_rate`,
+            `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see `SpikingTransformer`.
 
     Raises:
         ValueError: For an argument outside its range.
@@ -80,21 +79,24 @@ class QKFormer(HierarchicalSpikingTransformer):
     def __init__(
         self,
         patch_embed: str = "imagenet",
-        num_heads: Union[int, Sequence[int]] = 6,
-        attn: Union[str, Sequence[str]] = ("qkta", "qkta", "ssa"),
+        attn: Union[str, Sequence[Any]] = ("qkta", "qkta", "ssa"),
+        embed_dims: Sequence[int] = (96, 192, 384),
+        depths: Sequence[int] = (1, 2, 7),
+        num_heads: Union[int, Sequence[Any]] = 6,
+        mlp_ratio: Union[float, Sequence[Any]] = 4.0,
         membrane_shortcut: bool = False,
         batch_coupled: bool = False,
         **kwargs: Any,
     ) -> None:
         if patch_embed not in EMBEDDINGS:
             raise ValueError(f"patch_embed={patch_embed!r} is unknown, choose one of {sorted(EMBEDDINGS)}")
-        mixers = []
-        for name, heads in zip(per_stage("attn", attn), per_stage("num_heads", num_heads, minimum=1), strict=True):
-            if name not in ATTENTIONS:
-                raise ValueError(f"attn={attn!r}: {name!r} is unknown, choose from {sorted(ATTENTIONS)}")
-            extra = {"batch_coupled": batch_coupled} if name == "ssa" else {}
-            mixers.append(partial(ATTENTIONS[name], num_heads=heads, **extra))
-        super().__init__(EMBEDDINGS[patch_embed], mixers, membrane_shortcut, **kwargs)
+        options = {"batch_coupled": batch_coupled}
+        operators = ("attn", attn)
+        embedding = EMBEDDINGS[patch_embed]
+        super().__init__(
+            hierarchy(embedding, embed_dims, depths, num_heads, mlp_ratio, operators, options, membrane_shortcut),
+            **kwargs,
+        )
         self.embedding = patch_embed
         self.membrane_shortcut = membrane_shortcut
 
@@ -109,12 +111,12 @@ class _ReleaseNames:
     """The release's tensor names in terms of ours: ImageNet, CIFAR and event spellings.
 
     The release numbers only the stages that have blocks, counts the event models' first pooling to the stem, and
-    numbers convolutions within an embedding with gaps; so what counts is each one's place in the order.
+    numbers convolutions within an embedding with gaps; so what counts is each one's position in the order.
     """
 
     def __init__(self, names: Sequence[str], model: QKFormer) -> None:
         found = {m.group(1, 2) for m in map(_RELEASE_EMBED.fullmatch, names) if m}
-        order = sorted(found, key=lambda place: (place[0], int(place[1] or 0)))
+        order = sorted(found, key=lambda found: (found[0], int(found[1] or 0)))
         convs = ["stem"]
         model_stages: list[Any] = list(model.stages)
         for i, stage in enumerate(model_stages):
@@ -149,9 +151,9 @@ class _ReleaseNames:
                 unit, layer, rest = ours.rsplit(".", 2)
                 units[unit] = theirs.removesuffix(f"_{layer}.{rest}")
         for ours in model.state_dict().keys() - original.keys():
-            unit, *place = ours.rsplit(".", 2)
+            unit, *ending = ours.rsplit(".", 2)
             if unit in units:
-                original[ours] = f"{units[unit]}_{'.'.join(place)} ({ours})"
+                original[ours] = f"{units[unit]}_{'.'.join(ending)} ({ours})"
         return original
 
 
@@ -260,7 +262,7 @@ def _shipped(model_and_tag: str, **kwargs: Any) -> dict[str, Any]:
 def _membrane_cfg(asset: str) -> dict[str, Any]:
     """Config of a checkpoint from the Max-Former authors' release, which states no licence."""
     return _cfg(
-        CHECKPOINTS_URL + asset,
+        MAXFORMER_CHECKPOINTS + asset,
         paper_ids=("arXiv:2403.16552", "arXiv:2505.18608"),
         origin_url="https://github.com/bic-L/MaxFormer",
     )
@@ -318,28 +320,36 @@ _TAG_ARGS = {
 
 
 def _create_qkformer(variant: str, pretrained: bool = False, **kwargs: Any) -> QKFormer:
-    return _build.create(QKFormer, variant, pretrained, checkpoint_filter_fn, _TAG_ARGS, **kwargs)
+    return create(QKFormer, variant, pretrained, checkpoint_filter_fn, _TAG_ARGS, **kwargs)
+
+
+_HST10_384: dict[str, Any] = {"embed_dims": (96, 192, 384), "num_heads": 6, "depths": (1, 2, 7)}
+_HST10_512: dict[str, Any] = {"embed_dims": (128, 256, 512), "num_heads": 8, "depths": (1, 2, 7)}
+_HST10_768: dict[str, Any] = {"embed_dims": (192, 384, 768), "num_heads": 12, "depths": (1, 2, 7)}
+_TEST: dict[str, Any] = {
+    "embed_dims": (16, 32, 64),
+    "depths": (1, 1, 2),
+    "num_heads": 4,
+    "attn": ("qkta", "qkca", "ssa"),
+}
 
 
 @register_model
 def qkformer_hst10_384(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-10-384 for ImageNet: 16.47 M parameters, T = 4."""
-    model_args = {"embed_dims": (96, 192, 384), "depths": (1, 2, 7), "num_heads": 6}
-    return _create_qkformer("qkformer_hst10_384", pretrained, **dict(model_args, **kwargs))
+    return _create_qkformer("qkformer_hst10_384", pretrained, **dict(_HST10_384, **kwargs))
 
 
 @register_model
 def qkformer_hst10_512(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-10-512 for ImageNet: 29.08 M parameters, T = 4."""
-    model_args = {"embed_dims": (128, 256, 512), "depths": (1, 2, 7), "num_heads": 8}
-    return _create_qkformer("qkformer_hst10_512", pretrained, **dict(model_args, **kwargs))
+    return _create_qkformer("qkformer_hst10_512", pretrained, **dict(_HST10_512, **kwargs))
 
 
 @register_model
 def qkformer_hst10_768(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-10-768 for ImageNet: 64.96 M parameters, T = 4."""
-    model_args = {"embed_dims": (192, 384, 768), "depths": (1, 2, 7), "num_heads": 12}
-    return _create_qkformer("qkformer_hst10_768", pretrained, **dict(model_args, **kwargs))
+    return _create_qkformer("qkformer_hst10_768", pretrained, **dict(_HST10_768, **kwargs))
 
 
 @register_model
@@ -369,36 +379,21 @@ def qkformer_hst2_256(pretrained: bool = False, **kwargs: Any) -> QKFormer:
 @register_model
 def qkformer_hst10_384_ms(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-10-384 for ImageNet with membrane shortcuts: 16.47 M parameters, T = 4."""
-    model_args = {
-        "embed_dims": (96, 192, 384),
-        "depths": (1, 2, 7),
-        "num_heads": 6,
-        "membrane_shortcut": True,
-    }
+    model_args = dict(_HST10_384, membrane_shortcut=True)
     return _create_qkformer("qkformer_hst10_384_ms", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def qkformer_hst10_512_ms(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-10-512 for ImageNet with membrane shortcuts: 29.08 M parameters, T = 4."""
-    model_args = {
-        "embed_dims": (128, 256, 512),
-        "depths": (1, 2, 7),
-        "num_heads": 8,
-        "membrane_shortcut": True,
-    }
+    model_args = dict(_HST10_512, membrane_shortcut=True)
     return _create_qkformer("qkformer_hst10_512_ms", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def qkformer_hst10_768_ms(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-10-768 for ImageNet with membrane shortcuts: 64.96 M parameters, T = 1 as its weights have."""
-    model_args = {
-        "embed_dims": (192, 384, 768),
-        "depths": (1, 2, 7),
-        "num_heads": 12,
-        "membrane_shortcut": True,
-    }
+    model_args = dict(_HST10_768, membrane_shortcut=True)
     return _create_qkformer("qkformer_hst10_768_ms", pretrained, **dict(model_args, **kwargs))
 
 
@@ -429,23 +424,11 @@ def qkformer_hst3_128(pretrained: bool = False, **kwargs: Any) -> QKFormer:
 @register_model
 def test_qkformer(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """A tiny HST with every kind of layer, for tests."""
-    model_args = {
-        "embed_dims": (16, 32, 64),
-        "depths": (1, 1, 2),
-        "num_heads": 4,
-        "attn": ("qkta", "qkca", "ssa"),
-    }
-    return _create_qkformer("test_qkformer", pretrained, **dict(model_args, **kwargs))
+    return _create_qkformer("test_qkformer", pretrained, **dict(_TEST, **kwargs))
 
 
 @register_model
 def test_qkformer_ms(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """A tiny HST with membrane shortcuts and every kind of layer, for tests."""
-    model_args = {
-        "embed_dims": (16, 32, 64),
-        "depths": (1, 1, 2),
-        "num_heads": 4,
-        "attn": ("qkta", "qkca", "ssa"),
-        "membrane_shortcut": True,
-    }
+    model_args = dict(_TEST, membrane_shortcut=True)
     return _create_qkformer("test_qkformer_ms", pretrained, **dict(model_args, **kwargs))

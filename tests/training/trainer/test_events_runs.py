@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import StopError, flags, run, same_weights, weights, write_recipe
+from tiny_runs import flags, run, run_and_stop, same_weights, weights, write_recipe
 
 from event_files import random_events, write_aedat4, write_atis
 from timm_qkformer import cli
-from timm_qkformer.training.trainer.validation import resolve_validate, validate
+from timm_qkformer.training.trainer.evaluate import resolve_validate, validate
 
 CHANGES = {
     "dataset": "events/folder",
@@ -40,13 +40,10 @@ def recordings(tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_run_ends_with_the_same_weights(workers, recordings, tmp_path, stop_after):
+def test_resumed_run_ends_with_the_same_weights(workers, recordings, tmp_path):
     changes = {**CHANGES, "workers": workers, "recovery_interval": 1}
     whole = run(recordings, tmp_path, "whole", **changes)
-    proceed = stop_after(2)
-    with pytest.raises(StopError):
-        run(recordings, tmp_path, "stopped", **changes)
-    proceed()
+    run_and_stop(2, recordings, tmp_path, "stopped", **changes)
     resumed = run(recordings, tmp_path, "stopped", "--resume", "auto", **changes)
     assert same_weights(weights(whole.folder), weights(resumed.folder))
     assert 0 < whole.history[-1]["firing_rate"] < 1
@@ -102,7 +99,9 @@ def test_a_recording_spoilt_while_training_is_named(workers, recordings, tmp_pat
         return real(self, mode)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("timm_qkformer.training.trainer.loop.TrainLoader.begin", lambda *_: spoil(torch.nn.Identity()))
+        patch.setattr(
+            "timm_qkformer.training.trainer.loop.TrainLoader.begin", lambda *_, **__: spoil(torch.nn.Identity())
+        )
         with pytest.raises(ValueError, match=r"wave.*\.bin: has 3 bytes") as error:
             run(root, tmp_path, "run", **{**CHANGES, "workers": workers})
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""A loader taken up at any batch gives the batches and leaves the random numbers of one that never stopped."""
+"""A loader resumed at any batch gives the batches and leaves the random numbers of one that never stopped."""
 
 import random
 
@@ -9,9 +9,8 @@ from timm.data import create_loader
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset
 
-from timm_qkformer.training.trainer.mixing import SwitchableCollateMixup
-from timm_qkformer.training.trainer.randomness import random_state, restore_random_state
-from timm_qkformer.training.trainer.replay import ReplayableLoader
+from timm_qkformer.training.trainer.data import SwitchableCollateMixup
+from timm_qkformer.training.trainer.replay import ReplayableLoader, random_state, restore_random_state
 
 CPU = torch.device("cpu")
 
@@ -31,14 +30,8 @@ class Draws(Dataset):
 
 
 def make(workers, prefetch, persistent=True):
-    loader = DataLoader(
-        Draws(),
-        batch_size=2,
-        shuffle=True,
-        drop_last=True,
-        num_workers=workers,
-        persistent_workers=persistent and workers > 0,
-    )
+    more = {"num_workers": workers, "persistent_workers": persistent and workers > 0}
+    loader = DataLoader(Draws(), batch_size=2, shuffle=True, drop_last=True, **more)
     replayable = ReplayableLoader(loader, CPU)
     if not prefetch:
         return replayable, replayable
@@ -76,34 +69,26 @@ def equal(a, b):
 # Seven batches of an epoch: with 3 workers the last round is not full.
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize(
-    ("workers", "places"),
+    ("workers", "places", "persistent"),
     [
-        (0, [(0, 1), (0, 6), (0, 7), (1, 0), (1, 4)]),
-        (1, [(0, 3), (1, 7)]),
-        (3, [(0, 1), (0, 3), (1, 0), (1, 5), (1, 7)]),
+        (0, [(0, 1), (0, 6), (0, 7), (1, 0), (1, 4)], True),
+        (1, [(0, 3), (1, 7)], True),
+        (2, [(0, 3)], False),
+        (3, [(0, 1), (0, 3), (1, 0), (1, 5), (1, 7)], True),
     ],
 )
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_resumed_at(workers, prefetch, places):
+def test_resumed_at(workers, prefetch, places, persistent):
     seed()
-    whole, positions = steps(*make(workers, prefetch), 3, save_at=places)
+    whole, positions = steps(*make(workers, prefetch, persistent), 3, save_at=places)
     for place in places:
         torch.manual_seed(99)  # a new process
-        batches, replayable = make(workers, prefetch)
+        batches, replayable = make(workers, prefetch, persistent)
         replayable.resume(positions[place])
         rest, _ = steps(batches, replayable, place[0] + 2, start=place)
         expected = [step for step in whole if place < step[0] < (place[0] + 2, 0)]
         assert len(rest) == len(expected) > 0
         assert all(equal(a, b) for a, b in zip(rest, expected, strict=True)), place
-
-
-def test_workers_that_do_not_persist():
-    seed()
-    whole, positions = steps(*make(2, False, persistent=False), 2, save_at=[(0, 3)])
-    batches, replayable = make(2, False, persistent=False)
-    replayable.resume(positions[0, 3])
-    rest, _ = steps(batches, replayable, 2, start=(0, 3))
-    assert all(equal(a, b) for a, b in zip(rest, whole[3:], strict=True))
 
 
 def test_a_position_survives_a_checkpoint(tmp_path):
@@ -152,19 +137,11 @@ class Flat(Dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_mixing_can_be_switched_off_in_workers_that_live_on(workers):
+def test_mixup_can_be_switched_off_in_workers_that_live_on(workers):
     collate = SwitchableCollateMixup(mixup_alpha=5.0, num_classes=2, label_smoothing=0.0)
     dataset = Flat()
-    loader = create_loader(
-        dataset,
-        (3, 4, 4),
-        8,
-        num_workers=workers,
-        collate_fn=collate,
-        device=CPU,
-        is_training=True,
-        use_prefetcher=True,
-    )
+    more = {"num_workers": workers, "collate_fn": collate, "device": CPU}
+    loader = create_loader(dataset, (3, 4, 4), 8, is_training=True, use_prefetcher=True, **more)
     dataset.transform = None
     np.random.seed(0)
     mixed = []

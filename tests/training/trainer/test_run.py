@@ -5,10 +5,12 @@ import re
 import resource
 import subprocess
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from timm.models import load_checkpoint
 from tiny_runs import PLAIN, RECIPE, flags, make_images, run, same_weights, weights, write_recipe
@@ -16,18 +18,25 @@ from tiny_runs import PLAIN, RECIPE, flags, make_images, run, same_weights, weig
 from timm_qkformer import cli
 from timm_qkformer.hub.checkpoints import read_checkpoint
 from timm_qkformer.training.trainer import loop
-from timm_qkformer.training.trainer.run import train
-from timm_qkformer.training.trainer.settings import parse_train
+from timm_qkformer.training.trainer.config import parse_train
+from timm_qkformer.training.trainer.distributed import Processes
+from timm_qkformer.training.trainer.engine import train
 
 
-def fails(capsys, *arguments):
-    """The one line of an error, and exit status 2."""
-    assert cli.main(list(arguments)) == 2
-    err = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in err if line.startswith("timm-qkformer: error: ")]
-    assert len(errors) == 1
-    assert err[-1] == errors[0]
-    return errors[0].removeprefix("timm-qkformer: error: ")
+@pytest.fixture
+def fails(capsys, tmp_path):
+    """Train, and return the one line of an error, with exit status 2."""
+
+    def fails(data, *more, experiment="run", **changes):
+        recipe = write_recipe(tmp_path / "recipe.yaml", **changes)
+        assert cli.main(["train", *flags(data, tmp_path, experiment, recipe, *more)]) == 2
+        err = capsys.readouterr().err.strip().splitlines()
+        errors = [line for line in err if line.startswith("timm-qkformer: error: ")]
+        assert len(errors) == 1
+        assert err[-1] == errors[0]
+        return errors[0].removeprefix("timm-qkformer: error: ")
+
+    return fails
 
 
 def test_files_and_columns(data, tmp_path, capsys):
@@ -99,13 +108,13 @@ def test_other_losses_and_optimizers(changes, data, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_mixing_stops_at_its_epoch(workers, data, tmp_path, monkeypatch):
+def test_mixup_stops_at_its_epoch(workers, data, tmp_path, monkeypatch):
     real_begin, real_prepare = loop.TrainLoader.begin, loop._prepare
     mixed = {}  # epoch: whether a batch had targets of several classes
 
-    def begin(self, epoch, mix):
+    def begin(self, epoch, mixup):
         mixed[epoch] = False
-        real_begin(self, epoch, mix)
+        real_begin(self, epoch, mixup)
 
     def prepare(parts, x, target):
         x, target = real_prepare(parts, x, target)
@@ -119,8 +128,7 @@ def test_mixing_stops_at_its_epoch(workers, data, tmp_path, monkeypatch):
     assert mixed == {0: True, 1: False}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys, monkeypatch):
-    recipe = write_recipe(tmp_path / "recipe.yaml", recovery_interval=2)
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, fails, monkeypatch):
     real, calls = torch.nn.functional.log_softmax, []
 
     def log_softmax(*args, **kwargs):  # of the training loss
@@ -128,39 +136,36 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys, monkeyp
         return real(*args, **kwargs) * (float("nan") if len(calls) == 9 else 1.0)
 
     monkeypatch.setattr(torch.nn.functional, "log_softmax", log_softmax)
-    error = fails(capsys, "train", *flags(data, tmp_path, "run", recipe))
+    error = fails(data, recovery_interval=2)
     newest = tmp_path / "run" / "recovery-1-2.pth.tar"
     assert error == f"the loss is nan at step 8 (epoch 1, learning rate 0.005); the last good checkpoint is {newest}"
     assert all(w.isfinite().all() for w in torch.load(newest, weights_only=True)["state_dict"].values())
 
 
-def test_a_loss_that_is_not_finite_on_another_process(data, tmp_path, capsys, monkeypatch):
+def test_a_loss_that_is_not_finite_on_another_process(data, tmp_path, fails, monkeypatch):
     real = loop._require_finite
 
     def require_finite(loss, parts, *where):
         if where[1] == 2:  # as if a second process were there and had found it
             monkeypatch.setattr(torch.distributed, "all_reduce", lambda bad: bad.add_(1))
-            parts.args.distributed = True
+            parts = replace(parts, processes=replace(parts.processes, distributed=True))
         real(loss, parts, *where)
 
     monkeypatch.setattr(loop, "_require_finite", require_finite)
-    recipe = write_recipe(tmp_path / "recipe.yaml", recovery_interval=1)
-    monkeypatch.setattr("timm_qkformer.training.trainer.run.processes", one_process)
-    error = fails(capsys, "train", *flags(data, tmp_path, "run", recipe))
+    monkeypatch.setattr("timm_qkformer.training.trainer.engine.join_processes", one_process)
+    error = fails(data, recovery_interval=1)
     newest = tmp_path / "run" / "recovery-0-2.pth.tar"
     reason = "the loss is not finite on another process at step 2 (epoch 0, learning rate 0.01)"
     assert error == f"{reason}; the last good checkpoint is {newest}"
 
 
 @contextmanager
-def one_process(args):
-    """`processes` without a group to leave."""
-    args.distributed, args.rank, args.world_size = False, 0, 1
-    yield torch.device(args.device)
+def one_process(device):
+    """`join_processes` without a group to leave."""
+    yield Processes(torch.device(device))
 
 
-def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, capsys, monkeypatch):
-    recipe = write_recipe(tmp_path / "recipe.yaml", recovery_interval=1, clip_grad=1.0)
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, fails, monkeypatch):
     calls = []
 
     def clip(parameters, **_):
@@ -169,7 +174,7 @@ def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, capsys, monke
             next(iter(parameters)).grad.fill_(float("nan"))
 
     monkeypatch.setattr(loop, "dispatch_clip_grad", clip)
-    error = fails(capsys, "train", *flags(data, tmp_path, "run", recipe))
+    error = fails(data, recovery_interval=1, clip_grad=1.0)
     assert "not finite" in error
     assert error.endswith("recovery-0-3.pth.tar")
 
@@ -197,6 +202,9 @@ def test_the_settings_of_a_run_are_a_recipe(data, tmp_path):
     again = train(parse_train(["-c", str(recipe), "--experiment", "again"]))
     assert again.folder == tmp_path / "again"
     assert same_weights(weights(first.folder), weights(again.folder))
+    assert yaml.safe_load(recipe.read_text()).items() >= {"model": "qkformer_hst4_384", "batch_size": 4}.items()
+    content = torch.load(first.folder / "last.pth.tar", weights_only=True)
+    assert (content["args"]["lr"], content["arch"], content["epoch"]) == (0.01, "qkformer_hst4_384", 0)
 
 
 def test_a_converted_folder_is_a_model_to_start_from_and_to_validate(data, tmp_path, capsys):
@@ -222,14 +230,13 @@ def test_a_class_map_says_which_classes_there_are(tmp_path):
     assert len(run(root, tmp_path, "two", **changes, **PLAIN).history) == 1
 
 
-def test_full_disk(data, tmp_path, capsys):
+def test_full_disk(data, tmp_path, fails):
     done = run(data, tmp_path, "run", epochs=1)
     before = (done.folder / "last.pth.tar").read_bytes()
-    recipe = write_recipe(tmp_path / "recipe.yaml", epochs=3)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
-        error = fails(capsys, "train", *flags(data, tmp_path, "run", recipe, "--resume", "auto"))
+        error = fails(data, "--resume", "auto", epochs=3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "could not be written (File too large); those before it are intact" in error
@@ -239,51 +246,47 @@ def test_full_disk(data, tmp_path, capsys):
     assert [row["epoch"] for row in resumed.history] == [0, 1]
 
 
-def test_an_existing_run_is_not_overwritten(data, tmp_path, capsys):
+def test_an_existing_run_is_not_overwritten(data, tmp_path, fails):
     folder = run(data, tmp_path, "run", epochs=1, **PLAIN).folder
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    error = fails(capsys, "train", *flags(data, tmp_path, "run", tmp_path / "recipe.yaml"))
-    assert error == f"{folder} holds a run already; --resume auto goes on with it, or choose another name"
+    error = fails(data)
+    assert error == f"{folder} holds a run already; --resume auto resumes it, or choose another name"
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"model": "qkformer_hst2_256", "model_kwargs": {}, "in_chans": 3},
-            "is of the model qkformer_hst4_384, this run trains qkformer_hst2_256",
-        ),
+        ({"model": "qkformer_hst2_256"}, "is of the model qkformer_hst4_384, this run trains qkformer_hst2_256"),
         ({"embed_dims": [8, 16, 48]}, "does not fit this run's qkformer_hst4_384: .* have another shape"),
         ({"time_steps": 3}, "with time_steps=2, this run's qkformer_hst4_384 has time_steps=3"),
     ],
 )
-def test_checkpoints_of_other_models(changes, message, data, tmp_path, capsys):
+def test_checkpoints_of_other_models(changes, message, data, tmp_path, fails):
     last = run(data, tmp_path, "run", epochs=1, **PLAIN).folder / "last.pth.tar"
-    if "model" not in changes:
+    if "model" in changes:
+        changes |= {"model_kwargs": {}, "in_chans": 3}
+    else:
         changes = {"model_kwargs": {**RECIPE["model_kwargs"], **changes}}
-    recipe = write_recipe(tmp_path / "other.yaml", **changes)
-    error = fails(capsys, "train", *flags(data, tmp_path, "other", recipe, "--resume", str(last)))
+    error = fails(data, "--resume", str(last), experiment="other", **changes)
     assert re.search(message, error), error
     assert str(last) in error
     assert not (tmp_path / "other").exists()
 
 
-def test_checkpoint_with_another_number_of_classes(data, tmp_path, capsys):
+def test_checkpoint_with_another_number_of_classes(data, tmp_path, fails):
     last = run(data, tmp_path, "run", epochs=1, **PLAIN).folder / "last.pth.tar"
     two = make_images(tmp_path / "two", 4, 2, classes=("ant", "bee"))
-    recipe = write_recipe(tmp_path / "other.yaml", num_classes=2)
-    error = fails(capsys, "train", *flags(two, tmp_path, "other", recipe, "--resume", str(last)))
+    error = fails(two, "--resume", str(last), experiment="other", num_classes=2)
     assert "with num_classes=3, this run's qkformer_hst4_384 has num_classes=2" in error
-    error = fails(capsys, "train", *flags(two, tmp_path, "other", recipe, "--initial-checkpoint", str(last)))
+    error = fails(two, "--initial-checkpoint", str(last), experiment="other", num_classes=2)
     assert "does not fit the model qkformer_hst4_384: 2 have another shape" in error
 
 
-def test_pickled_code_is_not_run(data, tmp_path, capsys):
+def test_pickled_code_is_not_run(data, tmp_path, fails):
     path = tmp_path / "evil.pth.tar"
     torch.save({"state_dict": {}, "args": subprocess.Popen}, path)
-    recipe = write_recipe(tmp_path / "recipe.yaml")
-    assert "cannot be read" in fails(capsys, "train", *flags(data, tmp_path, "run", recipe, "--resume", str(path)))
+    assert "which could run code" in fails(data, "--resume", str(path))
 
 
 def folder_without(tmp_path, what):
@@ -318,13 +321,9 @@ def folder_without(tmp_path, what):
         ("", {"model_kwargs": {"time_stepz": 2}}, "does not take these arguments"),
         ("", {"device": "cuda:7"}, "device='cuda:7' is not available here"),
         ("", {"initial_checkpoint": "nowhere.pt"}, "initial_checkpoint: there is no file nowhere.pt"),
-        ("", {"resume": "nowhere.pt"}, "there is no checkpoint nowhere.pt"),
+        ("", {"resume": "nowhere.pt"}, "nowhere.pt: there is no such file"),
         ("", {"dataset": "torch/cifar10"}, "--dataset-download gets it"),
-        (
-            "",
-            {"opt_kwargs": {"foo": 1}},
-            "the optimizer adamw cannot be made with opt='adamw', weight_decay=0.05, opt_k",
-        ),
+        ("", {"opt_kwargs": {"foo": 1}}, "optimizer adamw cannot be made with opt='adamw', weight_decay=0.05, opt_k"),
         ("", {"aa": "bad"}, "batches to train on cannot be made with "),
         ("", {"aa": "bad"}, "aa='bad'"),
         ("", {"scale": [0.5]}, "scale=[0.5]"),
@@ -337,21 +336,19 @@ def folder_without(tmp_path, what):
         ("", {"start_epoch": 2}, "start_epoch=2 needs to be below the run's 2 epochs"),
     ],
 )
-def test_bad_data_and_settings(what, changes, message, tmp_path, capsys):
+def test_bad_data_and_settings(what, changes, message, tmp_path, fails):
     if changes.get("device") and torch.cuda.is_available():
         pytest.skip("there is such a device")
     root = folder_without(tmp_path, what)
-    recipe = write_recipe(tmp_path / "recipe.yaml", **changes)
-    error = fails(capsys, "train", *flags(root, tmp_path, "run", recipe))
+    error = fails(root, **changes)
     assert message in error
     assert "\n" not in error
     # A run that could not begin does not stand in the way of the corrected one.
     assert not (tmp_path / "run").exists() or what == "image"
 
 
-def test_missing_folder(tmp_path, capsys):
-    recipe = write_recipe(tmp_path / "recipe.yaml")
-    error = fails(capsys, "train", *flags(tmp_path / "nowhere", tmp_path, "run", recipe))
+def test_missing_folder(tmp_path, fails):
+    error = fails(tmp_path / "nowhere")
     assert error == f"data_dir='{tmp_path / 'nowhere'}' does not exist"
 
 
@@ -360,8 +357,7 @@ def test_unreadable_images_can_be_skipped(tmp_path):
     assert run(root, tmp_path, "run", on_error="skip", epochs=1, **PLAIN).history[0]["train_loss"] > 0
 
 
-def test_tensorboard_asked_for_and_missing(data, tmp_path, capsys, monkeypatch):
+def test_tensorboard_asked_for_and_missing(data, tmp_path, fails, monkeypatch):
     monkeypatch.setattr("timm_qkformer.training.trainer.log.importlib.util.find_spec", lambda name: None)
-    recipe = write_recipe(tmp_path / "recipe.yaml")
-    error = fails(capsys, "train", *flags(data, tmp_path, "run", recipe, "--tensorboard"))
+    error = fails(data, "--tensorboard")
     assert "pip install 'timm-qkformer[train]'" in error

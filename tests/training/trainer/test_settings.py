@@ -1,19 +1,14 @@
 """Flags, recipes, and what is refused."""
 
-from pathlib import Path
+from dataclasses import FrozenInstanceError
 
 import pytest
 import yaml
 
 from timm_qkformer.training.recipes import list_recipes, recipe_path
-from timm_qkformer.training.trainer.options import OPTIONS, OURS, UNSUPPORTED
-from timm_qkformer.training.trainer.settings import parse_train, read_recipe
-
-KEYS = {
-    line
-    for line in Path(__file__).parents[1].joinpath("train_py_keys.txt").read_text().splitlines()
-    if line and not line.startswith("#")
-}
+from timm_qkformer.training.trainer.config import parse_train, read_recipe
+from timm_qkformer.training.trainer.settings import OPTIONS, UNSUPPORTED
+from training_dict import TRAIN_PY_KEYS as KEYS
 
 
 def recipe(tmp_path, **content):
@@ -23,10 +18,11 @@ def recipe(tmp_path, **content):
 
 
 def test_every_key_of_train_py_is_taken_or_refused():
-    ours = {option.name for group in OPTIONS.values() for option in group}
-    assert ours | set(UNSUPPORTED) == KEYS
-    assert not ours & set(UNSUPPORTED)
-    assert not {option.name for option in OURS} & KEYS
+    own = {name for name, option in OPTIONS.items() if option.group == "not in train.py"}
+    theirs = OPTIONS.keys() - own
+    assert theirs | UNSUPPORTED.keys() == KEYS
+    assert not theirs & UNSUPPORTED.keys()
+    assert not own & KEYS
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -36,7 +32,7 @@ def test_every_recipe_is_taken_by_its_name(name):
         assert getattr(args, key) == value
 
 
-def test_the_command_line_goes_before_the_recipe_and_this_before_the_defaults(tmp_path):
+def test_the_command_line_overrides_the_recipe_and_this_the_defaults(tmp_path):
     path = recipe(tmp_path, amp=True, lr="1e-3", model_kwargs={"time_steps": 2}, opt="adamw")
     args = parse_train(["-c", path, "data", "--no-amp", "--opt", "lamb"])
     assert (args.amp, args.lr, args.opt, args.data_dir) == (False, 1e-3, "lamb", "data")
@@ -44,6 +40,17 @@ def test_the_command_line_goes_before_the_recipe_and_this_before_the_defaults(tm
     assert args.momentum == 0.9
     args = parse_train(["-c", path, "data", "--model-kwargs", "time_steps=4", "depths=(1,1,1)"])
     assert args.model_kwargs == {"time_steps": 4, "depths": (1, 1, 1)}
+
+
+def test_nothing_changes_settings():
+    with pytest.raises(FrozenInstanceError):
+        parse_train(["data"]).lr = 0.1
+
+
+def test_the_former_name_of_a_setting(tmp_path):
+    former, current = recipe(tmp_path, round_weights=True), parse_train(["data", "--quantize-weights"])
+    assert parse_train(["data", "--round-weights"]) == current == parse_train(["data", "-c", former])
+    assert not parse_train(["data", "-c", former, "--no-quantize-weights"]).quantize_weights
 
 
 def test_spellings_of_train_py():

@@ -8,8 +8,8 @@ import pytest
 from tiny_runs import PLAIN, command, flags, run, write_recipe
 
 from timm_qkformer.training.recipes import recipe_path
-from timm_qkformer.training.trainer.run import train
-from timm_qkformer.training.trainer.settings import parse_train
+from timm_qkformer.training.trainer.config import parse_train
+from timm_qkformer.training.trainer.engine import train
 
 pytestmark = [
     pytest.mark.slow,

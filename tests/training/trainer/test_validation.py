@@ -11,7 +11,7 @@ from timm.data import create_dataset, create_transform
 from tiny_runs import PLAIN, RECIPE, flags, make_images, run, write_recipe
 
 from timm_qkformer import cli
-from timm_qkformer.training.trainer.validation import resolve_validate, validate
+from timm_qkformer.training.trainer.evaluate import resolve_validate, validate
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_errors(data, trained, tmp_path, capsys):
     assert "is of the model qkformer_hst4_384, not of qkformer_hst2_256" in fails(
         "qkformer_hst2_256", "--checkpoint", trained
     )
-    assert "there is no checkpoint nowhere" in fails(RECIPE["model"], "--checkpoint", "nowhere")
+    assert "nowhere: there is no such file" in fails(RECIPE["model"], "--checkpoint", "nowhere")
     assert "needs to end in .json or .csv" in fails(RECIPE["model"], "--results-file", tmp_path / "r.txt")
     assert "does not exist" in fails(RECIPE["model"], "--checkpoint", trained, root=tmp_path / "no")
     two = make_images(tmp_path / "two", 1, 2, classes=("ant", "bee"))

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from PIL import Image
 
-from timm_qkformer.training.trainer.run import TrainResult, train
-from timm_qkformer.training.trainer.settings import parse_train
+from timm_qkformer.training.trainer import engine
+from timm_qkformer.training.trainer.config import parse_train
+from timm_qkformer.training.trainer.engine import TrainResult, train
 
 CLASSES = ("ant", "bee", "cat")
 SRC = Path(__file__).resolve().parents[3] / "src"
@@ -52,10 +54,6 @@ RECIPE = {
 PLAIN = {"no_aug": True, "mixup": 0.0, "reprob": 0.0, "drop_path": 0.0}
 
 
-class StopError(Exception):
-    """The end of a run that was broken off."""
-
-
 def make_images(root: Path, train: int = 8, test: int = 5, classes: tuple[str, ...] = CLASSES) -> Path:
     """root/{train,test}/<class>/<i>.png: noise, brighter in one colour for each class."""
     rng = np.random.default_rng(0)
@@ -84,6 +82,22 @@ def run(data: Path, output: Path, experiment: str = "run", *more: str, **changes
     output.mkdir(exist_ok=True)
     recipe = write_recipe(output / "recipe.yaml", **changes)
     return train(parse_train(flags(data, output, experiment, recipe, *more)))
+
+
+def run_and_stop(updates: int, *args, **kwargs) -> None:
+    """Train, and break off after so many updates, as if nothing could be done any more."""
+    real, seen = engine.Progress.update, []
+
+    def update(self, *args):
+        real(self, *args)
+        seen.append(None)
+        if len(seen) > updates:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Progress, "update", update)
+        with pytest.raises(KeyboardInterrupt):
+            run(*args, **kwargs)
 
 
 def command(*arguments: str, **kwargs) -> subprocess.Popen:

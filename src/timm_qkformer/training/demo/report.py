@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...analysis import record_spikes
-from ...analysis.pictures import input_pictures, save_picture
-
-__all__ = ["Answers", "draw_masks", "print_answers"]
+from ...analysis import record_attention
+from ...analysis.drawing import save_picture
+from ...analysis.inputs import input_pictures
 
 
 @dataclass(frozen=True)
@@ -61,17 +60,13 @@ def print_answers(answers: Answers, rows: int) -> None:
     print()
 
 
-@torch.inference_mode()
 def draw_masks(model: nn.Module, answers: Answers, path: Path, columns: int = 8) -> Path:
-    """Inputs above the first stage's Q-K token masks: at each time step, the share of heads that keep a token."""
+    """Inputs above the first block's token masks: at each time step, the share of heads that keep a token."""
     from matplotlib.figure import Figure
 
     picked = answers.some(columns)
-    with record_spikes(model, suffix="stages.0.blocks.0.attn.attn_neuron") as spikes:
-        model(answers.images[picked])
-    (mask,) = spikes.values()  # [T, B, heads, 1, tokens]
-    side = int(mask.shape[-1] ** 0.5)
-    kept = mask.mean((2, 3)).unflatten(-1, (side, side))  # [T, B, H, W]
+    (record,) = record_attention(model, answers.images[picked], ["stages.0.blocks.0.attn"])
+    kept = record.views.tokens.mean(2)  # [T, B, H, W]
 
     figure = Figure(figsize=(1.6 * columns + 1, 1.7 * (1 + len(kept))), layout="constrained")
     axes = figure.subplots(1 + len(kept), columns, squeeze=False)
@@ -83,8 +78,7 @@ def draw_masks(model: nn.Module, answers: Answers, path: Path, columns: int = 8)
         for t in range(len(kept)):
             shown = axes[t + 1, column].imshow(kept[t, column], cmap="gray", vmin=0, vmax=1)
     for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("input")
     for t in range(len(kept)):
         axes[t + 1, 0].set_ylabel(f"mask, t = {t + 1}")

@@ -1,13 +1,12 @@
 """The trainer behind `timm-qkformer train` and `validate`: images and events, put together of timm's parts.
 
-- `options`, `settings`: train.py's flags and recipe files, and what they have to agree on
-- `datasets`, `loaders`, `replay`, `mixing`, `randomness`: data whose position and random numbers can be saved and
-  taken up again
-- `network`, `rounding`, `sync_bn`, `distributed`: model and task, on one process or several
-- `checkpoint`, `resume`, `schedule`: files that are complete or not there, and how a run goes on from them
-- `loop`, `evaluation`: one epoch, one pass over the validation data
-- `log`, `curves`: what a run leaves behind to look at
-- `run`, `validation`: the two commands
+- `settings`, `config`: train.py's options as one frozen value; command line and recipe files that fill it
+- `data`, `replay`: data sets and loaders, whose position and random numbers can be saved and resumed
+- `network`, `quantize`, `distributed`: model and task, on one process or several
+- `checkpoint`: files that are complete or not there, found and resumed from
+- `loop`, `evaluate`: one epoch; one pass over the validation data, and the command `validate`
+- `log`: what a run tells and leaves behind to look at
+- `engine`: the run, and the command `train`
 
-Nothing is imported here, so that the command line can read `options` without loading torch.
+Nothing is imported here, so that the command line can read `config` without loading torch.
 """

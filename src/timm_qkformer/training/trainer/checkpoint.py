@@ -1,34 +1,27 @@
-"""Checkpoints: whole or not there, and without anything that could run when they are read."""
+"""Checkpoints of runs: saved whole or not at all, found, and resumed from."""
 
-import argparse
-import math
 import os
-import pickle
 import shutil
 import warnings
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
-from timm.models import clean_state_dict
+from timm.models import clean_state_dict, safe_model_name
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 
-from ..._errors import first_line
+from ...errors import first_line
+from ...hub.checkpoints import CheckpointError, read_content
 from .network import describe_misfit
-
-__all__ = [
-    "DivergedError",
-    "RunSaver",
-    "check_same_model",
-    "newest_checkpoint",
-    "plain_settings",
-    "read_checkpoint",
-    "settings_in",
-]
+from .settings import Settings, current_names
 
 FORMAT = 3  # of the "trainer" entry
+# Of a parameter group, what the command line sets and no optimizer changes. A schedule sets the learning rate.
+_SETTINGS = ("weight_decay", "momentum", "betas", "eps", "lr_scale")
+_RATES = ("lr", "initial_lr")
 
 
 class DivergedError(ValueError):
@@ -40,17 +33,13 @@ class RunSaver(CheckpointSaver):
 
     The files have timm's names and entries (`state_dict`, `state_dict_ema`, `arch`, `epoch`, `optimizer`, ...), so
     that timm's `load_checkpoint` and `--initial-checkpoint` take them. Settings are a plain dict in them; the entry
-    "trainer" holds what else is needed to go on exactly. torch.load(weights_only=True) reads them without exceptions.
-
-    A file is written under another name and flushed to the disk before it takes its place.
-
-    Attributes:
-        trainer_state: The next checkpoint's entry "trainer".
+    "trainer" holds what else is needed to resume exactly. torch.load(weights_only=True) reads them without exceptions.
+    A file is written under another name and flushed to the disk before it is renamed.
     """
 
     trainer_state: dict[str, Any]
 
-    def _save(self, save_path: str, epoch: int, metric: Optional[float] = None) -> None:
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
         state: dict[str, Any] = {"epoch": epoch, "arch": self.args["model"], "args": self.args, "version": 2}
         state["optimizer"] = self.optimizer.state_dict()
         if self.amp_scaler is not None:
@@ -72,7 +61,7 @@ class RunSaver(CheckpointSaver):
             Path(save_path).unlink(missing_ok=True)
             raise OSError(
                 f"the checkpoint {save_path} could not be written ({_reason(error)}); those before it are intact, "
-                f"--resume auto goes on from the newest"
+                f"--resume auto resumes the newest"
             ) from error
 
     def _replace(self, src: str, dst: str) -> None:
@@ -146,13 +135,10 @@ def recovery_checkpoints(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("recovery-*.pth.tar")) if path.is_file()]
 
 
-def newest_checkpoint(folder: Path) -> Optional[Path]:
+def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of a run's folder that is furthest; one that cannot be read is passed over with a warning.
 
-    Those of the best epochs are looked at only where no newer one can be read.
-
-    Raises:
-        ValueError: If there are some, and none that can be read.
+    Those of the best epochs are looked at only where no newer one can be read. ValueError if all are unreadable.
     """
     newest = [path for path in [folder / "last.pth.tar", *recovery_checkpoints(folder)] if path.is_file()]
     ranked = sorted(folder.glob("checkpoint-*.pth.tar"))
@@ -162,12 +148,12 @@ def newest_checkpoint(folder: Path) -> Optional[Path]:
     return found
 
 
-def _furthest(candidates: list[Path]) -> Optional[Path]:
+def _furthest(candidates: list[Path]) -> Path | None:
     best: tuple[tuple[int, int], Path] | None = None
     for path in candidates:
         try:
-            content = read_checkpoint(path, mmap=True)
-        except ValueError as error:
+            content = read_run(path, mmap=True)
+        except CheckpointError as error:
             warnings.warn(f"passed over: {error}", stacklevel=2)
             continue
         trainer = content.get("trainer")
@@ -177,53 +163,30 @@ def _furthest(candidates: list[Path]) -> Optional[Path]:
     return best[1] if best else None
 
 
-def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of this trainer or of timm's train.py.
+def read_run(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of this trainer or of timm's train.py. See `read_content` for `mmap`.
 
-    Args:
-        path: The file.
-        mmap: Leave the tensors on the disk until they are looked at.
-
-    Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If it is damaged, holds what could run code, or is no training checkpoint.
+    CheckpointError if it is not there, damaged, holds what could run code, or is no training checkpoint.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        # train.py's hold their settings as such an object, which is data only.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read ({first_line(error)})") from error
+    content = read_content(path, mmap)
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise ValueError(
-            f"{path} is not a checkpoint of a training run; --initial-checkpoint starts from weights alone"
+        raise CheckpointError(
+            f"{path}: not a checkpoint of a training run; --initial-checkpoint starts from weights alone"
         )
     trainer = content.get("trainer")
     if trainer is not None and trainer.get("format") != FORMAT:
-        raise ValueError(f"checkpoint {path} has format {trainer.get('format')}, this version reads {FORMAT}")
+        raise CheckpointError(f"{path}: it has format {trainer.get('format')}, this version reads {FORMAT}")
     return content
 
 
 def settings_in(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the run that wrote a checkpoint."""
+    """The settings of the run that wrote a checkpoint, under the names that they have now."""
     args = content.get("args")
-    return dict(args if isinstance(args, Mapping) else vars(args) if args is not None else {})
+    return current_names(args if isinstance(args, Mapping) else vars(args) if args is not None else {})
 
 
 def check_same_model(content: Mapping[str, Any], path: Path, model: nn.Module, name: str) -> None:
-    """Refuse a checkpoint of another model.
-
-    Args:
-        content: The checkpoint.
-        path: Where it is from.
-        model: The model that is to go on, not wrapped.
-        name: Its name.
-
-    Raises:
-        ValueError: If they differ, naming both.
-    """
+    """Refuse a checkpoint of another model than this one, which is not wrapped; ValueError naming both."""
     arch = str(content.get("arch", ""))
     if arch and arch.partition(".")[0] != name.partition(".")[0]:
         raise ValueError(f"checkpoint {path} is of the model {arch}, this run trains {name}")
@@ -237,16 +200,111 @@ def check_same_model(content: Mapping[str, Any], path: Path, model: nn.Module, n
         raise ValueError(f"checkpoint {path} of {arch or 'a model'} does not fit this run's {name}: {misfit}")
 
 
-def plain_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Settings as values that YAML and checkpoints hold without any class."""
+def checkpoint_to_resume(settings: Settings) -> str | None:
+    """The checkpoint that `resume` names, or finds where it is "auto"; None for a new run."""
+    if settings.resume != "auto":
+        return settings.resume or None
+    runs = Path(settings.output or "output/train")
+    if settings.experiment:
+        folders = [runs / settings.experiment]
+    else:
+        found = runs.glob("*/*.pth.tar")
+        folders = sorted({path.parent for path in found}, key=lambda p: p.stat().st_mtime)[-1:]
+    newest = newest_checkpoint(folders[0]) if folders else None
+    return str(newest) if newest else None
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(v) for v in value]
-        if isinstance(value, float) and not math.isfinite(value):
-            return str(value)
-        return value if isinstance(value, (bool, int, float, str)) or value is None else str(value)
 
-    return {key: plain(value) for key, value in sorted(vars(args).items())}
+def choose_folder(settings: Settings, resume: str | None, size: int) -> Path:
+    """The run's folder: the checkpoint's, if it is this run's, else a new one; FileExistsError if another has it."""
+    runs = Path(settings.output or "output/train")
+    own = settings.experiment and resume and Path(resume).parent.resolve() == (runs / settings.experiment).resolve()
+    if resume and (settings.resume == "auto" or own):
+        return Path(resume).parent
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = runs / (settings.experiment or "-".join([stamp, safe_model_name(settings.model), str(size)]))
+    may_restart = settings.resume == "auto" and folder.exists() and _before_first_checkpoint(folder)
+    if folder.exists() and not may_restart and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds a run already; --resume auto resumes it, or choose another name")
+    return folder
+
+
+def _before_first_checkpoint(folder: Path) -> bool:
+    """Whether this is a run that was stopped before its first checkpoint, so that it may start again."""
+    begun = ("args.yaml", "events.out.tfevents.*", ".*.tmp", "tmp.pth.tar", "recovery_tmp.pth.tar")
+    return all(any(path.match(pattern) for pattern in begun) for path in folder.iterdir())
+
+
+def check_optimizer(content: Mapping[str, Any], path: Path, settings: Settings) -> None:
+    """Refuse a checkpoint with another or no optimizer's state (ValueError), unless only its weights are wanted."""
+    if settings.no_resume_opt:
+        return
+    if "optimizer" not in content:
+        raise ValueError(
+            f"checkpoint {path} has no state of an optimizer; --initial-checkpoint starts from its weights, "
+            f"--no-resume-opt continues with a new optimizer"
+        )
+    opt = settings_in(content).get("opt", settings.opt)
+    if opt.lower() != settings.opt.lower():
+        raise ValueError(
+            f"checkpoint {path} has the state of the optimizer {opt}, this run's opt is {settings.opt}; "
+            f"--no-resume-opt continues with a new one"
+        )
+
+
+def resume_optimizer(
+    optimizer: torch.optim.Optimizer, content: Mapping[str, Any], path: Path, settings: Settings, follows: bool
+) -> None:
+    """Load an optimizer's state; what is set on the command line stays as it is in `optimizer`, which is new.
+
+    With a schedule that `follows` the metric the learning rate is part of the state. ValueError for other parameters.
+    """
+    names = {*_SETTINGS, *settings.opt_kwargs, *(() if follows else _RATES)}
+    own = [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(content["optimizer"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint {path}: the optimizer's state is of other parameters ({error}); "
+            f"--no-resume-opt continues with a new optimizer"
+        ) from error
+    for group, kept in zip(optimizer.param_groups, own, strict=True):
+        group.update(kept)
+
+
+def schedule_state(scheduler: Any) -> dict[str, Any] | None:
+    """What a schedule (or None) has to remember: nothing, but for `plateau`, which follows the metric."""
+    plateau = getattr(scheduler, "lr_scheduler", None)
+    if plateau is None:
+        return None
+    return {
+        "timm": scheduler.state_dict(),
+        "num_bad_epochs": plateau.num_bad_epochs,
+        "cooldown_counter": plateau.cooldown_counter,
+        "restore_lr": scheduler.restore_lr,
+    }
+
+
+def resume_schedule(scheduler: Any, state: Mapping[str, Any] | None, epoch: int, updates: int) -> None:
+    """Set the learning rate where a run starts or resumes.
+
+    Args:
+        scheduler: timm's, new, or None for a learning rate that stays; on an optimizer whose state has been loaded.
+        state: What `schedule_state` gave; None if it is not known.
+        epoch: The epoch that is resumed or comes next.
+        updates: Updates that have been done.
+    """
+    if scheduler is None:
+        return
+    plateau = getattr(scheduler, "lr_scheduler", None)
+    if plateau is not None:
+        if state is not None:
+            scheduler.load_state_dict(state["timm"])
+            plateau.num_bad_epochs = state["num_bad_epochs"]
+            plateau.cooldown_counter = state["cooldown_counter"]
+            scheduler.restore_lr = state["restore_lr"]
+    elif scheduler.t_in_epochs:
+        # In epoch 0 the rate is the optimizer's own, which the schedule's formula may miss by a rounding.
+        if epoch > 0:
+            scheduler.step(epoch)
+    elif updates > 0:
+        scheduler.step_update(updates)

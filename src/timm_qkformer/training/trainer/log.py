@@ -1,4 +1,4 @@
-"""What a run tells while it goes, and what it leaves behind: lines, a progress bar, summary.csv, TensorBoard files."""
+"""What a run tells and leaves behind: lines, a progress bar, summary.csv, TensorBoard files, learning curves."""
 
 import csv
 import importlib.util
@@ -6,23 +6,18 @@ import io
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from tqdm import tqdm
 
-from ..._files import write_atomically
+from ...files import replacing, write_atomically
 from .loop import Update
 
-__all__ = ["Progress", "RunLog", "use_tensorboard", "write_summary"]
 
-
-def use_tensorboard(wanted: Optional[bool]) -> bool:
-    """Whether TensorBoard files are written: as asked for, else where it is installed.
-
-    Raises:
-        ValueError: If they are asked for and cannot be written.
-    """
+def use_tensorboard(wanted: bool | None) -> bool:
+    """Whether to write TensorBoard files: as asked for (ValueError if they cannot be), else where it is installed."""
     there = importlib.util.find_spec("tensorboard") is not None
     if wanted and not there:
         raise ValueError("tensorboard is missing: pip install 'timm-qkformer[train]', or --no-tensorboard")
@@ -31,24 +26,27 @@ def use_tensorboard(wanted: Optional[bool]) -> bool:
 
 def write_summary(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     """Write all epochs so far as CSV; the file is replaced as a whole, so that it never holds half a line."""
-    columns = list(dict.fromkeys(key for row in history for key in row))
+    write_atomically(path, csv_text(history))
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV with a header; empty where a row has no value."""
     text = io.StringIO()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in history)
-    write_atomically(path, text.getvalue())
+    writer.writerows(rows)  # None as an empty field
+    return text.getvalue()
 
 
 class RunLog:
-    """Says things on one process, and nothing on the others.
+    """Says things on one process (`primary`), and nothing on the others.
 
-    Args:
-        primary: Whether this process speaks.
-        tensorboard: Folder for TensorBoard files; None for none.
-        purge_step: First update that TensorBoard is to forget from an earlier, interrupted part of the run.
+    `tensorboard` is the folder for TensorBoard files, `purge_step` the first update that it is to forget from an
+    earlier, interrupted part of the run.
     """
 
-    def __init__(self, primary: bool, tensorboard: Optional[Path] = None, purge_step: int = 0) -> None:
+    def __init__(self, primary: bool, tensorboard: Path | None = None, purge_step: int = 0) -> None:
         self.primary = primary
         self._writer = None
         if primary and tensorboard is not None:
@@ -62,7 +60,7 @@ class RunLog:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def scalars(self, values: Mapping[str, Optional[float]], step: int) -> None:
+    def scalars(self, values: Mapping[str, float | None], step: int) -> None:
         """Add points to TensorBoard's curves."""
         if self._writer is not None:
             for name, value in values.items():
@@ -75,53 +73,29 @@ class RunLog:
             self._writer.close()
 
 
+@dataclass
 class Progress:
-    """The progress bar of an epoch; where standard error is not a terminal, lines at intervals instead.
+    """The progress bar of an epoch; where standard error is not a terminal, lines at intervals instead."""
 
-    Args:
-        log: Where lines go.
-        epoch: Number of the epoch.
-        epochs: Number of epochs of the run.
-        batches: Batches of the epoch.
-        consumed: Batches done by an interrupted run.
-        updates_left: Updates of the whole run from here on.
-        interval: Updates between lines and points in TensorBoard.
-        accumulation: Batches of an update.
-        firing_rate: The last one measured.
-    """
+    log: RunLog
+    epoch: int
+    epochs: int
+    batches: int  # of the epoch
+    consumed: int  # batches done so far, also by an interrupted run
+    updates_left: int  # of the whole run
+    interval: int  # updates between lines and points in TensorBoard
+    accumulation: int  # batches of an update
+    firing_rate: float | None  # the last one measured
+    samples: int = 0
+    seconds: float = 0.0
 
-    def __init__(
-        self,
-        log: RunLog,
-        epoch: int,
-        epochs: int,
-        batches: int,
-        consumed: int,
-        updates_left: int,
-        interval: int,
-        accumulation: int,
-        firing_rate: Optional[float],
-    ) -> None:
-        self.log = log
-        self.epoch = epoch
-        self.batches = batches
-        self.interval = interval
-        self.accumulation = accumulation
-        self.firing_rate = firing_rate
-        self.samples = 0
-        self.seconds = 0.0
+    def __post_init__(self) -> None:
         self._updates = 0
-        self._updates_left = updates_left
-        self._consumed = consumed
         self._start = time.perf_counter()
-        self._quiet = not log.primary or not sys.stderr.isatty()
+        self._quiet = not self.log.primary or not sys.stderr.isatty()
+        title = f"epoch {self.epoch + 1}/{self.epochs}"
         self._bar = tqdm(
-            total=batches,
-            initial=consumed,
-            desc=f"epoch {epoch + 1}/{epochs}",
-            unit="batch",
-            disable=self._quiet,
-            leave=False,
+            total=self.batches, initial=self.consumed, desc=title, unit="batch", disable=self._quiet, leave=False
         )
 
     def update(self, update: Update, mean_loss: float) -> None:
@@ -129,18 +103,15 @@ class Progress:
         self.samples += update.samples
         self._updates += 1
         self.seconds = time.perf_counter() - self._start
-        self._bar.update(update.consumed - self._consumed)
-        self._consumed = update.consumed
-        rate = "" if self.firing_rate is None else f"{self.firing_rate:.3f}"
+        self._bar.update(update.consumed - self.consumed)
+        self.consumed = update.consumed
+        rate = "" if self.firing_rate is None else f", firing rate {self.firing_rate:.3f}"
         speed = self.samples_per_second
-        left = _clock(self.seconds / self._updates * max(0, self._updates_left - self._updates))
-        self._bar.set_postfix_str(
-            f"{speed:.1f} images/s, loss {mean_loss:.4f}" + (f", firing rate {rate}" if rate else "") + f", {left} left"
-        )
-        last = update.consumed == self.batches
+        left = _clock(self.seconds / self._updates * max(0, self.updates_left - self._updates))
+        self._bar.set_postfix_str(f"{speed:.1f} images/s, loss {mean_loss:.4f}{rate}, {left} left")
         # As train.py counts: the first update of an epoch, every interval-th after it, and the last.
         number = (update.consumed - 1) // self.accumulation
-        if number % self.interval == 0 or last:
+        if number % self.interval == 0 or update.consumed == self.batches:
             self.log.scalars({"train/loss": update.loss, "train/lr": update.lr, "train/images_per_second": speed},
                              update.updates)  # fmt: skip
             if self._quiet:
@@ -162,3 +133,55 @@ class Progress:
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
+    """An epoch's row of summary.csv as a line of the log."""
+    parts = [f"epoch {row['epoch']} of {epochs}: loss {row['train_loss']:.4f}"]
+    if "eval_loss" in row:
+        parts.append(f"validation loss {row['eval_loss']:.4f}, top-1 {row['eval_top1']:.2f} %, "
+                     f"top-5 {row['eval_top5']:.2f} %")  # fmt: skip
+    if row["firing_rate"] is not None:
+        parts.append(f"firing rate {row['firing_rate']:.4f}")
+    parts.append(f"{row['images_per_second']:.1f} images/s")
+    return ", ".join(parts)
+
+
+def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw loss, accuracy, learning rate and firing rate by epoch, from rows of summary.csv, to a PNG file, replaced.
+
+    Lines differ in dash, so that grey is enough. ModuleNotFoundError if matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = [
+        ("loss", [("train_loss", "training", "--"), ("eval_loss", "validation", "-")]),
+        ("accuracy, %", [("eval_top1", "top-1", "-"), ("eval_top5", "top-5", ":")]),
+        ("learning rate", [("lr", "", "-")]),
+        ("firing rate", [("firing_rate", "", "-")]),
+    ]
+    shown = [(label, lines) for label, lines in panels if any(_points(history, key)[0] for key, _, _ in lines)]
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.6 * len(shown), 3.2), layout="constrained", squeeze=False)
+    for axis, (label, lines) in zip(axes[0], shown, strict=True):
+        for key, name, dash in lines:
+            epochs, values = _points(history, key)
+            marker = "o" if len(epochs) < 25 else None
+            axis.plot(epochs, values, dash, color="black", marker=marker, markersize=3, linewidth=1.2, label=name)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(label)
+        axis.grid(color="0.85", linewidth=0.6)
+        axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+        if len(lines) > 1:
+            axis.legend(frameon=False)
+    figure.suptitle(title)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
+    plt.close(figure)
+
+
+def _points(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    rows = [(row["epoch"] + 1, row[key]) for row in history if row.get(key) is not None]
+    return [epoch for epoch, _ in rows], [value for _, value in rows]

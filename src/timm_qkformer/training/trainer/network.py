@@ -1,77 +1,70 @@
-"""The model, its task and what it is compared by."""
+"""The model, its task, and the contexts that they run in."""
 
-import argparse
 import difflib
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, ContextManager
+from typing import Any
 
 import timm
 import torch
 from timm.data import resolve_data_config
 from timm.layers import set_fast_norm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import load_checkpoint
+from timm.models import load_checkpoint, load_state_dict
 from timm.task import ClassificationTask
 from torch import nn
 
-from ..._errors import first_line, naming_settings
-from ...models._hst import HierarchicalSpikingTransformer
-from .datasets import is_events
-from .settings import mixes
-from .sync_bn import synchronize_batch_norm
-
-__all__ = ["autocast", "build_model", "build_task", "compiling", "data_config", "describe_misfit", "load_weights"]
+from ...errors import first_line, naming_settings
+from .distributed import Processes, synchronize_batch_norm
+from .quantize import quantized_weights, require_quantizable
+from .settings import Settings
 
 
-def build_model(args: argparse.Namespace) -> nn.Module:
-    """Create the model as train.py does, drawing the same random numbers; fill in `args.num_classes`.
+def build_model(settings: Settings) -> nn.Module:
+    """Create the model as train.py does, drawing the same random numbers.
 
-    Raises:
-        ValueError: If the model or one of its arguments is unknown, or a checkpoint is of another model.
-        FileNotFoundError: If a checkpoint is not there.
+    ValueError if it or an argument is unknown or a checkpoint is another model's; FileNotFoundError for no checkpoint.
     """
-    if ":" not in args.model and not timm.is_model(args.model):  # local-dir:FOLDER and hf-hub:REPOSITORY say where
-        close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
+    # local-dir:FOLDER and hf-hub:REPOSITORY say where the model is.
+    if ":" not in settings.model and not timm.is_model(settings.model):
+        close = difflib.get_close_matches(settings.model, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"model {args.model!r} is unknown{hint}")
+        raise ValueError(f"model {settings.model!r} is unknown{hint}")
     for name in ("initial_checkpoint", "pretrained_path"):
-        path = getattr(args, name, None)
+        path = getattr(settings, name)
         if path and not Path(path).is_file():
             raise FileNotFoundError(f"{name}: there is no file {path}")
-    if getattr(args, "fast_norm", False):
+    if settings.fast_norm:
         set_fast_norm()
     overlay = {}
-    if getattr(args, "pretrained_path", None):
-        overlay["pretrained_cfg_overlay"] = {"file": args.pretrained_path, "num_classes": -1}  # -1: a new classifier
+    if settings.pretrained_path:
+        # -1: a new classifier
+        overlay["pretrained_cfg_overlay"] = {"file": settings.pretrained_path, "num_classes": -1}
     try:
         model: nn.Module = timm.create_model(
-            args.model,
-            pretrained=args.pretrained,
-            in_chans=in_channels(args),
-            num_classes=args.num_classes,
-            drop_rate=getattr(args, "drop", 0.0),
-            drop_path_rate=getattr(args, "drop_path", None),
-            drop_block_rate=getattr(args, "drop_block", None),
-            global_pool=args.gp,
-            bn_momentum=getattr(args, "bn_momentum", None),
-            bn_eps=getattr(args, "bn_eps", None),
+            settings.model,
+            pretrained=settings.pretrained,
+            in_chans=settings.channels,
+            num_classes=settings.num_classes,
+            drop_rate=settings.drop,
+            drop_path_rate=settings.drop_path,
+            drop_block_rate=settings.drop_block,
+            global_pool=settings.gp,
+            bn_momentum=settings.bn_momentum,
+            bn_eps=settings.bn_eps,
             **overlay,
-            **args.model_kwargs,
+            **settings.model_kwargs,
         )
     except (AssertionError, LookupError, NotImplementedError, TypeError) as error:
-        raise ValueError(f"model {args.model} does not take these arguments: {error}") from error
-    if getattr(args, "round_weights", False) and not isinstance(model, HierarchicalSpikingTransformer):
-        kind = type(model).__name__
-        raise ValueError(f"round_weights=True: model {args.model} is a {kind}, expected a QKFormer or MaxFormer")
-    if getattr(args, "initial_checkpoint", ""):
-        load_weights(model, args.initial_checkpoint, args.model)
-    if args.num_classes is None:
-        args.num_classes = model.num_classes
-    _initialize_head(model, getattr(args, "head_init_scale", None), getattr(args, "head_init_bias", None))
-    if getattr(args, "grad_checkpointing", False):
+        raise ValueError(f"model {settings.model} does not take these arguments: {error}") from error
+    if settings.quantize_weights:
+        require_quantizable(model, settings.model)
+    if settings.initial_checkpoint:
+        load_weights(model, settings.initial_checkpoint, settings.model)
+    _initialize_head(model, settings.head_init_scale, settings.head_init_bias)
+    if settings.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
     return model
 
@@ -87,18 +80,10 @@ def _initialize_head(model: nn.Module, scale: float | None, bias: float | None) 
 
 
 def load_weights(model: nn.Module, path: str, name: str, use_ema: bool = True) -> None:
-    """Load the weights of a checkpoint, those of the moving average if it has them.
-
-    Raises:
-        ValueError: If they are not this model's, or the file is no checkpoint.
-    """
+    """Load a checkpoint's weights, the moving average if it has one; ValueError if it is none or not this model's."""
     try:
         load_checkpoint(model, path, use_ema=use_ema)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no checkpoint {path}") from error
     except RuntimeError as error:
-        from timm.models import load_state_dict
-
         try:
             misfit = describe_misfit(model, load_state_dict(path, use_ema=use_ema))
         except Exception:
@@ -121,72 +106,74 @@ def describe_misfit(model: nn.Module, weights: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def in_channels(args: argparse.Namespace) -> int:
-    """Channels of the model's input, as train.py decides; clips of events have 2."""
-    if args.in_chans is not None:
-        return int(args.in_chans)
-    if args.input_size is not None:
-        return int(args.input_size[0])
-    return 2 if is_events(args) else 3
-
-
-def data_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
-    """timm's data config of a model and the settings.
-
-    Raises:
-        ValueError: If mean or std do not go with the channels.
-    """
+def data_config(settings: Settings, model: nn.Module) -> dict[str, Any]:
+    """timm's data config of a model and the settings; ValueError if mean or std do not go with the channels."""
     try:
-        config: dict[str, Any] = resolve_data_config(vars(args), model=model)
+        config: dict[str, Any] = resolve_data_config(vars(settings), model=model)
     except AssertionError:
-        raise ValueError(f"mean={args.mean} and std={args.std} need one value, or one for each channel") from None
-    if config["input_size"][0] != in_channels(args):
-        config["input_size"] = (in_channels(args), *config["input_size"][1:])
+        raise ValueError(
+            f"mean={settings.mean} and std={settings.std} need one value, or one for each channel"
+        ) from None
+    if config["input_size"][0] != settings.channels:
+        config["input_size"] = (settings.channels, *config["input_size"][1:])
     return config
 
 
-def build_task(args: argparse.Namespace, model: nn.Module) -> ClassificationTask:
-    """Move the model to its device and put it into a task with its loss, as train.py does."""
-    device = torch.device(args.device)
-    dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
-    model.to(device=device, dtype=dtype)
-    if args.channels_last:
+def model_dtype(settings: Settings) -> torch.dtype | None:
+    """dtype of the model and its inputs; None leaves them as they are."""
+    return getattr(torch, settings.model_dtype) if settings.model_dtype else None
+
+
+def to_device(settings: Settings, model: nn.Module, device: torch.device) -> None:
+    """Move a model to its device, dtype and memory format."""
+    model.to(device=device, dtype=model_dtype(settings))
+    if settings.channels_last:
         model.to(memory_format=torch.channels_last)
-    if args.distributed and args.sync_bn:
-        args.dist_bn = ""
+
+
+def build_task(settings: Settings, processes: Processes, model: nn.Module) -> ClassificationTask:
+    """Move the model to its device and put it into a task with its loss, as train.py does."""
+    device = processes.device
+    to_device(settings, model, device)
+    if processes.distributed and settings.sync_bn:
         model = synchronize_batch_norm(model, device)
-    return ClassificationTask(model=model, criterion=_loss(args), device=device, dtype=dtype, verbose=False)
+    return ClassificationTask(
+        model=model, criterion=_loss(settings), device=device, dtype=model_dtype(settings), verbose=False
+    )
 
 
-def _loss(args: argparse.Namespace) -> nn.Module:
-    if args.bce_loss:
+def _loss(settings: Settings) -> nn.Module:
+    if settings.bce_loss:
         return BinaryCrossEntropy(
-            smoothing=0.0 if mixes(args) else args.smoothing,
-            target_threshold=args.bce_target_thresh,
-            sum_classes=args.bce_sum,
-            pos_weight=args.bce_pos_weight,
+            smoothing=0.0 if settings.uses_mixup else settings.smoothing,
+            target_threshold=settings.bce_target_thresh,
+            sum_classes=settings.bce_sum,
+            pos_weight=settings.bce_pos_weight,
         )
-    if mixes(args):
-        return SoftTargetCrossEntropy()  # the mixed targets are smooth already
-    return LabelSmoothingCrossEntropy(smoothing=args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+    if settings.uses_mixup:
+        return SoftTargetCrossEntropy()  # targets after mixup are smooth already
+    return LabelSmoothingCrossEntropy(smoothing=settings.smoothing) if settings.smoothing else nn.CrossEntropyLoss()
 
 
 @contextmanager
-def compiling(args: argparse.Namespace) -> Iterator[None]:
-    """Where torch.compile is asked for a backend and a mode.
-
-    Raises:
-        ValueError: If it has no such backend or mode.
-    """
+def compiling(settings: Settings) -> Iterator[None]:
+    """Where torch.compile is asked for a backend and a mode; ValueError if it has no such backend or mode."""
     known = torch.compiler.list_backends(exclude_tags=())
-    if args.torchcompile not in known:
-        raise ValueError(f"torchcompile={args.torchcompile!r} is unknown, torch has {', '.join(known)}")
-    with naming_settings("a compiled model", {"torchcompile_mode": args.torchcompile_mode}):
+    if settings.torchcompile not in known:
+        raise ValueError(f"torchcompile={settings.torchcompile!r} is unknown, torch has {', '.join(known)}")
+    with naming_settings("a compiled model", {"torchcompile_mode": settings.torchcompile_mode}):
         yield
 
 
-def autocast(args: argparse.Namespace) -> Callable[[], ContextManager[Any]]:
+def autocast(settings: Settings, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """Factory of the context that a forward pass runs in."""
-    if not args.amp:
+    if not settings.amp:
         return nullcontext
-    return partial(torch.autocast, device_type=torch.device(args.device).type, dtype=getattr(torch, args.amp_dtype))
+    return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, settings.amp_dtype))
+
+
+def forward_weights(
+    settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> AbstractContextManager[None]:
+    """Context of the model's passes, and with an optimizer of an update: quantizes its weights if the run is to."""
+    return quantized_weights(model, optimizer) if settings.quantize_weights else nullcontext()

@@ -1,6 +1,6 @@
-"""Loaders that can be taken up in the middle of an epoch as if they had never stopped.
+"""Loaders that resume in the middle of an epoch as if they had never stopped.
 
-A position is a dict of plain values for a checkpoint. It holds the random numbers as they were at four places:
+A position is a dict of plain values for a checkpoint. It holds the random numbers as they were at four points:
 
 - when the epoch began, from which the order of the samples is drawn again;
 - in each worker, at the last batch before which all workers had done equally many (a "round");
@@ -11,17 +11,58 @@ A position is a dict of plain values for a checkpoint. It holds the random numbe
 So only the batches since the beginning of the round are loaded twice, fewer than there are workers.
 """
 
+import random
 from collections.abc import Callable, Iterator
-from typing import Any, Optional
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
-from .randomness import RandomState, random_state, restore_random_state
-
-__all__ = ["Position", "ReplayableLoader"]
-
 Position = dict[str, Any]
+# Bytes, numbers and None only, which a pipe carries cheaply. A checkpoint has tensors in place of bytes.
+RandomState = dict[str, Any]
+
+
+def random_state(device: torch.device | None = None) -> RandomState:
+    """State of the generators of torch, numpy and random in this process, and of a CUDA device if one is given."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    version, words, python_gauss = random.getstate()
+    return {
+        "torch": _bytes(torch.get_rng_state()),
+        "numpy": np.asarray(keys).tobytes(),
+        "numpy_position": int(position),
+        "numpy_gauss": float(gauss) if has_gauss else None,
+        "python": np.asarray(words, dtype=np.uint32).tobytes(),
+        "python_version": version,
+        "python_gauss": python_gauss,
+        "cuda": _bytes(torch.cuda.get_rng_state(device)) if device is not None and device.type == "cuda" else None,
+    }
+
+
+def restore_random_state(state: RandomState, device: torch.device | None = None) -> None:
+    """Continue all generators where `random_state` saw them."""
+    torch.set_rng_state(_tensor(state["torch"]))
+    gauss = state["numpy_gauss"]
+    keys = np.frombuffer(_raw(state["numpy"]), dtype=np.uint32)
+    np.random.set_state(("MT19937", keys, state["numpy_position"], int(gauss is not None), gauss or 0.0))
+    words = tuple(np.frombuffer(_raw(state["python"]), dtype=np.uint32).tolist())
+    random.setstate((state["python_version"], words, state["python_gauss"]))
+    if state["cuda"] is not None and device is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(_tensor(state["cuda"]), device)
+
+
+def _bytes(state: Tensor) -> bytes:
+    return state.numpy().tobytes()
+
+
+def _raw(state: bytes | Tensor) -> bytes:
+    return _bytes(state) if isinstance(state, Tensor) else state
+
+
+def _tensor(state: bytes | Tensor) -> Tensor:
+    return torch.frombuffer(bytearray(_raw(state)), dtype=torch.uint8)
 
 
 class _ReplayableSampler(Sampler[int]):
@@ -29,7 +70,7 @@ class _ReplayableSampler(Sampler[int]):
 
     def __init__(self, sampler: Sampler[int]) -> None:
         self.sampler = sampler
-        self._replay: Optional[tuple[int, Callable[[], None]]] = None
+        self._replay: tuple[int, Callable[[], None]] | None = None
 
     def __len__(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]
@@ -54,17 +95,17 @@ class _Reporting:
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, samples: Any) -> tuple[Any, Optional[RandomState]]:
+    def __call__(self, samples: Any) -> tuple[Any, RandomState | None]:
         batch = self.collate(samples)
         return batch, None if get_worker_info() is None else random_state()
 
 
 class _Restoring:
-    """A worker's initial function that goes on with a saved random state, if there is one."""
+    """A worker's initial function that resumes from a saved random state, if there is one."""
 
-    def __init__(self, initialize: Optional[Callable[[int], None]]) -> None:
+    def __init__(self, initialize: Callable[[int], None] | None) -> None:
         self.initialize = initialize
-        self.states: list[Optional[RandomState]] = []
+        self.states: list[RandomState | None] = []
 
     def __call__(self, worker: int) -> None:
         if self.initialize is not None:
@@ -76,7 +117,7 @@ class _Restoring:
 class ReplayableLoader:
     """A DataLoader over a map-style data set, with `position` and `resume`.
 
-    Uninterrupted it draws the same random numbers at the same places as the DataLoader alone, and gives the same
+    Uninterrupted it draws the same random numbers at the same points as the DataLoader alone, and gives the same
     batches. May stand inside timm's PrefetchLoader, which pulls one batch ahead.
 
     Args:
@@ -91,26 +132,15 @@ class ReplayableLoader:
         loader.worker_init_fn = self._restoring = _Restoring(loader.worker_init_fn)
         self._order = _ReplayableSampler(loader.batch_sampler.sampler)  # type: ignore[union-attr]
         loader.batch_sampler.sampler = self._order  # type: ignore[union-attr]
-        self._resume: Optional[Position] = None
-        self._workers: list[Optional[RandomState]] = [None] * loader.num_workers
+        # What timm's PrefetchLoader and training loop look for.
+        self.dataset, self.sampler, self.batch_sampler = loader.dataset, loader.sampler, loader.batch_sampler
+        self._resume: Position | None = None
+        self._workers: list[RandomState | None] = [None] * loader.num_workers
         self._began = False  # an epoch, ever
         self._begin_epoch()
 
     def __len__(self) -> int:
         return len(self.loader)
-
-    # What timm's PrefetchLoader and training loop look for.
-    @property
-    def dataset(self) -> Any:
-        return self.loader.dataset
-
-    @property
-    def sampler(self) -> Any:
-        return self.loader.sampler
-
-    @property
-    def batch_sampler(self) -> Any:
-        return self.loader.batch_sampler
 
     @property
     def collate_fn(self) -> Any:
@@ -136,10 +166,7 @@ class ReplayableLoader:
         }
 
     def resume(self, position: Position) -> None:
-        """Make the next epoch the one that was interrupted at this position.
-
-        With another number of workers the order of the samples is the same and the augmentation is not.
-        """
+        """Make the next epoch the interrupted one; another number of workers keeps the order, not the augmentation."""
         workers = self.loader.num_workers
         if workers == len(position["workers"]):
             self._workers = list(position["workers"])
@@ -153,9 +180,9 @@ class ReplayableLoader:
 
     def _begin_epoch(self) -> None:
         self._pulled = 0
-        self._round: list[Optional[RandomState]] = list(self._workers)
-        self._at_epoch: Optional[RandomState] = None
-        self._at_pull: Optional[RandomState] = None
+        self._round: list[RandomState | None] = list(self._workers)
+        self._at_epoch: RandomState | None = None
+        self._at_pull: RandomState | None = None
 
     def __iter__(self) -> Iterator[Any]:
         workers = self.loader.num_workers

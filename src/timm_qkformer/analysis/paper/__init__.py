@@ -1,8 +1,0 @@
-"""`timm-qkformer paper`: the paper's tables and figures, published and measured side by side."""
-
-from .page import write_page
-from .results import Run, read_runs
-from .samples import photographs
-from .subject import Subject
-
-__all__ = ["Run", "Subject", "photographs", "read_runs", "write_page"]

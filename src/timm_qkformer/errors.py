@@ -1,0 +1,32 @@
+"""Other libraries' errors as lines of ours. Below every other module: nothing of the package is imported here."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+@contextmanager
+def naming_settings(what: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what a library raises for settings that it cannot use into a ValueError that names them.
+
+    Args:
+        what: What is being made of them.
+        settings: Those that may be to blame, by name.
+
+    Raises:
+        ValueError: For errors that are made for programmers. Those that say what is wrong with a file or a value
+            (OSError, ValueError) pass.
+    """
+    try:
+        yield
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        named = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        reason = first_line(error)
+        kind = "" if reason == type(error).__name__ else f"{type(error).__name__}: "
+        raise ValueError(f"{what} cannot be made with {named} ({kind}{reason})") from error

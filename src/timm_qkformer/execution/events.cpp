@@ -1,0 +1,365 @@
+// Convolutions of spikes, event by event: for every spike that an output sees, the spike's weights are added to it, and
+// silent neurons cost nothing. These are the additions that the paper's energy model counts, but that a sum of several
+// spikes is added at once, its weights times the sum. The dense products that they stand for are in inference/projection.py.
+//
+// Tensors are channels last, [M, H, W, C] with M = T B. Spikes and spike sums are bytes. Weights come in tiles of WIDTH
+// output channels, [C' / WIDTH, k k, C, WIDTH], so that a tile stays in the cache while all outputs of it are computed
+// and an event reads a piece of memory from end to end. Neurons that follow fire before their currents leave the cache.
+// What comes before this file is common.cpp.
+
+#include <memory>
+
+#if !defined(__GNUC__)
+#error "event-driven convolutions need the vector extensions of GCC or Clang"
+#endif
+
+namespace {
+
+using Channel = std::uint16_t;
+
+// A sum of spikes above one.
+struct Several {
+    Channel channel, times;
+};
+
+constexpr std::uint64_t ALL_BUT_ONES = 0xFEFEFEFEFEFEFEFE;
+
+// Memory that grows and is never cleared.
+template <class T>
+class Buffer {
+    std::unique_ptr<T[]> items;
+    Int size = 0;
+
+   public:
+    T* get() const { return items.get(); }
+    T& operator[](Int i) const { return items[i]; }
+    void resize(Int n) {
+        if (n > size) items.reset(new T[size = n]);
+    }
+};
+
+// What arrives at rows of channels: single spikes, and sums of several. Those of row r end where the next row's room
+// begins, or before.
+struct Events {
+    Buffer<Int> single_begin, single_end, several_begin, several_end;
+    Buffer<Channel> single;
+    Buffer<Several> several;
+};
+
+const Events& list_events(const std::uint8_t* x, Int rows, Int C, int threads) {
+    static thread_local Events of_this_thread;  // kept for the next convolution: fresh pages cost more than the listing
+    Events& events = of_this_thread;
+    for (Buffer<Int>* ends : {&events.single_begin, &events.single_end, &events.several_begin, &events.several_end})
+        ends->resize(rows);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (Int r = 0; r < rows; ++r) {
+        std::int32_t single = 0, several = 0;
+        for (Int c = 0; c < C; ++c) {
+            single += x[r * C + c] == 1;
+            several += x[r * C + c] > 1;
+        }
+        events.single_end[r] = single;
+        events.several_end[r] = several;
+    }
+    Int singles = 0, severals = 0;
+    for (Int r = 0; r < rows; ++r) {
+        events.single_begin[r] = singles;
+        events.several_begin[r] = severals;
+        singles += events.single_end[r] + 1;  // every channel is written, and stays if it counts
+        severals += events.several_end[r] + 1;
+    }
+    events.single.resize(singles);
+    events.several.resize(severals);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (Int r = 0; r < rows; ++r) {
+        Channel* single = events.single.get() + events.single_begin[r];
+        Several* several = events.several.get() + events.several_begin[r];
+        for (Int c = 0; c < C; c += 8) {
+            std::uint64_t eight = 0;
+            std::memcpy(&eight, x + r * C + c, std::min<Int>(8, C - c));
+            if (eight == 0) continue;
+            if ((eight & ALL_BUT_ONES) == 0) {
+                for (int i = 0; i < 8; ++i, eight >>= 8) {
+                    *single = static_cast<Channel>(c + i);
+                    single += eight & 1;
+                }
+            } else {
+                for (int i = 0; i < 8; ++i, eight >>= 8) {
+                    const auto times = static_cast<Channel>(eight & 255);
+                    *single = static_cast<Channel>(c + i);
+                    single += times == 1;
+                    *several = {static_cast<Channel>(c + i), times};
+                    several += times > 1;
+                }
+            }
+        }
+        events.single_end[r] = single - events.single.get();
+        events.several_end[r] = several - events.several.get();
+    }
+    return events;
+}
+
+constexpr int OUTPUTS = 64;  // pixels whose sums stay in the first cache together
+
+// Input currents of OUTPUTS pixels and WIDTH channels, for weights of one type.
+template <class Weight, int WIDTH>
+struct Currents;
+
+template <int WIDTH>
+struct Currents<float, WIDTH> {
+    static constexpr int LANES = std::min<int>(BYTES / sizeof(float), WIDTH), N = WIDTH / LANES;
+    using V = typename Vector<float, LANES>::type;
+    float sum[OUTPUTS][WIDTH];
+
+    void begin(Int o, const float* bias) {
+        for (int i = 0; i < WIDTH; ++i) sum[o][i] = bias == nullptr ? 0 : bias[i];
+    }
+
+    void add(Int o, const float* weights, const Channel* single, const Channel* end, const Several* several,
+             const Several* several_end) {
+        V sums[N];
+        for (int i = 0; i < N; ++i) sums[i] = vector_at<V>(sum[o] + i * LANES);
+        for (; single < end; ++single)
+            for (int i = 0; i < N; ++i) sums[i] += vector_at<V>(weights + *single * WIDTH + i * LANES);
+        for (; several < several_end; ++several)
+            for (int i = 0; i < N; ++i)
+                sums[i] += vector_at<V>(weights + several->channel * WIDTH + i * LANES) * static_cast<float>(several->times);
+        for (int i = 0; i < N; ++i) std::memcpy(sum[o] + i * LANES, &sums[i], sizeof(V));
+    }
+    void add_sum(Int o, Int of) {
+        for (int i = 0; i < WIDTH; ++i) sum[o][i] += sum[of][i];
+    }
+    void store(Int o, float* out, const float*, const float*) { std::memcpy(out, sum[o], sizeof sum[o]); }
+};
+
+// 8-bit weights, to which 128 was added: none is negative. A pair of bytes, one word, has the weights of two channels,
+// the lower one of the tile's first half and the upper one of its second. Words are added up as they are, and once more
+// shifted down to their upper byte: that is the sum of the upper weights, and what is left of the first that of the
+// lower ones. So half as much comes from the cache as with words for weights. Of so many weights neither overflows.
+template <int WIDTH>
+struct Currents<std::uint8_t, WIDTH> {
+    static constexpr Int MOST = 65535 / 255;
+    static constexpr int PAIRS = WIDTH / 2;
+    static constexpr int LANES = std::min<int>(BYTES / sizeof(std::uint16_t), PAIRS), N = PAIRS / LANES;
+    using V = typename Vector<std::uint16_t, LANES>::type;
+    std::uint16_t words[OUTPUTS][PAIRS], upper[OUTPUTS][PAIRS];
+    Int pending[OUTPUTS];  // spikes in these sums
+    std::int32_t total[OUTPUTS][WIDTH];
+    Int spikes[OUTPUTS];  // in the total; each has added 128 too much to it
+
+    void begin(Int o, const float*) {
+        std::memset(words[o], 0, sizeof words[o]);
+        std::memset(upper[o], 0, sizeof upper[o]);
+        pending[o] = spikes[o] = 0;
+    }
+    void flush(Int o) {
+        if (spikes[o] == 0) std::memset(total[o], 0, sizeof total[o]);
+        for (int i = 0; i < PAIRS; ++i) {
+            total[o][i] += static_cast<std::uint16_t>(words[o][i] - (upper[o][i] << 8));
+            total[o][PAIRS + i] += upper[o][i];
+        }
+        spikes[o] += pending[o];
+        std::memset(words[o], 0, sizeof words[o]);
+        std::memset(upper[o], 0, sizeof upper[o]);
+        pending[o] = 0;
+    }
+    void add(Int o, const std::uint8_t* weights, const Channel* single, const Channel* end, const Several* several,
+             const Several* several_end) {
+        while (single < end || several < several_end) {
+            const Channel* stop = std::min(end, single + (MOST - pending[o]));
+            pending[o] += stop - single;
+            const Several* several_stop = several;
+            for (; several_stop < several_end && pending[o] + several_stop->times <= MOST; ++several_stop)
+                pending[o] += several_stop->times;
+            V word[N], up[N];
+            for (int i = 0; i < N; ++i) word[i] = vector_at<V>(words[o] + i * LANES);
+            for (int i = 0; i < N; ++i) up[i] = vector_at<V>(upper[o] + i * LANES);
+            for (; single + 3 < stop; single += 4) {  // several at once: the loop itself costs as much as one of them
+                for (int i = 0; i < N; ++i) {
+                    const std::uint8_t* from = weights + i * BYTES_OF_V;
+                    const V a = vector_at<V>(from + Int(single[0]) * WIDTH), b = vector_at<V>(from + Int(single[1]) * WIDTH);
+                    const V c = vector_at<V>(from + Int(single[2]) * WIDTH), d = vector_at<V>(from + Int(single[3]) * WIDTH);
+                    word[i] += (a + b) + (c + d);
+                    up[i] += ((a >> 8) + (b >> 8)) + ((c >> 8) + (d >> 8));
+                }
+            }
+            for (; single < stop; ++single) {
+                for (int i = 0; i < N; ++i) {
+                    const V weight = vector_at<V>(weights + Int(*single) * WIDTH + i * BYTES_OF_V);
+                    word[i] += weight;
+                    up[i] += weight >> 8;
+                }
+            }
+            for (; several < several_stop; ++several) {
+                for (int i = 0; i < N; ++i) {
+                    const V weight = vector_at<V>(weights + Int(several->channel) * WIDTH + i * BYTES_OF_V);
+                    word[i] += weight * several->times;
+                    up[i] += (weight >> 8) * several->times;
+                }
+            }
+            for (int i = 0; i < N; ++i) std::memcpy(words[o] + i * LANES, &word[i], sizeof(V));
+            for (int i = 0; i < N; ++i) std::memcpy(upper[o] + i * LANES, &up[i], sizeof(V));
+            if (single < end || several < several_end) flush(o);
+        }
+    }
+    void add_sum(Int o, Int of) {
+        flush(o);
+        flush(of);
+        for (int i = 0; i < WIDTH; ++i) total[o][i] += total[of][i];
+        spikes[o] += spikes[of];
+    }
+    void store(Int o, float* out, const float* bias, const float* scale) {
+        if (spikes[o] > 0) flush(o);
+        const auto excess = static_cast<std::int32_t>(128 * (spikes[o] + pending[o]));
+        if (spikes[o] > 0) {
+            for (int i = 0; i < WIDTH; ++i) out[i] = static_cast<float>(total[o][i] - excess) * scale[i] + bias[i];
+            return;
+        }
+        for (int i = 0; i < PAIRS; ++i) {
+            const std::int32_t lower = static_cast<std::uint16_t>(words[o][i] - (upper[o][i] << 8)) - excess;
+            out[i] = static_cast<float>(lower) * scale[i] + bias[i];
+        }
+        for (int i = PAIRS; i < WIDTH; ++i)
+            out[i] = static_cast<float>(upper[o][i - PAIRS] - excess) * scale[i] + bias[i];
+    }
+
+   private:
+    static constexpr int BYTES_OF_V = LANES * sizeof(std::uint16_t);
+};
+
+// Where currents go: to memory, rounded or not, or into neurons, whose spikes are added to `sums` if there are any. Steps of
+// sums and spikes lie so far apart.
+struct Target {
+    float* currents;
+    BFloat16* rounded_currents;
+    const Neuron* neuron;
+    const std::uint8_t* sums;
+    Int sums_step;
+    std::uint8_t* spikes;
+    Int spikes_step;
+};
+
+// From sums over the neurons that fire at every k-th step, for each k, to those over all that fire at a step.
+template <class Sums>
+void sum_up_periods(Sums& currents, Int T, Int positions) {
+    for (Int t = T; t > 1; --t)
+        for (Int k = 1; k <= t / 2; ++k)
+            if (t % k == 0)
+                for (Int p = 0; p < positions; ++p) currents.add_sum((t - 1) * positions + p, (k - 1) * positions + p);
+}
+
+template <int WIDTH, class Sums>
+void fire(Sums& currents, const float* bias, const float* scale, Int T, Int positions, Int at, Int C_out,
+          const Target& to) {
+    for (Int p = 0; p < positions; ++p, at += C_out) {
+        float x[WIDTH], v[WIDTH] = {};
+        std::int32_t fired[WIDTH];
+        for (Int t = 0; t < T; ++t) {
+            currents.store(t * positions + p, x, bias, scale);
+            step(x, v, fired, WIDTH, *to.neuron);
+            std::uint8_t* out = to.spikes + t * to.spikes_step + at;
+            if (to.sums == nullptr) {
+                for (int i = 0; i < WIDTH; ++i) out[i] = static_cast<std::uint8_t>(fired[i]);
+            } else {
+                const std::uint8_t* from = to.sums + t * to.sums_step + at;
+                for (int i = 0; i < WIDTH; ++i) out[i] = static_cast<std::uint8_t>(from[i] + fired[i]);
+            }
+        }
+    }
+}
+
+// T steps of a position are computed by the same thread; T is 1 where a step does not depend on others. Where `periodic`,
+// neurons fire at every k-th step, and x has the first spikes alone: at step k those of period k.
+template <class Weight, int WIDTH>
+void convolve_as(const std::uint8_t* x, const Weight* weight, const float* bias, const float* scale, const Target& to,
+                 Int T, bool periodic, Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, int threads) {
+    const Int H_out = (H - 1) / stride + 1, W_out = (W - 1) / stride + 1;
+    const Int all_positions = M / T * H_out * W_out, most = OUTPUTS / T;
+    const Int chunks = (all_positions + most - 1) / most;
+    const Events& events = list_events(x, M * H * W, C, threads);
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+    for (Int tile = 0; tile < C_out / WIDTH; ++tile) {
+        for (Int chunk = 0; chunk < chunks; ++chunk) {
+            const Int start = tile * WIDTH, first = chunk * most, positions = std::min(most, all_positions - first);
+            const Int n = T * positions;
+            Int image[OUTPUTS], top[OUTPUTS], left[OUTPUTS];
+            alignas(64) Currents<Weight, WIDTH> currents;
+            for (Int o = 0, t = 0; t < T; ++t) {
+                const Int at = t * all_positions + first;
+                Int m = at / W_out / H_out, row = at / W_out % H_out, column = at % W_out;
+                for (Int p = 0; p < positions; ++p, ++o) {
+                    image[o] = m * H;
+                    top[o] = row * stride - side / 2;
+                    left[o] = column * stride - side / 2;
+                    currents.begin(o, periodic && t > 0 ? nullptr : bias + start);  // each step has a share of the first
+                    if (++column < W_out) continue;
+                    column = 0;
+                    if (++row < H_out) continue;
+                    row = 0;
+                    ++m;
+                }
+            }
+            for (Int i = 0; i < side; ++i) {
+                for (Int j = 0; j < side; ++j) {
+                    const Weight* weights = weight + ((start * side + i * WIDTH) * side + j * WIDTH) * C;
+                    for (Int o = 0; o < n; ++o) {
+                        const Int row = top[o] + i, column = left[o] + j;
+                        if (row < 0 || row >= H || column < 0 || column >= W) continue;
+                        const Int pixel = (image[o] + row) * W + column;
+                        currents.add(o, weights, events.single.get() + events.single_begin[pixel],
+                                     events.single.get() + events.single_end[pixel],
+                                     events.several.get() + events.several_begin[pixel],
+                                     events.several.get() + events.several_end[pixel]);
+                    }
+                }
+            }
+            if (periodic) sum_up_periods(currents, T, positions);
+            if (to.neuron != nullptr) {
+                fire<WIDTH>(currents, bias + start, scale + start, T, positions, first * C_out + start, C_out, to);
+            } else {
+                for (Int o = 0; o < n; ++o) {
+                    const Int at = (o / positions * all_positions + first + o % positions) * C_out + start;
+                    if (to.currents != nullptr) {
+                        currents.store(o, to.currents + at, bias + start, scale + start);
+                    } else {
+                        float x[WIDTH];
+                        currents.store(o, x, bias + start, scale + start);
+                        for (int i = 0; i < WIDTH; ++i) to.rounded_currents[at + i] = rounded(x[i]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+template <class Weight>
+void convolve(const std::uint8_t* x, const Weight* weight, const float* bias, const float* scale, const Target& to,
+              Int T, bool periodic, Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, Int width, int threads) {
+    const auto run = width == 64   ? convolve_as<Weight, 64>
+                     : width == 32 ? convolve_as<Weight, 32>
+                                   : convolve_as<Weight, 16>;
+    run(x, weight, bias, scale, to, T, periodic, M, H, W, C, C_out, side, stride, threads);
+}
+
+}  // namespace
+
+// A kernel of side x side with as much padding as keeps the size. `width` is that of the weights' tiles. The first gives
+// currents [M, H', W', C'], in one of the two types; with `periods` above one, M is this many steps of neurons that fire at
+// every k-th, and x has their first spikes. The second gives the spikes of neurons, which takes M = T B. Both: up to 64 steps.
+#define CONVOLVE(NAME, WEIGHT)                                                                                        \
+    EXPORT void convolve_##NAME(const std::uint8_t* x, const WEIGHT* weight, const float* bias, const float* scale,   \
+                                Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, Int width, Int periods,  \
+                                float* out, BFloat16* rounded_out, int threads) {                                     \
+        const Target to{out, rounded_out, nullptr, nullptr, 0, nullptr, 0};                                           \
+        convolve(x, weight, bias, scale, to, periods, periods > 1, M, H, W, C, C_out, side, stride, width, threads);  \
+    }                                                                                                                 \
+    EXPORT void convolve_fire_##NAME(const std::uint8_t* x, const WEIGHT* weight, const float* bias,                  \
+                                     const float* scale, Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, \
+                                     Int width, Int T, const Neuron* neuron, const std::uint8_t* sums,                \
+                                     Int sums_step, std::uint8_t* spikes, Int spikes_step, int threads) {             \
+        const Target to{nullptr, nullptr, neuron, sums, sums_step, spikes, spikes_step};                              \
+        convolve(x, weight, bias, scale, to, T, false, M, H, W, C, C_out, side, stride, width, threads);              \
+    }
+
+CONVOLVE(float32, float)
+CONVOLVE(int8, std::uint8_t)

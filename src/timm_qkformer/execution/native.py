@@ -1,0 +1,109 @@
+"""Kernels in C++, compiled on this machine when they are first needed.
+
+torch's own compiler driver does the work: it finds the C++ compiler, chooses the flags that Inductor's kernels are
+built with (this processor's instructions, torch's OpenMP runtime, no contraction of products and sums), and keeps the
+result in its cache on disk.
+"""
+
+import ctypes
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from threading import Lock
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .budget import Budget
+from .policy import current_policy, under_dispatch_mode
+
+# Multiply-adds that dense convolutions do in training, without gradients, before "auto" compiles kernels for it: one
+# core takes about as long for them as for compiling.
+AUTO_BUDGET = 2**37
+
+POINTER, INT, DOUBLE, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
+
+_libraries: dict[str, ctypes.CDLL | None] = {}
+_compiling = Lock()
+
+
+class _Kernels(NamedTuple):
+    kernel: str
+
+
+_TRAINING = _Kernels("events")
+_budget = Budget(_Kernels)
+
+
+def training_kernels_pay() -> bool:
+    """Whether training may compile and run kernels by now, see `Policy.kernels`."""
+    kernels = current_policy().kernels
+    return kernels == "always" or (kernels == "auto" and _budget.work.get(_TRAINING, 0) > AUTO_BUDGET)
+
+
+def count_training_work(amount: int) -> None:
+    """Count multiply-adds that a kernel could have saved in training."""
+    _budget.spend(_TRAINING, amount, AUTO_BUDGET)
+
+
+class _Neuron(ctypes.Structure):
+    _fields_ = [
+        ("leak", ctypes.c_double),
+        ("threshold", ctypes.c_double),
+        ("soft_reset", ctypes.c_int32),
+        ("decay_input", ctypes.c_int32),
+        ("ternary", ctypes.c_int32),
+    ]
+
+
+def neuron_operand(*neurons: Any) -> ctypes.Array:
+    """Neurons (`NeuronSpec`, binary or ternary) as the kernels take them."""
+    return (_Neuron * len(neurons))(
+        *(_Neuron(n.leak, n.threshold, n.soft_reset, n.decay_input, n.levels == "ternary") for n in neurons)
+    )
+
+
+def may_run(x: Tensor) -> bool:
+    """Whether kernels may process x here and now: on CPUs, where x has numbers, unless the policy leaves them out."""
+    return x.is_cpu and x.numel() > 0 and not under_dispatch_mode(x) and current_policy().kernels != "never"
+
+
+def function(
+    name: str, package: str, file: str, functions: Mapping[str, Sequence[Any]], instances: str = ""
+) -> Callable[..., None] | None:
+    """A function of a library; None, after one warning, on machines that cannot compile it.
+
+    Args:
+        name: Of the function.
+        package: Where the file is.
+        file: The library's source, which follows common.cpp.
+        functions: Names and operands of all of its functions. The last operand is torch's number of threads.
+        instances: Put behind the source.
+    """
+    key = f"{package} {file} {instances}"
+    if key not in _libraries:
+        with _compiling:
+            if key not in _libraries:
+                _libraries[key] = _compile(package, file, functions, instances)
+    library = _libraries[key]
+    return None if library is None else getattr(library, name)
+
+
+def _compile(package: str, file: str, functions: Mapping[str, Sequence[Any]], instances: str) -> ctypes.CDLL | None:
+    try:
+        from torch._inductor.codecache import CppCodeCache  # not at import: it takes seconds
+
+        sources = files(__package__).joinpath("common.cpp"), files(package).joinpath(file)
+        library: ctypes.CDLL = CppCodeCache.load("\n".join([*(source.read_text() for source in sources), instances]))
+        for name, operands in functions.items():
+            run = getattr(library, name)
+            run.argtypes, run.restype = operands, None
+    except Exception as error:
+        warnings.warn(
+            f"the kernels of {file} do not compile on this machine; models run without them, which costs speed but "
+            f"changes no result: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    return library

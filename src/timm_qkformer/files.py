@@ -1,0 +1,44 @@
+"""Files that are complete or not there. Below every other module: nothing of the package is imported here."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A temporary file beside `path`, open for writing, that becomes `path` when the block ends without an error.
+
+    A reader finds the former file or the whole new one, whoever else writes it. After an error, or when the disk is
+    full, the former file is as it was and the temporary one is gone; one that a killed process left ends in ".tmp".
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        temporary.chmod(0o644)  # mkstemp's are private
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `path` through a temporary file beside it, in UTF-8."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def refuse_existing(*paths: Path) -> None:
+    """Raise FileExistsError, naming them, if any of the files that are about to be written is there already."""
+    found = [str(path) for path in paths if path.exists()]
+    if found:
+        verb = "exist" if len(found) > 1 else "exists"
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise FileExistsError(
+            f"{', '.join(found[:3])}{more} {verb} already and will not be overwritten; choose another folder"
+        )

@@ -1,0 +1,256 @@
+"""The model that a checkpoint belongs to, from the names and shapes of its tensors, its md5 or its file's name."""
+
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import timm
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, list_models, model_entrypoint
+from torch import Tensor, nn
+
+from ..models.checkpoints import check_against_model
+from .checkpoints import Checkpoint, CheckpointError
+
+# Of a training's `model_kwargs`, those that make another model of the registered one. `gp` is an argument, too.
+_MODEL_ARGS = (
+    "attn", "batch_coupled", "depths", "embed_dims", "global_pool", "membrane_shortcut", "mixer", "mlp_ratio",
+    "neuron", "neuron_args", "num_heads", "patch_embed", "time_steps",
+)  # fmt: skip
+_FIRST_STAGE = re.compile(r"(patch_embed1|stem)\..*weight")
+_MLP = re.compile(r".*mlp\.(?:fc|mlp)1[_.]conv\.weight")
+_SHOWN = 800  # characters of a reason; names of tensors may have any length
+_TIME_STEPS_IN_NAME = re.compile(r"[-_]T(\d{1,2})\b")
+
+
+class Release(NamedTuple):
+    """A checkpoint of the authors' release.
+
+    Its accuracy was measured with coupled neurons. `per_sample` is what independent measurements on the authors'
+    tracker (issue 14) found with the same weights and neurons that keep samples apart.
+    """
+
+    model: str
+    tag: str
+    md5: str
+    input_size: int
+    top1: float  # percent, ImageNet-1k validation, as the file's name has it
+    per_sample: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}.{self.tag}"
+
+
+RELEASES = (
+    Release("qkformer_hst10_384", "in1k", "60df416983ae326bb14bdb4566444320", 224, 78.85, 74.20),
+    Release("qkformer_hst10_512", "in1k", "85dd1f94c87ba5ec908fed5d0a3f7f69", 224, 82.08),
+    Release("qkformer_hst10_768", "in1k", "dc1595408ed1bd40346be2bdaf5015d5", 224, 84.29, 78.70),
+    Release("qkformer_hst10_768", "ft288_in1k", "ba20af8eb450d4ec9c71009fde8e7125", 288, 85.30),
+    Release("qkformer_hst10_768", "ft384_in1k", "99a671118f67a680aa38b6ac5aae449a", 384, 85.65),
+)
+
+
+def find_release(md5: str) -> Release | None:
+    """The authors' checkpoint with this md5, if it is one."""
+    return next((release for release in RELEASES if release.md5 == md5), None)
+
+
+@dataclass
+class InferredModel:
+    """A checkpoint's model: registered name, arguments that differ from its defaults, tensors under its names."""
+
+    model: str
+    model_args: dict[str, Any]
+    state_dict: dict[str, Tensor]
+    time_steps: int
+    time_steps_from: str
+    also_fits: list[str] = field(default_factory=list)
+
+
+def infer_architecture(
+    checkpoint: Checkpoint, model: str | None = None, time_steps: int | None = None
+) -> InferredModel:
+    """Find the registered model that a checkpoint's tensors fit, all of them and exactly.
+
+    Args:
+        checkpoint: What was read.
+        model: Registered name, to be asked about this one alone. It may then fit by the order of its tensors, too.
+        time_steps: Time steps T to write down. None: from the training's arguments, the file's name or the model's
+            default, in this order.
+
+    Raises:
+        CheckpointError: If nothing fits, with what is wrong for the models that come closest.
+        ValueError: For a `model` or `time_steps` outside its range.
+    """
+    known = architectures()
+    if model is not None and model not in known:
+        raise ValueError(f"model={model!r} is unknown, choose one of {', '.join(known)}")
+    shapes = {name: list(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    likely = model or _named_model(checkpoint, known)
+    width, args = _sizes(checkpoint, shapes, any_names=likely is not None)
+    fits: dict[str, InferredModel] = {}
+    reasons = []
+    candidates = [model] if model else sorted(known, key=lambda name: name != likely)
+    for name in candidates:
+        stated = stated_args(checkpoint) if name == checkpoint.args.get("model") else {}
+        if not stated and _width(name) != width:
+            continue
+        try:
+            found = _fit(name, checkpoint.tensors, shapes, args, stated)
+        except ValueError as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        by_position = _by_position(found, checkpoint.tensors)
+        if name == likely or not by_position:
+            fits[name] = found
+        else:
+            reasons.append(f"{name}: fits by the order of its tensors alone, not by their names; if it is that, say so")
+        if not by_position and found.state_dict.keys() != checkpoint.tensors.keys():
+            break  # a release's spelling is that of one model; our own is shared by variants
+    if not fits:
+        reasons = reasons or [f"its classifier takes {width} features, the width of none of {', '.join(candidates)}"]
+        listed = "\n".join(f"- {textwrap.shorten(reason, _SHOWN)}" for reason in reasons)
+        raise CheckpointError(f"{checkpoint.path}: no model fits\n{listed}")
+    found = fits.pop(likely if likely in fits else next(iter(fits)))
+    found.also_fits = list(fits)
+    _find_time_steps(found, checkpoint, time_steps)
+    return found
+
+
+def stated_args(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a training says that its model was created with, as timm's train.py and this package's write it."""
+    kwargs = checkpoint.args.get("model_kwargs")
+    stated = {key: kwargs[key] for key in _MODEL_ARGS if key in kwargs} if isinstance(kwargs, Mapping) else {}
+    if checkpoint.args.get("gp") is not None:
+        stated["global_pool"] = checkpoint.args["gp"]
+    depths, tensors = stated.get("depths", ()), len(checkpoint.tensors)
+    blocks = depths if isinstance(depths, (list, tuple)) else [depths]
+    if any(isinstance(count, int) and count > tensors for count in blocks):
+        # A model on the meta device takes no memory for its weights, but for each block some, and time.
+        raise CheckpointError(f"{checkpoint.path}: its training states depths={depths}, but it has {tensors} tensors")
+    return stated
+
+
+def architectures() -> list[str]:
+    """Registered names of this package's models."""
+    ours = __name__.split(".")[0] + ".models."
+    return [name for name in list_models() if model_entrypoint(name).__module__.startswith(ours)]
+
+
+@cache
+def _width(name: str) -> int:
+    model: Any = timm.create_model(name, device="meta")
+    return int(model.num_features)
+
+
+def _sizes(checkpoint: Checkpoint, shapes: dict[str, list[int]], any_names: bool) -> tuple[int, dict[str, Any]]:
+    """Width of the classifier, and a model's arguments: classes and input channels (fewest of the first convolutions).
+
+    With `any_names`, a checkpoint that has no such names has them in the order of its tensors.
+    """
+    matrices = [shape for shape in shapes.values() if len(shape) == 2]
+    maps = [shape for shape in shapes.values() if len(shape) == 4]
+    head = shapes.get("head.weight") or (matrices[-1] if any_names and matrices else [])
+    if len(head) != 2 or min(head) < 1:
+        raise CheckpointError(f"{checkpoint.path}: no model fits: there is no classifier (head.weight) in it")
+    convs = [shape for name, shape in shapes.items() if _FIRST_STAGE.fullmatch(name) and len(shape) == 4]
+    channels = [shape[1] for shape in convs or (maps[:1] if any_names else [])]
+    if not channels or min(channels) < 1:
+        raise CheckpointError(f"{checkpoint.path}: no model fits: there is no stem (patch_embed1.* or stem.*) in it")
+    return head[1], {"num_classes": head[0], "in_chans": min(channels)}
+
+
+def _fit(
+    name: str, tensors: dict[str, Tensor], shapes: dict[str, list[int]], args: dict[str, Any], stated: dict[str, Any]
+) -> InferredModel:
+    """The model of this name with these tensors, if all of them fit; else ValueError."""
+    cfg: Any = get_pretrained_cfg(name)
+    defaults = {"num_classes": cfg.num_classes, "in_chans": cfg.input_size[0]}
+    model_args: dict[str, Any] = {key: value for key, value in stated.items() if key != "time_steps"}
+    model_args |= {key: value for key, value in args.items() if value != defaults[key]}
+    args = {**stated, **args}
+    try:
+        model: Any = timm.create_model(name, device="meta", **args)
+    except (TypeError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"not with the arguments that its training states: {error}") from error
+    ratio = _mlp_ratio(shapes)
+    if ratio is not None and ratio != _mlp_ratio({key: list(value.shape) for key, value in model.state_dict().items()}):
+        model_args["mlp_ratio"] = ratio
+        model = timm.create_model(name, device="meta", **{**args, "mlp_ratio": ratio})
+    state_dict = fit_tensors(name, tensors, model)
+    return InferredModel(name, model_args, state_dict, model.time_steps, "by default, the file does not say")
+
+
+def fit_tensors(name: str, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    module = sys.modules[model_entrypoint(name).__module__]
+    state_dict: dict[str, Tensor] = module.checkpoint_filter_fn(dict(tensors), model)
+    check_against_model(state_dict, model, original_names={}, adaptable={})
+    expected = model.state_dict()
+    for key, tensor in state_dict.items():
+        if tensor.is_floating_point() != expected[key].is_floating_point():
+            raise ValueError(f"{key} is {tensor.dtype}, the model has {expected[key].dtype}")
+    return {key: state_dict[key] for key in expected}
+
+
+def _mlp_ratio(shapes: dict[str, list[int]]) -> float | None:
+    """Width of the MLPs relative to their stage's, where it is the same in all."""
+    weights = [shape for name, shape in shapes.items() if _MLP.fullmatch(name)]
+    ratios = {shape[0] / shape[1] for shape in weights if len(shape) > 1 and min(shape) > 0}
+    return ratios.pop() if len(ratios) == 1 and 0.5 <= min(ratios) <= 16 else None
+
+
+def _by_position(found: InferredModel, tensors: dict[str, Tensor]) -> bool:
+    """Whether the model's filter went by the tensors' order: in another order, it would take others or refuse.
+
+    The membrane-shortcut variant has the same shapes in the same order as the original, whose checkpoints would be
+    taken for its own otherwise.
+    """
+    model = timm.create_model(found.model, device="meta", **found.model_args)
+    try:
+        again = fit_tensors(found.model, dict(reversed(tensors.items())), model)
+    except ValueError:
+        return True
+    return any(again[name].data_ptr() != tensor.data_ptr() for name, tensor in found.state_dict.items())
+
+
+def _named_model(checkpoint: Checkpoint, known: list[str]) -> str | None:
+    """The model that a checkpoint is of going by its training's arguments, its md5 or its public file's name."""
+    release = find_release(checkpoint.md5)
+    if release is not None:
+        return release.model
+    if checkpoint.args.get("model") in known:
+        return str(checkpoint.args["model"])
+    asset = find_asset(checkpoint.path.name)
+    return asset[0] if asset else None
+
+
+def find_asset(file_name: str) -> tuple[str, str] | None:
+    """Model and tag whose weights are downloaded under this file name."""
+    for name in architectures():
+        cfgs: dict[str, Any] = get_arch_pretrained_cfgs(name)
+        for cfg in cfgs.values():
+            if cfg.url and os.path.basename(cfg.url) == file_name:
+                return name, cfg.tag
+    return None
+
+
+def _find_time_steps(found: InferredModel, checkpoint: Checkpoint, time_steps: int | None) -> None:
+    if time_steps is not None:
+        if time_steps < 1:
+            raise ValueError(f"time_steps={time_steps} must be at least 1")
+        found.time_steps, found.time_steps_from = time_steps, "as given"
+        return
+    args = {**stated_args(checkpoint), **checkpoint.args}
+    for key in ("time_step", "time_steps", "T"):
+        value = args.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            found.time_steps, found.time_steps_from = value, f"from the training's arguments, {key}={value}"
+            return
+    in_name = _TIME_STEPS_IN_NAME.search(checkpoint.path.name)
+    if in_name and int(in_name[1]) >= 1:
+        found.time_steps, found.time_steps_from = int(in_name[1]), f"from the file's name, {in_name[0].lstrip('-_')}"

@@ -1,0 +1,139 @@
+"""Neurons, pooling and operators of deployed models: by a fused kernel where there is one, else in torch operations.
+
+Tensors are channels last, [T, B, N, C] or [T, B, H, W, C]. Input currents are contiguous within a step, C last; a step
+may lie anywhere behind the one before it, or all steps at the same address (`expand`). `dtype` is that of the spikes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..execution.native import DOUBLE, INT, POINTER, THREADS, function, may_run, neuron_operand
+from ..neurons import NeuronSpec, integrate_and_fire, membrane_dtype, run_neurons
+from ..operators import NativeKernel
+
+# (currents, spikes), as the C++ sources spell them
+_TYPES: dict[tuple[torch.dtype, torch.dtype], str] = {
+    (torch.float64, torch.float64): "float64_float64, double, double",
+    (torch.float32, torch.float32): "float32_float32, float, float",
+    (torch.float32, torch.bfloat16): "float32_bfloat16, float, BFloat16",
+    (torch.float32, torch.uint8): "float32_uint8, float, std::uint8_t",
+    (torch.bfloat16, torch.bfloat16): "bfloat16_bfloat16, BFloat16, BFloat16",
+}
+
+_OWN: dict[str, list[Any]] = {
+    "fire": [POINTER, INT, POINTER, INT, POINTER, INT, INT, INT, POINTER, POINTER, THREADS],
+    "pool_fire": [POINTER, INT, POINTER, *[INT] * 5, POINTER, THREADS],
+}
+_OPERATOR: list[Any] = [POINTER, POINTER, *[INT] * 5, DOUBLE, POINTER, THREADS]
+
+
+def _kernel(
+    source: tuple[str, str], functions: dict[str, list[Any]], name: str, x: Tensor, dtype: torch.dtype
+) -> Callable[..., None] | None:
+    """A kernel for these currents and spikes; None where torch operations have to do.
+
+    That is: on other devices, where the execution policy leaves kernels out, for nothing to compute, and, after one
+    warning, on machines that cannot compile it.
+    """
+    types = _TYPES.get((x.dtype, dtype))
+    if types is None or not may_run(x):
+        return None
+    suffix = types.split(",")[0]
+    typed = {f"{each}_{suffix}": operands for each, operands in functions.items()}
+    return function(f"{name}_{suffix}", *source, typed, f"KERNEL({types})\n")
+
+
+def _own(name: str, x: Tensor, neuron: NeuronSpec, dtype: torch.dtype) -> Callable[..., None] | None:
+    return None if neuron.levels == "real" else _kernel((__package__, "kernels.cpp"), _OWN, name, x, dtype)
+
+
+def fire(
+    x: Tensor, neuron: NeuronSpec, dtype: torch.dtype, sums: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Spikes of input currents x [T, ...], starting from rest.
+
+    Args:
+        x: Input currents.
+        neuron: The neurons.
+        dtype: Of the result, if `out` is not given.
+        sums: Spike sums of x's shape and the result's dtype that the spikes are added to.
+        out: Where the result goes, `sums` for instance.
+    """
+    if out is None:
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    kernel = _own("fire", x, neuron, out.dtype)
+    if kernel is None or not all(_has_dense_steps(tensor) for tensor in (x, sums, out)):
+        spikes = integrate_and_fire(x, neuron).to(out.dtype)
+        out.copy_(spikes if sums is None else sums + spikes)
+    else:
+        _fire(kernel, x, neuron, sums, out, None)
+    return out
+
+
+def run(x: Tensor, neuron: NeuronSpec, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`neurons.run_neurons` by the same kernel: spikes of x's dtype [T, ...] and the potential [...] after them."""
+    kernel = _own("fire", x, neuron, x.dtype)
+    if kernel is None or not _has_dense_steps(x) or (v is not None and v.shape != x.shape[1:]):
+        return run_neurons(x, neuron, v)  # which refuses a potential of another shape
+    potential = torch.zeros(x.shape[1:], dtype=membrane_dtype(x)) if v is None else v.to(membrane_dtype(x)).clone()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    potential = potential.contiguous()
+    _fire(kernel, x, neuron, None, out, potential)
+    return out, potential
+
+
+def _fire(
+    kernel: Callable[..., None], x: Tensor, neuron: NeuronSpec, sums: Tensor | None, out: Tensor, v: Tensor | None
+) -> None:
+    kernel(
+        *(x.data_ptr(), x.stride(0)),
+        *((None, 0) if sums is None else (sums.data_ptr(), sums.stride(0))),
+        *(out.data_ptr(), out.stride(0)),
+        *(x.shape[0], x[0].numel(), neuron_operand(neuron)),
+        *(None if v is None else v.data_ptr(), torch.get_num_threads()),
+    )
+
+
+def _has_dense_steps(x: Tensor | None) -> bool:
+    return x is None or x[0].is_contiguous()
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """3x3 max pooling of stride 2: [T, B, H, W, C] to [T, B, ceil(H / 2), ceil(W / 2), C]."""
+    pooled = F.max_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), kernel_size=3, stride=2, padding=1)
+    return pooled.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+
+
+def pool_fire(x: Tensor, neuron: NeuronSpec, dtype: torch.dtype) -> Tensor:
+    """Spikes of max-pooled currents: x [T, B, H, W, C] to [T, B, ceil(H / 2), ceil(W / 2), C]."""
+    T, B, H, W, C = x.shape
+    kernel = _own("pool_fire", x, neuron, dtype)
+    if kernel is None or not _has_dense_steps(x):
+        return fire(max_pool(x), neuron, dtype)
+    out = torch.empty(T, B, (H + 1) // 2, (W + 1) // 2, C, dtype=dtype, device=x.device)
+    operands = (neuron_operand(neuron), torch.get_num_threads())
+    kernel(x.data_ptr(), x.stride(0), out.data_ptr(), T, B, H, W, C, *operands)
+    return out
+
+
+def operator_kernel(
+    declared: NativeKernel, x: Tensor, inputs: int, heads: int, neurons: Sequence[NeuronSpec], dtype: torch.dtype
+) -> Tensor | None:
+    """Fused currents x [T, B, N, inputs * C] of an operator's inputs to what its `attend` gives, [T, B, N, C].
+
+    None where there is no kernel for these types, here and now.
+    """
+    if any(neuron.levels != "binary" for neuron in neurons):
+        return None
+    kernel = _kernel((declared.package, declared.file), {declared.name: _OPERATOR}, declared.name, x, dtype)
+    if kernel is None:
+        return None
+    x = x.contiguous()
+    out = torch.empty(*x.shape[:3], x.shape[3] // inputs, dtype=dtype, device=x.device)
+    operands = (heads, declared.scale, neuron_operand(*neurons), torch.get_num_threads())
+    kernel(x.data_ptr(), out.data_ptr(), *out.shape, *operands)
+    return out

@@ -1,0 +1,81 @@
+"""Where a network begins and ends: images and event clips as sequences [T, B, C, H, W], and sequences as feature maps
+[B, C, H, W], where timm's interface begins.
+
+A static image is the same at every time step, so whatever comes before the first neuron runs on one step and is
+broadcast afterwards: exact, and T times cheaper.
+"""
+
+from typing import Any
+
+from timm.layers import register_notrace_function, register_notrace_module
+from torch import Tensor, nn
+
+from ..neurons import LIF, NeuronLayer, membrane_dtype
+
+
+@register_notrace_function
+def as_sequence(x: Tensor, in_chans: int, min_size: int) -> Tensor:
+    """A batch of images [B, C, H, W] as [1, B, C, H, W], a batch of event clips [B, T, C, H, W] as [T, B, C, H, W].
+
+    Raises:
+        ValueError: For another rank, channels other than `in_chans`, no time step, or a side below `min_size` pixels.
+    """
+    if x.dim() == 4:
+        x = x.unsqueeze(0)
+    elif x.dim() == 5:
+        x = x.transpose(0, 1)
+    else:
+        raise ValueError(
+            f"input of shape {list(x.shape)} has {x.dim()} dimensions: give images [B, C, H, W] or event clips "
+            "[B, T, C, H, W]"
+        )
+    T, _, C, H, W = x.shape
+    if C != in_chans:
+        raise ValueError(f"input has {C} channels, the model was created with in_chans={in_chans}")
+    if T < 1:
+        raise ValueError("input is an event clip [B, T, C, H, W] without a time step (T=0)")
+    if H < min_size or W < min_size:
+        raise ValueError(f"input of {H}x{W} pixels is too small: this model needs at least {min_size}x{min_size}")
+    return x
+
+
+@register_notrace_function
+def count_time_steps(x: Tensor, time_steps: int) -> int:
+    """Time steps to simulate for a model input: a clip's own T, `time_steps` for images."""
+    return x.shape[1] if x.dim() == 5 else time_steps
+
+
+class MeanReadout(nn.Module):
+    """Mean over T: for spikes or sums of spikes, the firing-rate map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(0)
+
+
+@register_notrace_module
+class MembraneReadout(nn.Module):
+    """Readout of membrane potentials through neurons, one per channel, that see their mean over space.
+
+    A model with membrane shortcuts ends with: mean over space, LIF per step, Linear, mean over T. The last two
+    commute, so what the classifier needs is each neuron's firing rate,
+
+        rate = mean over T of LIF(mean over space of X[t])        [B, C]
+
+    and the map returned is the mean of X over T, shifted in each sample and channel so that its mean over space is
+    that rate. Average pooling of the map gives the rate, and classifying it gives the model's own logits. Other
+    pooling is taken relative to it: the maximum, for one, is rate + (max - mean over space) of the mean potential.
+
+    Args:
+        neuron_layer: Factory of the neurons.
+    """
+
+    def __init__(self, neuron_layer: NeuronLayer = LIF, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.neuron = neuron_layer(device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Membrane potentials [T, B, C, H, W] to the shifted map [B, C, H, W]."""
+        dtype = membrane_dtype(x)
+        rate = self.neuron(x.mean((3, 4), keepdim=True, dtype=dtype)).mean(0)
+        mean = x.mean(0, dtype=dtype)
+        return (mean + (rate - mean.mean((2, 3), keepdim=True))).to(x.dtype)

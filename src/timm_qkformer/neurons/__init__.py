@@ -1,0 +1,36 @@
+"""Spiking neurons: one description (`NeuronSpec`), the written-out recurrence, its backends, and the modules."""
+
+from .dynamics import integrate_and_fire, run_neurons
+from .modules import (
+    IF,
+    LIF,
+    NeuronLayer,
+    ParametricLIF,
+    ReLUNeuron,
+    SpikingNeuron,
+    get_neuron_layer,
+    neuron_names,
+    register_neuron,
+)
+from .recurrence import integrate_and_fire_reference
+from .spec import NeuronSpec, membrane_dtype
+from .state import State, run_with_state
+
+__all__ = [
+    "IF",
+    "LIF",
+    "NeuronLayer",
+    "NeuronSpec",
+    "ParametricLIF",
+    "ReLUNeuron",
+    "SpikingNeuron",
+    "State",
+    "get_neuron_layer",
+    "integrate_and_fire",
+    "integrate_and_fire_reference",
+    "membrane_dtype",
+    "neuron_names",
+    "register_neuron",
+    "run_neurons",
+    "run_with_state",
+]

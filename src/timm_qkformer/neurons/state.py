@@ -1,0 +1,87 @@
+"""Explicit state for whole modules: the membrane potentials of all neurons go in and come out, as a value.
+
+    y, state = run_with_state(block, x[:1])            # the first time step, from rest
+    y, state = run_with_state(block, x[1:2], state)    # the next one, on from there
+
+This is to neurons what `torch.func.functional_call` is to parameters. Nothing is stored in modules. Time steps in
+pieces give what one call with all of them gives, gradients included; a state is a tuple of tensors in the order in
+which the neurons fire, so it moves, saves and stacks as tensors do.
+"""
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+State = tuple[Tensor, ...]
+
+
+class _Carried:
+    """The potentials of one call: those before it, handed out in order, and those after it."""
+
+    def __init__(self, before: State | None) -> None:
+        self.before = before
+        self.after: list[Tensor] = []
+
+    def take(self) -> Tensor | None:
+        """The potential of the next neurons; None at rest."""
+        if self.before is None:
+            return None
+        if len(self.after) >= len(self.before):
+            raise ValueError(
+                f"the state has {len(self.before)} potentials and the module more neuron layers: it belongs to another "
+                "module"
+            )
+        return self.before[len(self.after)]
+
+    def put(self, v: Tensor) -> None:
+        """Their potential after the call."""
+        self.after.append(v)
+
+
+_carried: ContextVar[_Carried | None] = ContextVar("carried_state", default=None)
+
+
+def carried_state() -> _Carried | None:
+    """The potentials that neurons called here and now continue from; None: each call starts from rest."""
+    return None if torch.compiler.is_compiling() else _carried.get()
+
+
+def run_with_state(module: nn.Module, *inputs: Any, state: State | None = None) -> tuple[Any, State]:
+    """Call a module whose neurons continue from `state`.
+
+    Args:
+        module: Any module with neurons of this package.
+        *inputs: Its inputs; sequences [T, B, ...] may hold any number of steps.
+        state: What the previous call returned; None at rest.
+
+    Returns:
+        The module's result, and the potentials after it.
+
+    Raises:
+        ValueError: For a state of another module or batch, or a module that cannot run in pieces.
+    """
+    _refuse_compiled_parts(module)
+    carried = _Carried(state)
+    token = _carried.set(carried)
+    try:
+        result = module(*inputs)
+    finally:
+        _carried.reset(token)
+    if state is not None and len(state) != len(carried.after):
+        raise ValueError(
+            f"the state has {len(state)} potentials, the module's neuron layers used {len(carried.after)}: it belongs "
+            "to another module"
+        )
+    return result, tuple(carried.after)
+
+
+def _refuse_compiled_parts(module: Any) -> None:
+    """Code that torch.compile or TorchScript compiled starts from rest at every call, and does not say so."""
+    for name, part in module.named_modules() if isinstance(module, nn.Module) else ():
+        is_compiled = "_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) is not None
+        if is_compiled or isinstance(part, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{name or 'the module'} is compiled and carries no state: give the module as it was before"
+            )

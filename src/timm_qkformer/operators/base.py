@@ -1,0 +1,343 @@
+"""What a token mixer declares, and what follows from it.
+
+An operator is one class in one file. It says which projections of the block's input it takes, how it combines their
+spikes (`attend`), what comes out (`attended_range`), and what that costs (`operations`). Everything else derives:
+
+    the plain layer       projections, `attend`, output projection; TorchScript, FX, export, torch.func
+    packed training       the inputs are kept packed, `attend` runs again in the backward pass
+    deployment            one fused projection, then the operator's `kernel` if it has one, else `attend`
+    state                 `attend` with fewer steps: its neurons continue (`neurons.run_with_state`)
+    analysis              firing rates and names, operations and energy, complexity, `views` for pictures
+
+docs/architecture.md has a worked example.
+"""
+
+import linecache
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+
+from ..execution.packing import BINARY, Range, SharedInput
+from ..execution.recompute import call_packed
+from ..layers import packed
+from ..layers.conv import SpikingConv, output_range
+from ..layers.drop import TimeDropout
+from ..neurons import LIF, NeuronLayer
+from ..neurons.spec import membrane_dtype
+from ..neurons.state import carried_state
+
+CHANNELS, TOKENS = 3, 4  # dimensions of [T, B, heads, channels of a head, tokens]
+
+
+class Operation(NamedTuple):
+    """One kind of addition or multiplication that an operator does, for what it was given.
+
+    Attributes:
+        name: What to call it in tables.
+        spikes: What sets it off, [T, B, ...]: each non-zero element costs `fan_out` additions.
+        fan_out: Operations that one element takes part in, at one time step.
+        additions: Those that really take place, in all of [T, B]; None: the sum of |spikes| times `fan_out`.
+    """
+
+    name: str
+    spikes: Tensor
+    fan_out: int
+    additions: float | None = None
+
+
+class Views(NamedTuple):
+    """What pictures draw of an operator, by kind of view, as it counts or keeps each token and each channel.
+
+    Attributes:
+        tokens: [T, B, heads, tokens].
+        channels: [T, B, heads, channels of a head].
+    """
+
+    tokens: Tensor
+    channels: Tensor
+
+
+class NativeKernel(NamedTuple):
+    """An operator's kernel in C++ for deployment, from fused currents to what `attend` gives.
+
+    Attributes:
+        package, file: Where its source is; it defines the macro KERNEL(SUFFIX, X, S), which exports
+            `NAME_SUFFIX(const X* currents, S* out, Int T, Int B, Int N, Int C, Int heads, double scale,
+            const Neuron* neurons, int threads)` for neurons of all inputs, then the inner ones.
+        name: NAME.
+        scale: Passed on to it.
+    """
+
+    package: str
+    file: str
+    name: str
+    scale: float = 1.0
+
+
+@register_notrace_function
+def sum_channels(spikes: Tensor) -> Tensor:
+    """Spikes of each token: [T, B, heads, channels, tokens] to [T, B, heads, 1, tokens], in float32 at least."""
+    return spikes.sum(3, keepdim=True, dtype=membrane_dtype(spikes))
+
+
+@register_notrace_function
+def sum_tokens(spikes: Tensor) -> Tensor:
+    """Spikes of each channel: [T, B, heads, channels, tokens] to [T, B, heads, channels, 1], in float32 at least."""
+    return spikes.sum(4, keepdim=True, dtype=membrane_dtype(spikes))
+
+
+class Operator(nn.Module):
+    """Base of all token mixers: spikes or spike sums [T, B, C, H, W] to spikes of the same shape, for any H and W.
+
+    With `membrane_shortcut` the last neuron is left out and the result is its input currents BN(proj X'), which a
+    membrane shortcut adds up (QKFormer, arXiv 2403.16552, eq. 17).
+
+    A subclass declares, as class attributes and methods:
+
+    inputs: Names of its projections, LIF(BN(W x)) of `dim` channels each, in the order of `attend`'s arguments. An
+        operator without any takes x itself through `output`.
+    inner_neurons: Its other neurons and their arguments.
+    output: Name of the unit that ends it.
+    attend(*inputs): From spikes [T, B, heads, channels of a head, tokens] of each input to what the output projection
+        takes, of the same shape. Without random numbers.
+    attended_range(*ranges): What `attend` puts out, from what its inputs hold.
+    operations(*inputs): What it costs, from what `attend` is given.
+    views(inputs, inner, attended): What pictures draw; tensors by the names of inputs and inner neurons.
+    kernel: Its kernel in C++, if there is one. Checked against `attend` by the contract suite.
+    tokens_are_independent: Whether `attend` treats each token on its own, so that deployment may run them in chunks.
+    neuron_names, attended_name: What papers call its inner neurons and the result of `attend`.
+    main_view, view_labels: The kind of view that says most, and what the numbers of each are, in words.
+    couples_batch: Whether the QKFormer release couples samples in its last neuron, see `SpikingConv`.
+    built_last: Inputs that are built behind all else, where earlier versions had them: optimizers know parameters by
+        position, and a seed gives the weights that it gave.
+
+    Args:
+        dim: Channels of the stage.
+        num_heads: Heads, a divisor of `dim`.
+        proj_drop: Dropout at the end, one mask for all time steps.
+        neuron_layer: Factory of the neurons.
+        membrane_shortcut: Return input currents instead of spikes.
+        batch_coupled: Reproduce the release's coupling, where there is one.
+        input_range: What x may hold.
+
+    Raises:
+        ValueError: For heads that do not divide `dim`, or `batch_coupled` together with `membrane_shortcut`.
+    """
+
+    operator_name: str = ""
+    inputs: ClassVar[tuple[str, ...]] = ()
+    inner_neurons: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    output: ClassVar[str] = "proj"
+    kernel: ClassVar[NativeKernel | None] = None
+    tokens_are_independent: ClassVar[bool] = False
+    neuron_names: ClassVar[Mapping[str, str]] = {}
+    attended_name: ClassVar[str] = "X'"
+    main_view: ClassVar[str] = "tokens"
+    view_labels: ClassVar[Mapping[str, str]] = {
+        "tokens": "share of the head's channels that fire in $X'$",
+        "channels": "share of tokens at which it fires in $X'$",
+    }
+    couples_batch: ClassVar[bool] = False
+    built_last: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        proj_drop: float = 0.0,
+        neuron_layer: NeuronLayer = LIF,
+        membrane_shortcut: bool = False,
+        batch_coupled: bool = False,
+        input_range: Range = BINARY,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads != 0:
+            raise ValueError(f"num_heads={num_heads} must divide the width of the stage, dim={dim}")
+        if batch_coupled and self.couples_batch and membrane_shortcut:
+            raise ValueError(
+                "batch_coupled=True couples the attention's last neuron, which membrane_shortcut=True leaves out: "
+                "use one of them"
+            )
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.input_range = input_range
+        unit: Any = partial(SpikingConv, dim, dim, input_range=input_range, neuron_layer=neuron_layer, **dd)
+        for name in self.inputs:
+            if name not in self.built_last:
+                setattr(self, name, unit())
+        for name, args in self.inner_neurons.items():
+            setattr(self, name, neuron_layer(**args, **dd))
+        last_layer = nn.Identity if membrane_shortcut else neuron_layer
+        coupled = batch_coupled and self.couples_batch
+        setattr(self, self.output, self.output_unit(dim, neuron_layer=last_layer, batch_coupled=coupled, **dd))
+        for name in self.built_last:
+            setattr(self, name, unit())
+        self.proj_drop = TimeDropout(proj_drop)
+        self.output_range = output_range(getattr(self, self.output)).dropped(proj_drop > 0)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" not in cls.__dict__:
+            cls.forward = _forward(cls)
+
+    def output_unit(self, dim: int, **args: Any) -> SpikingConv:
+        """The unit that ends the operator: by default LIF(BN(W X')), 1x1 with bias."""
+        spikes: Range = getattr(self, self.inputs[0]).output_range  # all inputs have such neurons
+        held = self.attended_range(*[spikes] * len(self.inputs))
+        return SpikingConv(dim, dim, bias=True, input_range=held, **args)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[T, B, C, H, W] to [T, B, heads, C / heads, H * W]."""
+        return x.flatten(3).unflatten(2, [self.num_heads, self.head_dim])
+
+    def merge(self, x: Tensor, H: int, W: int) -> Tensor:
+        """[T, B, heads, C / heads, H * W] to [T, B, C, H, W]."""
+        return x.flatten(2, 3).unflatten(3, [H, W])
+
+    def attend(self, *inputs: Any, **options: Any) -> Tensor:
+        """See the class's docstring."""
+        raise NotImplementedError(f"operator {type(self).__name__} declares no attend")
+
+    def attended_range(self, *inputs: Any, **options: Any) -> Range:
+        """See the class's docstring."""
+        raise NotImplementedError(f"operator {type(self).__name__} declares no attended_range")
+
+    def operations(self, *inputs: Any, **options: Any) -> Sequence[Operation]:
+        """See the class's docstring."""
+        raise NotImplementedError(f"operator {type(self).__name__} declares no operations: their energy is unknown")
+
+    def release_names(self, unit: str) -> tuple[str, str]:
+        """What the authors' releases call the convolution and the batch norm of one of its units, below the block."""
+        return f"attn.{unit}_conv", f"attn.{unit}_bn"
+
+    def views(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Tensor], attended: Tensor) -> Views:
+        """By default, how much of each token and of each channel is left in X'."""
+        return Views(attended.float().mean(CHANNELS), attended.float().mean(TOKENS))
+
+    def inner_modules(self) -> dict[str, nn.Module]:
+        """What belongs to `attend`: all but the projections and the dropout."""
+        outer = {*self.inputs, self.output, "proj_drop"}
+        return {name: module for name, module in self.named_children() if name not in outer}
+
+    def run_packed(self, x: Tensor) -> Tensor:
+        """The forward pass with packed activations: inputs are packed once, and `attend` runs again backwards."""
+        if not self.inputs:
+            return x
+        _, _, _, H, W = x.shape
+        shared = SharedInput(x, self.input_range)
+        units = [getattr(self, name) for name in self.inputs]
+        spikes = [packed.run_unit(unit, shared) for unit in units]
+
+        def attend(*inputs: Tensor) -> Tensor:
+            return self.merge(self.attend(*map(self.split, inputs)), H, W)
+
+        inner = list(self.inner_modules().values())
+        kept = [SharedInput(s, output_range(unit)) for s, unit in zip(spikes, units, strict=True)]
+        if _may_run_again(inner) and all(part.packed is not None for part in kept):
+            parameters = [p for module in inner for p in module.parameters() if p.requires_grad]
+            return call_packed(attend, kept, parameters)
+        return attend(*spikes)
+
+
+def _may_run_again(inner: Sequence[nn.Module]) -> bool:
+    """Whether running `attend` twice is running it once: no state, no hooks, no running statistics."""
+    return carried_state() is None and not any(
+        isinstance(part, nn.modules.batchnorm._BatchNorm) or not packed.is_unhooked(part)
+        for module in inner
+        for part in module.modules()
+    )
+
+
+def _forward(cls: type[Operator]) -> Callable[..., Tensor]:
+    """`forward` of an operator, written out for its inputs: TorchScript compiles no loop over attributes."""
+    if cls.inputs:
+        spikes = ", ".join(f"self.split(self.{name}(x))" for name in cls.inputs)
+        attended = f"self.merge(self.attend({spikes}), x.shape[3], x.shape[4])"
+    else:
+        attended = "x"
+    source = f"""def forward(self, x: Tensor) -> Tensor:
+    if not torch.jit.is_scripting():
+        if packed.is_active(self, x):
+            return self.proj_drop(self.{cls.output}(self.run_packed(x)))
+    return self.proj_drop(self.{cls.output}({attended}))
+"""
+    file = f"<forward of {cls.__module__}.{cls.__qualname__}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # where inspect finds it
+    scope: dict[str, Any] = {"torch": torch, "Tensor": Tensor, "packed": packed, "__name__": cls.__module__}
+    exec(compile(source, file, "exec"), scope)
+    forward: Callable[..., Tensor] = scope["forward"]
+    forward.__doc__ = "Spikes or spike sums [T, B, C, H, W] to spikes of the same shape, or input currents."
+    forward.__qualname__ = f"{cls.__qualname__}.forward"
+    forward.is_derived = True  # type: ignore[attr-defined]
+    return forward
+
+
+class _Registered(NamedTuple):
+    cls: type[Operator]
+    options: Mapping[str, Any]
+
+
+_OPERATORS: dict[str, _Registered] = {}
+
+OperatorT = TypeVar("OperatorT", bound=type[Operator])
+
+
+def register_operator(name: str, **options: Any) -> Callable[[OperatorT], OperatorT]:
+    """Class decorator: make an operator known by a name, for `create_model(..., attn=name)`, recipes and commands.
+
+    Args:
+        name: Its name.
+        **options: Arguments of the class that go with this name.
+
+    Raises:
+        TypeError: For a class that is no `Operator`, or leaves out what it must declare, with its name.
+        ValueError: For a name that another class has.
+    """
+
+    def register(cls: OperatorT) -> OperatorT:
+        if not (isinstance(cls, type) and issubclass(cls, Operator)):
+            raise TypeError(f"operator {name!r}: {cls!r} must derive from timm_qkformer.operators.Operator")
+        needed = ["operations", *(["attend", "attended_range"] if cls.inputs else [])]
+        missing = [part for part in needed if getattr(cls, part, None) is getattr(Operator, part, None)]
+        if missing:
+            raise TypeError(f"operator {name!r}: {cls.__name__} must declare {' and '.join(missing)}")
+        if name != name.lower():
+            raise ValueError(f"operator {name!r}: registered names are lower case")
+        known = _OPERATORS.get(name)
+        if known is not None and (known.cls.__module__, known.cls.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"operator {name!r} is registered already, as {known.cls}")
+        _OPERATORS[name] = _Registered(cls, options)
+        return cls
+
+    return register
+
+
+def operator_names() -> list[str]:
+    """Names of the registered operators."""
+    return sorted(_OPERATORS)
+
+
+def get_operator(name: str) -> Callable[..., Operator]:
+    """Factory of a registered operator, called as the class `Operator` is; capitals, as papers write them, will do.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
+    known = name.lower()
+    if known not in _OPERATORS:
+        raise ValueError(f"operator {name!r} is unknown, choose from {operator_names()}")
+
+    def build(*args: Any, **kwargs: Any) -> Operator:
+        cls, options = _OPERATORS[known]
+        operator = cls(*args, **{**options, **kwargs})
+        operator.operator_name = known
+        return operator
+
+    return build
