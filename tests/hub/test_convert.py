@@ -181,7 +181,7 @@ def test_our_own_training_checkpoints_state_the_arguments_of_their_model(folder,
     with pytest.raises(CheckpointError, match=r"its training states depths=\[1, 1000000000, 1\], but it has \d+ t"):
         convert(save({"state_dict": model.state_dict(), "args": args}, tmp_path / "w.pth"), folder, force=True)
     args.model_kwargs = {**kwargs, "attn": "softmax"}
-    with pytest.raises(CheckpointError, match="qkformer_hst3_192: attn='softmax': 'softmax' is unknown"):
+    with pytest.raises(CheckpointError, match="qkformer_hst3_192: attn='softmax': operator 'softmax' is unknown"):
         convert(save({"state_dict": model.state_dict(), "args": args}, tmp_path / "y.pth"), folder, force=True)
     args.model_kwargs = {**kwargs, "mixer": "ssa"}
     with pytest.raises(CheckpointError, match=r"not with the arguments that its training states: .*mixer"):
