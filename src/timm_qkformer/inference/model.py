@@ -66,7 +66,8 @@ class DeployedModel(nn.Module):
         # Sequences that run across samples cannot be cut between them.
         self.batch_coupled = any(getattr(module, "batch_coupled", False) for module in self.modules())
         self.numbers = _numbers(stages)
-        check_sums(self.numbers, precision, products)
+        for i, stage in enumerate(stages):
+            check_sums(_numbers([stage]), f"stages.{i}", precision, products)
         self.events = fits_bytes(self.numbers) and stem_dtype == torch.float32 and adds_events(products, precision)
         for module in self.stages.modules():
             if isinstance(module, Projection):

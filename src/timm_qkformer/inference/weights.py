@@ -38,23 +38,21 @@ def fits_bytes(numbers: Range) -> bool:
     return numbers.low >= 0 and numbers.high <= _MAX_SUM
 
 
-def check_sums(numbers: Range, precision: str, products: str) -> None:
-    """Refuse arithmetic in which what a network passes on would not be exact.
+def check_sums(numbers: Range, stage: str, precision: str, products: str) -> None:
+    """Refuse arithmetic in which what a stage passes on would not be exact.
 
     Raises:
         ValueError: For sums of spikes beyond 8-bit arithmetic, or event-driven products of what is no sum of spikes.
     """
     if fits_bytes(numbers):
         return
-    if products == "events":
+    are_sums = numbers.low >= 0 and not numbers.is_real
+    if products == "events" or (precision == "int8" and are_sums):
+        asked = 'products="events"' if precision != "int8" else 'precision="int8"'
+        found = f"sums of spikes in {stage} can reach {numbers.high:g}" if are_sums else f"{stage} passes on {numbers}"
         raise ValueError(
-            f'products="events": the network passes on {numbers}, event-driven products are exact for whole numbers '
-            f'from 0 to {_MAX_SUM}: use products="auto"'
-        )
-    if precision == "int8" and numbers.low >= 0 and not numbers.is_real:
-        raise ValueError(
-            f'precision="int8": sums of spikes can reach {numbers.high:g}, 8-bit arithmetic is exact up to {_MAX_SUM}: '
-            'use precision="fp32" with products="auto"'
+            f'{asked}: {found}, 8-bit arithmetic is exact up to {_MAX_SUM}, from 0: use precision="fp32" with '
+            'products="auto"'
         )
 
 
