@@ -131,7 +131,11 @@ class SharedInput:
     def __init__(self, x: Tensor, numbers: Range) -> None:
         self.x = x
         self.numbers = numbers
-        self.images = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+    @cached_property
+    def images(self) -> Tensor:
+        """[T * B, C, H, W] in channels-last memory."""
+        return self.x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
     @cached_property
     def packed(self) -> PackedTensor | None:

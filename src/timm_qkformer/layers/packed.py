@@ -41,8 +41,8 @@ def is_active(module: nn.Module, x: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and not under_dispatch_mode(x)  # last: code that is being compiled cannot ask
-        and current_policy().packed
-        and current_policy().neurons != "spikingjelly"
+        and (policy := current_policy()).packed
+        and policy.neurons != "spikingjelly"
     )
 
 
