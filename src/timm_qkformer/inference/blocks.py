@@ -23,6 +23,7 @@ from ..layers import (
     SpikingStem,
 )
 from ..neurons import SpikingNeuron, membrane_dtype
+from ..neurons.state import carried_state
 from ..operators import Operator
 from . import kernels
 from .neurons import DeployedNeuron
@@ -70,6 +71,15 @@ class DeployedUnit(nn.Module):
         if self.pool:
             return kernels.pool_fire(currents, self.neuron.spec, spikes)
         return kernels.fire(currents, self.neuron.spec, spikes)
+
+    def currents(self, x: Tensor) -> Tensor:
+        """Images [T, B, H, W, C] to input currents, pooled if this unit pools."""
+        currents = self.projection.currents(x)
+        return kernels.max_pool(currents) if self.pool else currents
+
+    def fire(self, currents: Tensor, spikes: torch.dtype) -> Tensor:
+        """What `forward` makes of `currents`."""
+        return currents if self.neuron is None else kernels.fire(currents.contiguous(), self.neuron.spec, spikes)
 
     def fires_periodically(self, steps: int) -> bool:
         """Whether neurons fire at every k-th step, of an input of `steps` steps: where it is one for all."""
@@ -306,7 +316,10 @@ class DeployedBlock(nn.Module):
         _project_and_add(x, branch.last, branch(s, spikes), branch.neuron, branch.batch_coupled)
 
     def _chunks(self, tokens: Tensor) -> Iterator[Tensor]:
-        """Views of [T, B, N, C] as [T, 1, n, C], of about the same n."""
+        """Views of [T, B, N, C] as [T, 1, n, C], of about the same n; where a state is carried, samples stay apart."""
+        if carried_state() is not None:
+            yield tokens
+            return
         T, B, N, C = tokens.shape
         count = -(-T * B * N * self.widest // CHUNK)
         yield from tokens.view(T, 1, B * N, C).tensor_split(count, dim=2)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..execution.native import DOUBLE, INT, POINTER, THREADS, function, may_run, neuron_operand
 from ..neurons import NeuronSpec, integrate_and_fire, membrane_dtype, run_neurons
+from ..neurons.state import carried_state
 from ..operators import NativeKernel
 
 # (currents, spikes), as the C++ sources spell them
@@ -54,7 +55,7 @@ def _own(name: str, x: Tensor, neuron: NeuronSpec, dtype: torch.dtype) -> Callab
 def fire(
     x: Tensor, neuron: NeuronSpec, dtype: torch.dtype, sums: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """Spikes of input currents x [T, ...], starting from rest.
+    """Spikes of input currents x [T, ...], starting from rest or on from the state that is carried.
 
     Args:
         x: Input currents.
@@ -66,12 +67,30 @@ def fire(
     if out is None:
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
     kernel = _own("fire", x, neuron, out.dtype)
+    carried = carried_state() if neuron.levels != "real" else None
+    v = None if carried is None else carried.take()
+    if v is not None and v.shape != x.shape[1:]:
+        kernel = None  # `run_neurons` says what is wrong
     if kernel is None or not all(_has_dense_steps(tensor) for tensor in (x, sums, out)):
-        spikes = integrate_and_fire(x, neuron).to(out.dtype)
+        if carried is None:
+            spikes = integrate_and_fire(x, neuron)
+        else:
+            spikes, v = run_neurons(x, neuron, v)
         out.copy_(spikes if sums is None else sums + spikes)
     else:
-        _fire(kernel, x, neuron, sums, out, None)
+        v = None if carried is None else _copy_of_potential(x, v)
+        _fire(kernel, x, neuron, sums, out, v)
+    if carried is not None:
+        assert v is not None
+        carried.put(v)
     return out
+
+
+def _copy_of_potential(x: Tensor, v: Tensor | None) -> Tensor:
+    """The potential [...] before currents x [T, ...], for a kernel to write on."""
+    if v is None:
+        return torch.zeros(x.shape[1:], dtype=membrane_dtype(x))
+    return v.to(membrane_dtype(x), copy=True).contiguous()
 
 
 def run(x: Tensor, neuron: NeuronSpec, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -79,9 +98,8 @@ def run(x: Tensor, neuron: NeuronSpec, v: Tensor | None = None) -> tuple[Tensor,
     kernel = _own("fire", x, neuron, x.dtype)
     if kernel is None or not _has_dense_steps(x) or (v is not None and v.shape != x.shape[1:]):
         return run_neurons(x, neuron, v)  # which refuses a potential of another shape
-    potential = torch.zeros(x.shape[1:], dtype=membrane_dtype(x)) if v is None else v.to(membrane_dtype(x)).clone()
+    potential = _copy_of_potential(x, v)
     out = torch.empty(x.shape, dtype=x.dtype)
-    potential = potential.contiguous()
     _fire(kernel, x, neuron, None, out, potential)
     return out, potential
 
@@ -112,7 +130,7 @@ def pool_fire(x: Tensor, neuron: NeuronSpec, dtype: torch.dtype) -> Tensor:
     """Spikes of max-pooled currents: x [T, B, H, W, C] to [T, B, ceil(H / 2), ceil(W / 2), C]."""
     T, B, H, W, C = x.shape
     kernel = _own("pool_fire", x, neuron, dtype)
-    if kernel is None or not _has_dense_steps(x):
+    if kernel is None or not _has_dense_steps(x) or carried_state() is not None:
         return fire(max_pool(x), neuron, dtype)
     out = torch.empty(T, B, (H + 1) // 2, (W + 1) // 2, C, dtype=dtype, device=x.device)
     operands = (neuron_operand(neuron), torch.get_num_threads())
@@ -127,7 +145,7 @@ def operator_kernel(
 
     None where there is no kernel for these types, here and now.
     """
-    if any(neuron.levels != "binary" for neuron in neurons):
+    if any(neuron.levels != "binary" for neuron in neurons) or carried_state() is not None:
         return None
     kernel = _kernel((declared.package, declared.file), {declared.name: _OPERATOR}, declared.name, x, dtype)
     if kernel is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..execution.packing import Range
 from ..layers import ConvNorm, MeanReadout, MembraneReadout, as_sequence, count_time_steps
 from ..models import SpikingTransformer
+from ..models.stepping import StreamState, run_step
 from .blocks import DeployedStage, DeployedUnit
 from .projection import Projection
 from .weights import PRECISIONS, PRODUCTS, adds_events, check_sums, fits_bytes, spikes_dtype, weights_dtype
@@ -136,12 +137,25 @@ class DeployedModel(nn.Module):
 
     @torch.compiler.disable
     @torch.no_grad()
+    def step(self, frame: Tensor | None, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
+        """One time step, see `SpikingTransformer.step`; its state belongs to this precision."""
+        spikes = self._spikes_dtype()
+
+        def to_currents(frame: Tensor) -> Tensor:
+            return self.stem.currents(self._stem_input(as_sequence(frame, self.in_chans, self.min_size)))[0]
+
+        def to_maps(currents: Tensor) -> Tensor:
+            x = self.stem.fire(currents.unsqueeze(0), spikes)
+            for stage in self.stages:
+                x = stage(x, spikes)
+            return self._sequence(x)
+
+        return run_step(self, (self.stem, to_currents, to_maps), frame, state)
+
+    @torch.compiler.disable
+    @torch.no_grad()
     def _maps(self, x: Tensor, take: list[int], stages: int) -> list[Tensor]:
         """The mean over T of each stage in `take`, then the features after `stages` stages: maps [B, C, H, W]."""
-        if not x.is_floating_point():
-            raise ValueError(
-                f"input is {x.dtype}: give floating-point images or event clips, normalised as for training"
-            )
         sequence = as_sequence(x, self.in_chans, self.min_size)
         _, B, _, H, W = sequence.shape
         if B == 0:
@@ -154,10 +168,8 @@ class DeployedModel(nn.Module):
 
     def _run(self, sequence: Tensor, time_steps: int, take: list[int], stages: int) -> list[Tensor]:
         """`_maps` of a few samples [T or 1, B, C, H, W]."""
-        weight = self.stem.projection.weight
         spikes = self._spikes_dtype()
-        x = sequence.permute(0, 1, 3, 4, 2).to(weight.dtype).contiguous()
-        x = self.stem(x, spikes, time_steps)
+        x = self.stem(self._stem_input(sequence), spikes, time_steps)
         maps = []
         for i, stage in enumerate(self.stages[:stages]):
             x = stage(x, spikes, i == 0 and self.stem.fires_periodically(len(sequence)))
@@ -165,6 +177,14 @@ class DeployedModel(nn.Module):
                 maps.append(self._sequence(x).mean(0))
         maps.append(self.readout(self._sequence(x)) if stages == len(self.stages) else self._sequence(x).mean(0))
         return maps
+
+    def _stem_input(self, sequence: Tensor) -> Tensor:
+        """[T, B, C, H, W] to [T, B, H, W, C], in the stem's arithmetic."""
+        if not sequence.is_floating_point():
+            raise ValueError(
+                f"input is {sequence.dtype}: give floating-point images or event clips, normalised as for training"
+            )
+        return sequence.permute(0, 1, 3, 4, 2).to(self.stem.projection.weight.dtype).contiguous()
 
     def _sequence(self, x: Tensor) -> Tensor:
         """Back to [T, B, C, H, W], in full precision."""

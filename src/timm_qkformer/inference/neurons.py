@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..neurons import NeuronSpec, SpikingNeuron, integrate_and_fire
+from ..neurons import NeuronSpec, SpikingNeuron, fire_neurons
 
 
 class DerivedState(nn.Module):
@@ -68,7 +68,7 @@ class DeployedNeuron(DerivedState):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input currents [T, ...] to spikes of the same shape and dtype."""
-        return integrate_and_fire(x, self.spec)
+        return fire_neurons(x, self.spec)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.spec._asdict().items())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..execution.events import EventWeights
 from ..neurons import NeuronSpec
+from ..neurons.state import carried_state
 from . import kernels
 from .neurons import DerivedState
 from .weights import Folded, has_onednn, quantize, to_bfloat16
@@ -97,7 +98,8 @@ class Projection(DerivedState):
         pixels = x if x.dim() == 5 else x.unsqueeze(2)
         events = self._event_weights(pixels)
         dense_steps = sums is None or sums[0].is_contiguous()
-        if events is not None and dtype == torch.uint8 and dense_steps and events.can_fire(len(x)):
+        from_rest = carried_state() is None
+        if events is not None and dtype == torch.uint8 and dense_steps and from_rest and events.can_fire(len(x)):
             spikes = events.fire(pixels, neuron, sums)
             return spikes if sums is not None or x.dim() == 5 else spikes.squeeze(2)
         return kernels.fire(self.currents(x), neuron, dtype, sums=sums, out=sums)

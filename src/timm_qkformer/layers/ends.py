@@ -5,8 +5,9 @@ A static image is the same at every time step, so whatever comes before the firs
 broadcast afterwards: exact, and T times cheaper.
 """
 
-from typing import Any
+from typing import Any, List, Optional
 
+import torch
 from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
@@ -46,10 +47,24 @@ def count_time_steps(x: Tensor, time_steps: int) -> int:
 
 
 class MeanReadout(nn.Module):
-    """Mean over T: for spikes or sums of spikes, the firing-rate map."""
+    """Mean over T: for spikes or sums of spikes, the firing-rate map.
+
+    Steps are added up one after the other, so that a sequence read step by step (`add`, then `finish`) gives the map of
+    one that is read in one call (`forward`) to the last bit.
+    """
+
+    def add(self, x: Tensor, sums: List[Tensor]) -> List[Tensor]:
+        """Sums of the steps before, none at first, and of more steps [T, B, C, H, W]."""
+        return [_add_steps(x, sums[0] if len(sums) > 0 else None)]
+
+    def finish(self, sums: List[Tensor], steps: Tensor) -> Tensor:
+        """The map [B, C, H, W] of sums over `steps`, one number [1] or [B]."""
+        return sums[0] / steps.to(sums[0].dtype).view(-1, 1, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.mean(0)
+        """Spikes, sums of spikes or potentials [T, B, C, H, W] to their mean [B, C, H, W]."""
+        sums = self.add(x, [])
+        return self.finish(sums, torch.full([1], x.shape[0], device=x.device)).to(x.dtype)
 
 
 @register_notrace_module
@@ -65,6 +80,8 @@ class MembraneReadout(nn.Module):
     that rate. Average pooling of the map gives the rate, and classifying it gives the model's own logits. Other
     pooling is taken relative to it: the maximum, for one, is rate + (max - mean over space) of the mean potential.
 
+    `add` and `finish` are those of `MeanReadout`; the neurons' potentials are a matter of `run_with_state`.
+
     Args:
         neuron_layer: Factory of the neurons.
     """
@@ -73,9 +90,30 @@ class MembraneReadout(nn.Module):
         super().__init__()
         self.neuron = neuron_layer(device=device, dtype=dtype)
 
+    def add(self, x: Tensor, sums: List[Tensor]) -> List[Tensor]:
+        """Sums of the steps before, none at first, and of more steps [T, B, C, H, W]."""
+        spikes = self.neuron(x.mean((3, 4), keepdim=True, dtype=membrane_dtype(x)))
+        first = len(sums) == 0
+        return [_add_steps(x, None if first else sums[0]), _add_steps(spikes, None if first else sums[1])]
+
+    def finish(self, sums: List[Tensor], steps: Tensor) -> Tensor:
+        """The shifted map [B, C, H, W] of sums over `steps`, one number [1] or [B]."""
+        count = steps.to(sums[0].dtype).view(-1, 1, 1, 1)
+        mean, rate = sums[0] / count, sums[1] / count
+        return mean + (rate - mean.mean((2, 3), keepdim=True))
+
     def forward(self, x: Tensor) -> Tensor:
         """Membrane potentials [T, B, C, H, W] to the shifted map [B, C, H, W]."""
-        dtype = membrane_dtype(x)
-        rate = self.neuron(x.mean((3, 4), keepdim=True, dtype=dtype)).mean(0)
-        mean = x.mean(0, dtype=dtype)
-        return (mean + (rate - mean.mean((2, 3), keepdim=True))).to(x.dtype)
+        sums = self.add(x, [])
+        return self.finish(sums, torch.full([1], x.shape[0], device=x.device)).to(x.dtype)
+
+
+def _add_steps(x: Tensor, total: Optional[Tensor]) -> Tensor:
+    """Steps [T, ...] and the total before them, added up in order, in float32 at least."""
+    dtype = membrane_dtype(x)
+    summed = x[0].to(dtype)
+    if total is not None:
+        summed = total + summed
+    for t in range(1, x.shape[0]):
+        summed = summed + x[t].to(dtype)
+    return summed

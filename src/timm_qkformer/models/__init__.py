@@ -11,6 +11,7 @@ from .base import (
 )
 from .maxformer import MaxFormer
 from .qkformer import QKFormer
+from .stepping import StreamState
 
 __all__ = [
     "Architecture",
@@ -22,4 +23,5 @@ __all__ = [
     "SpikingTransformer",
     "StageSpec",
     "StemSpec",
+    "StreamState",
 ]

@@ -24,9 +24,11 @@ from ..layers import (
     SpikingPatchEmbed,
     SpikingStage,
     SpikingStem,
+    as_sequence,
 )
 from ..neurons import NeuronLayer, get_neuron_layer
 from ..operators import get_operator
+from .stepping import StreamState, run_step
 
 # The pretrained config that ImageNet models share. Both releases evaluate with Resize(256), CenterCrop(224), bicubic.
 IMAGENET_CFG: dict[str, Any] = {
@@ -402,6 +404,31 @@ class SpikingTransformer(nn.Module):
         head's neurons, see `MembraneReadout`. With "avg" pooling `forward_head` then gives exactly the paper's head.
         """
         return self.readout(self.stages(self.stem(x, self.time_steps)))
+
+    @torch.jit.ignore
+    def step(self, frame: Optional[Tensor], state: Optional[StreamState] = None) -> Tuple[Tensor, StreamState]:
+        """One time step: a frame [B, C, H, W] to the logits [B, num_classes] of all steps so far, and the next state.
+
+        T steps give what `forward` gives for a clip of these frames. Normalise frames as clips. In train mode batch
+        norms see one step at a time, and dropout and stochastic depth draw anew for each.
+
+        Args:
+            frame: [B, C, H, W]. None: the one of the step before, as a static image is; its first convolution is then
+                not run again. Nor is it for the same tensor, unchanged.
+            state: What the step before returned; None at rest.
+
+        Raises:
+            ValueError: For a state of another model, input size, dtype or batch, or a model that couples samples.
+        """
+
+        def to_currents(frame: Tensor) -> Tensor:
+            return self.stem.currents(as_sequence(frame, self.stem.in_chs, self.stem.min_size))[0]
+
+        def to_maps(currents: Tensor) -> Tensor:
+            maps: Tensor = self.stages(self.stem.fire(currents.unsqueeze(0)))
+            return maps
+
+        return run_step(self, (self.stem, to_currents, to_maps), frame, state)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature map [B, C', H', W'] to logits [B, num_classes] (features [B, C'] with `pre_logits`)."""

@@ -1,6 +1,6 @@
 """Spiking neurons: one description (`NeuronSpec`), the written-out recurrence, its backends, and the modules."""
 
-from .dynamics import integrate_and_fire, run_neurons
+from .dynamics import fire_neurons, integrate_and_fire, run_neurons
 from .modules import (
     IF,
     LIF,
@@ -25,6 +25,7 @@ __all__ = [
     "ReLUNeuron",
     "SpikingNeuron",
     "State",
+    "fire_neurons",
     "get_neuron_layer",
     "integrate_and_fire",
     "integrate_and_fire_reference",

@@ -16,6 +16,7 @@ from .compiled import compiled_gradients, compiled_spikes, like_steps
 from .recurrence import fire_steps, gradient_steps, integrate_and_fire_reference
 from .spec import NeuronSpec
 from .spikingjelly import spikingjelly_integrate_and_fire
+from .state import carried_state
 
 TRACED = "traced"  # not a backend to choose: the operations themselves, for somebody else's graph
 
@@ -57,6 +58,16 @@ def run_neurons(x: Tensor, spec: NeuronSpec, v: Tensor | None = None) -> tuple[T
     spikes, potential = _run(x, spec, v, keep_state=True)
     assert potential is not None
     return spikes, potential
+
+
+def fire_neurons(x: Tensor, spec: NeuronSpec) -> Tensor:
+    """`integrate_and_fire`, or on from the state that `run_with_state` carries here and now."""
+    carried = carried_state()
+    if carried is None or spec.levels == "real":
+        return integrate_and_fire(x, spec)
+    spikes, v = run_neurons(x, spec, carried.take())
+    carried.put(v)
+    return spikes
 
 
 def _run(x: Tensor, spec: NeuronSpec, v: Tensor | None, keep_state: bool) -> tuple[Tensor, Tensor | None]:

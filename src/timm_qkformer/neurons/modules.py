@@ -15,10 +15,9 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..execution.packing import Range
-from .dynamics import integrate_and_fire, run_neurons
+from .dynamics import fire_neurons, run_neurons
 from .recurrence import integrate_and_fire_reference
 from .spec import DEFAULT_ALPHA, LEVELS, NeuronSpec, membrane_dtype
-from .state import carried_state
 
 # Called as layer(v_threshold=..., device=..., dtype=...).
 NeuronLayer = Callable[..., nn.Module]
@@ -144,12 +143,7 @@ class SpikingNeuron(nn.Module):
         """Input currents [T, B, ...] to spikes [T, B, ...], starting from rest unless a state is carried."""
         if torch.jit.is_scripting():
             return self.run_reference(x)[0]
-        carried = carried_state()
-        if carried is None or self.levels == "real":
-            return integrate_and_fire(_checked(x), self.spec(membrane_dtype(x)))
-        spikes, v = run_neurons(_checked(x), self.spec(membrane_dtype(x)), carried.take())
-        carried.put(v)
-        return spikes
+        return fire_neurons(_checked(x), self.spec(membrane_dtype(x)))
 
     def run(self, x: Tensor, v: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
         """Input currents [T, B, ...] and the potential [B, ...] before them, None at rest, to spikes and potential.

@@ -17,8 +17,12 @@ from torch import Tensor, nn
 State = tuple[Tensor, ...]
 
 
-class _Carried:
-    """The potentials of one call: those before it, handed out in order, and those after it."""
+class Carried:
+    """The potentials of one call: those before it, handed out in order, and those after it.
+
+    The first dimension of each is that of samples, so that a state can be cut and joined; neurons without a potential
+    put nothing.
+    """
 
     def __init__(self, before: State | None) -> None:
         self.before = before
@@ -40,10 +44,10 @@ class _Carried:
         self.after.append(v)
 
 
-_carried: ContextVar[_Carried | None] = ContextVar("carried_state", default=None)
+_carried: ContextVar[Carried | None] = ContextVar("carried_state", default=None)
 
 
-def carried_state() -> _Carried | None:
+def carried_state() -> Carried | None:
     """The potentials that neurons called here and now continue from; None: each call starts from rest."""
     return None if torch.compiler.is_compiling() else _carried.get()
 
@@ -60,15 +64,21 @@ def run_with_state(module: nn.Module, *inputs: Any, state: State | None = None) 
         The module's result, and the potentials after it.
 
     Raises:
-        ValueError: For a state of another module or batch, or a module that cannot run in pieces.
+        ValueError: For a state of another module or batch, or a module that cannot run in pieces or has no neurons
+            that keep a potential.
     """
     _refuse_compiled_parts(module)
-    carried = _Carried(state)
+    carried = Carried(state)
     token = _carried.set(carried)
     try:
         result = module(*inputs)
     finally:
         _carried.reset(token)
+    if not carried.after:
+        raise ValueError(
+            "no neuron of the module carries a state: what torch.export made of a model starts from rest at every call. "
+            "Give the module as it was before"
+        )
     if state is not None and len(state) != len(carried.after):
         raise ValueError(
             f"the state has {len(state)} potentials, the module's neuron layers used {len(carried.after)}: it belongs "
