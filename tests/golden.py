@@ -58,6 +58,7 @@ class GoldenCase:
         self.one_by_one = torch.tensor(case["logits_one_by_one"], dtype=torch.float64)
         self.batched = torch.tensor(case["logits_batched"], dtype=torch.float64)
         self.firing_rates: dict[str, float] = case["firing_rates_first_sample"]
+        self.first_pass = torch.tensor(case.get("logits_first_pass", []), dtype=torch.float64)
         self.params: int = case["params"]
         self.time_steps: int = case["T"]
 

@@ -16,7 +16,7 @@ import timm_qkformer
 from timm_qkformer.execution import execution_policy
 from timm_qkformer.layers import SpikingBlock
 from timm_qkformer.models import QKFormer
-from timm_qkformer.neurons import get_neuron_layer, neuron_names, run_with_state
+from timm_qkformer.neurons import SpikingNeuron, get_neuron_layer, neuron_names, run_with_state
 from timm_qkformer.operators import Operator, get_operator, operator_names, register_operator
 
 assert own  # imported for what it registers
@@ -65,6 +65,12 @@ def make_block(operator: str, neuron: str, shortcut: str) -> SpikingBlock:
 
 def _with_heads(mixer):
     return lambda *args, **kwargs: mixer(*args, num_heads=2, **kwargs)
+
+
+def input_shapes(mixer: Operator) -> list[tuple[int, ...]]:
+    """[heads, channels of a head, tokens] of each input."""
+    widths = [getattr(mixer, name).conv.out_channels for name in mixer.inputs]
+    return [(mixer.num_heads, width // mixer.num_heads, SIDE**2) for width in widths]
 
 
 def _make_lively(module):
@@ -283,9 +289,10 @@ class _Counter(TorchDispatchMode):
 
 def test_operations_are_those_that_run(operator):
     mixer: Operator = get_operator(operator)(DIM, num_heads=2)
-    for name in mixer.inner_modules():
-        setattr(mixer, name, torch.nn.Identity())  # neurons are counted by nobody
-    spikes = [torch.ones(1, 1, 2, DIM // 2, SIDE**2) for _ in mixer.inputs]
+    for name, inner in mixer.inner_modules().items():
+        if isinstance(inner, SpikingNeuron):
+            setattr(mixer, name, torch.nn.Identity())  # neurons are counted by nobody
+    spikes = [torch.ones(1, 1, *shape) for shape in input_shapes(mixer)]
     declared = mixer.operations(*spikes)
     with _Counter() as counter:
         if mixer.inputs:
@@ -302,14 +309,15 @@ def test_views_have_a_value_for_each_token_and_channel(operator):
     mixer: Operator = get_operator(operator)(DIM, num_heads=2)
     if not mixer.inputs:
         pytest.skip("has no heads to look into")
-    spikes = {name: (torch.rand(T, B, 2, DIM // 2, SIDE**2) < 0.5).float() for name in mixer.inputs}
+    shapes = zip(mixer.inputs, input_shapes(mixer), strict=True)
+    spikes = {name: (torch.rand(T, B, *shape) < 0.5).float() for name, shape in shapes}
     inner = {}
     for name, module in mixer.inner_modules().items():
         module.register_forward_hook(lambda _module, _inputs, out, name=name: inner.update({name: out}))
     attended = mixer.attend(*spikes.values())
     views = mixer.views(spikes, inner, attended)
-    assert views.tokens.shape == (T, B, 2, SIDE**2)
-    assert views.channels.shape == (T, B, 2, DIM // 2)
+    assert views.tokens.shape == (T, B, mixer.num_heads, SIDE**2)
+    assert views.channels.shape == (T, B, mixer.num_heads, DIM // mixer.num_heads)
 
 
 @pytest.mark.parametrize(

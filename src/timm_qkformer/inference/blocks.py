@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..layers import (
     ConvNorm,
+    FeedbackBlock,
+    FeedbackStage,
     SpikingBlock,
     SpikingBranch,
     SpikingConv,
@@ -140,10 +142,11 @@ class DeployedEmbed(nn.Module):
 class DeployedOperator(nn.Module):
     """An `Operator`: its inputs in one product, `attend` by its kernel or by the operator itself, the last unit.
 
-    Takes spikes [T, B, N, C] (of maps [T, B, H, W, C] without inputs) and gives what the last unit takes.
+    Takes spikes [T, B, N, C] (of maps [T, B, H, W, C] without inputs) and gives what the last unit takes. In a block
+    with feedback, the inputs that take it have a product of their own.
     """
 
-    def __init__(self, operator: Operator, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, operator: Operator, name: str, dtype: torch.dtype, has_feedback: bool = False) -> None:
         super().__init__()
         if not isinstance(operator, Operator) or not getattr(type(operator).forward, "is_derived", False):
             raise TypeError(
@@ -162,7 +165,10 @@ class DeployedOperator(nn.Module):
         self.runs_in_chunks = operator.tokens_are_independent
         if units:
             folded = [fold(unit, f"{name}.{part}") for part, unit in units.items()]
-            self.inputs: Projection | None = Projection(folded, 1, 1, dtype)
+            self.widths = [len(part.bias) for part in folded]
+            plain = len(folded) - (len(operator.fed) if has_feedback else 0)  # those that are fed are the last
+            self.inputs: Projection | None = Projection(folded[:plain], 1, 1, dtype)
+            self.fed = Projection(folded[plain:], 1, 1, dtype) if has_feedback else None
             self.neurons: Any = nn.ModuleList(_of(unit.neuron, f"{name}.{part}.neuron") for part, unit in units.items())
             self.core: Any = _core(operator, name)
             self.inner = list(operator.inner_neurons)
@@ -180,10 +186,13 @@ class DeployedOperator(nn.Module):
         projection: Projection = unit.projection if isinstance(unit, DeployedUnit) else unit
         return projection
 
-    def forward(self, x: Tensor, spikes: torch.dtype) -> Tensor:
+    def forward(self, x: Tensor, spikes: torch.dtype, feedback: Tensor | None = None) -> Tensor:
         if self.inputs is None:
             return x
         currents = self.inputs.currents(x)
+        if self.fed is not None:
+            fed = self.fed.currents(x if feedback is None else x + feedback)
+            currents = torch.cat([currents, fed], dim=-1)
         if self.kernel is not None:
             neurons = [neuron.spec for neuron in (*self.neurons, *(getattr(self.core, name) for name in self.inner))]
             found = kernels.operator_kernel(self.kernel, currents, len(self.names), self.num_heads, neurons, spikes)
@@ -191,7 +200,7 @@ class DeployedOperator(nn.Module):
                 return found
         dtype = membrane_dtype(currents)  # counts are beyond half precision
         inputs = []
-        for part, neuron in zip(currents.chunk(len(self.names), dim=-1), self.neurons, strict=True):
+        for part, neuron in zip(currents.split(self.widths, dim=-1), self.neurons, strict=True):
             fired = kernels.fire(part.contiguous(), neuron.spec, dtype)
             inputs.append(fired.unflatten(-1, (self.num_heads, -1)).permute(0, 1, 3, 4, 2))
         attended: Tensor = self.core.attend(*inputs)  # [T, B, heads, channels of a head, N]
@@ -270,17 +279,17 @@ class DeployedBlock(nn.Module):
 
     def __init__(self, block: SpikingBlock, name: str, dtype: torch.dtype) -> None:
         super().__init__()
-        if type(block) is not SpikingBlock:
+        if type(block) not in (SpikingBlock, FeedbackBlock):
             raise TypeError(f"{name} is a {type(block).__name__}, expected a SpikingBlock")
         mixer: Any = block.attn
         self.neuron1 = DeployedNeuron.of(block.neuron1, f"{name}.neuron1")
-        self.attn = DeployedOperator(mixer, f"{name}.attn", dtype)
+        self.attn = DeployedOperator(mixer, f"{name}.attn", dtype, type(block) is FeedbackBlock)
         self.more = nn.ModuleList(_Branch(branch, f"{name}.more.{i}", dtype) for i, branch in enumerate(block.more))
         self.neuron2 = DeployedNeuron.of(block.neuron2, f"{name}.neuron2")
         self.mlp = _Mlp(block.mlp, f"{name}.mlp", dtype)
         self.widest = max(p.out_channels for p in self.modules() if isinstance(p, Projection))
 
-    def forward(self, x: Tensor, spikes: torch.dtype) -> None:
+    def forward(self, x: Tensor, spikes: torch.dtype, feedback: Tensor | None = None) -> None:
         more: list[Any] = list(self.more)
         branches: list[tuple[DeployedNeuron | None, Any]] = [
             (self.neuron1, self.attn),
@@ -288,6 +297,11 @@ class DeployedBlock(nn.Module):
             (self.neuron2, self.mlp),
         ]
         tokens = x.flatten(2, 3)
+        if feedback is not None:  # of the first branch, in one piece
+            _, attn = branches.pop(0)
+            fired = tokens.contiguous() if self.neuron1 is None else kernels.fire(tokens, self.neuron1.spec, spikes)
+            given = attn(fired, spikes, feedback.flatten(2, 3))
+            _project_and_add(tokens, attn.last, given, attn.neuron, attn.batch_coupled)
         while branches:
             together = next((i for i, (_, b) in enumerate(branches) if not b.runs_in_chunks), len(branches))
             if together > 0:
@@ -317,7 +331,7 @@ class DeployedStage(nn.Module):
 
     def __init__(self, stage: SpikingStage, name: str, dtype: torch.dtype) -> None:
         super().__init__()
-        if type(stage) is not SpikingStage:
+        if type(stage) not in (SpikingStage, FeedbackStage):
             raise TypeError(f"{name} is a {type(stage).__name__}, expected a SpikingStage")
         if type(stage.embed) is not SpikingPatchEmbed:
             raise TypeError(f"{name}.embed is a {type(stage.embed).__name__}, expected a SpikingPatchEmbed")

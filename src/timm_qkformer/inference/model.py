@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..execution.packing import Range
 from ..layers import ConvNorm, MeanReadout, MembraneReadout, as_sequence, count_time_steps
 from ..models import SpikingTransformer
-from .blocks import DeployedStage, DeployedUnit
+from .blocks import DeployedUnit
+from .feedback import deployed_stage
 from .projection import Projection
 from .weights import PRECISIONS, PRODUCTS, adds_events, check_sums, fits_bytes, spikes_dtype, weights_dtype
 
@@ -56,7 +57,7 @@ class DeployedModel(nn.Module):
 
         stages: list[Any] = list(model.stages)
         self.stem = DeployedUnit(model.stem, "stem", stem_dtype)
-        self.stages = nn.ModuleList(DeployedStage(stage, f"stages.{i}", dtype) for i, stage in enumerate(stages))
+        self.stages = nn.ModuleList(deployed_stage(stage, f"stages.{i}", dtype) for i, stage in enumerate(stages))
         self.readout = deepcopy(model.readout).to(stem_dtype)
         self.global_pool = deepcopy(model.global_pool)
         self.head = deepcopy(model.head).to(stem_dtype)
@@ -180,7 +181,10 @@ def _numbers(stages: list[Any]) -> Range:
     """What convolutions take and shortcuts of spikes carry."""
     numbers = [Range(0, 1)]
     for stage in stages:
-        numbers += [unit.input_range for unit in stage.modules() if isinstance(unit, ConvNorm)]
+        units = [unit for unit in stage.modules() if isinstance(unit, ConvNorm)]
+        # What decoders of feedback take first are real numbers, multiplied as such.
+        feedback = list(getattr(stage, "feedback", nn.Module()).modules())
+        numbers += [unit.input_range for unit in units if not (unit.input_range.is_real and unit in feedback)]
         if type(stage.embed.neuron) is nn.Identity:  # else shortcuts carry potentials
             numbers.append(stage.output_range)
     return Range(min(n.low for n in numbers), max(n.high for n in numbers))

@@ -7,11 +7,16 @@ from .block import MixerLayer, SpikingBlock, SpikingBranch, SpikingStage
 from .conv import ConvNorm, SpikingConv, output_range
 from .drop import TimeDropout, TimeDropPath
 from .ends import MeanReadout, MembraneReadout, as_sequence, count_time_steps
+from .feedback import Feedback, FeedbackBlock, FeedbackSpec, FeedbackStage
 from .mlp import SpikingMlp
 from .patch_embed import SpikingPatchEmbed, SpikingStem
 
 __all__ = [
     "ConvNorm",
+    "Feedback",
+    "FeedbackBlock",
+    "FeedbackSpec",
+    "FeedbackStage",
     "MeanReadout",
     "MembraneReadout",
     "MixerLayer",

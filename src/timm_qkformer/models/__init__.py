@@ -11,6 +11,7 @@ from .base import (
 )
 from .maxformer import MaxFormer
 from .qkformer import QKFormer
+from .spiliformer import SpiLiFormer
 
 __all__ = [
     "Architecture",
@@ -19,6 +20,7 @@ __all__ = [
     "MaxFormer",
     "MixerSpec",
     "QKFormer",
+    "SpiLiFormer",
     "SpikingTransformer",
     "StageSpec",
     "StemSpec",

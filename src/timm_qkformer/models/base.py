@@ -18,6 +18,10 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from ..layers import (
+    Feedback,
+    FeedbackBlock,
+    FeedbackSpec,
+    FeedbackStage,
     MeanReadout,
     MembraneReadout,
     SpikingBlock,
@@ -84,11 +88,13 @@ class StageSpec(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """What a model is made of; `membrane_shortcut`: whether membrane potentials are added up instead of spikes."""
+    """What a model is made of; `membrane_shortcut`: whether membrane potentials are added up instead of spikes;
+    `feedback`: how the last stage feeds back to itself, if it does."""
 
     stem: StemSpec
     stages: Tuple[StageSpec, ...]
     membrane_shortcut: bool = False
+    feedback: Optional[FeedbackSpec] = None
 
 
 class Embedding(NamedTuple):
@@ -261,14 +267,20 @@ class SpikingTransformer(nn.Module):
                 **args,
             )
             chs, numbers = spec.dim, embed.output_range
+            feedback = architecture.feedback if spec is architecture.stages[-1] else None
+            block_layer = SpikingBlock if feedback is None else FeedbackBlock
             blocks = []
             for block, rate in zip(spec.blocks, drop_paths[i], strict=True):
                 mixers = [partial(get_operator(m.operator), num_heads=m.num_heads, **m.options) for m in block.mixers]
                 blocks.append(
-                    SpikingBlock(chs, mixers, block.mlp_ratio, proj_drop_rate, rate, input_range=numbers, **args)
+                    block_layer(chs, mixers, block.mlp_ratio, proj_drop_rate, rate, input_range=numbers, **args)
                 )
                 numbers = blocks[-1].output_range
-            stages.append(SpikingStage(embed, blocks))
+            if feedback is None:
+                stages.append(SpikingStage(embed, blocks))
+            else:
+                fed = Feedback(chs, len(blocks), feedback, neuron_layer, **dd)
+                stages.append(FeedbackStage(embed, blocks, fed))
             self.feature_info.append({"num_chs": chs, "reduction": reductions[i + 1], "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
         self.readout: nn.Module = MembraneReadout(neuron_layer, **dd) if membrane_shortcut else MeanReadout()

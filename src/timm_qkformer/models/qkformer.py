@@ -107,14 +107,14 @@ _RELEASE_ATTN = re.compile(r"stage(\d)\.(\d+)\.(?:tssa|ssa|attn)\.([qkv]|proj)_(
 _RELEASE_MLP = re.compile(r"stage(\d)\.(\d+)\.mlp\.(?:fc|mlp)([12])_(conv|bn)\.(\w+)")
 
 
-class _ReleaseNames:
+class ReleaseNames:
     """The release's tensor names in terms of ours: ImageNet, CIFAR and event spellings.
 
     The release numbers only the stages that have blocks, counts the event models' first pooling to the stem, and
     numbers convolutions within an embedding with gaps; so what counts is each one's position in the order.
     """
 
-    def __init__(self, names: Sequence[str], model: QKFormer) -> None:
+    def __init__(self, names: Sequence[str], model: SpikingTransformer) -> None:
         found = {m.group(1, 2) for m in map(_RELEASE_EMBED.fullmatch, names) if m}
         order = sorted(found, key=lambda found: (found[0], int(found[1] or 0)))
         convs = ["stem"]
@@ -142,7 +142,7 @@ class _ReleaseNames:
             return None
         return f"{unit}.{rest}" if unit else None
 
-    def spelling(self, names: Iterable[str], model: QKFormer) -> dict[str, str]:
+    def spelling(self, names: Iterable[str], model: SpikingTransformer) -> dict[str, str]:
         """The release's spelling of our names, also of those missing from `names` if any of their unit is there."""
         original = {self(name) or name: name for name in names}
         units = {}
@@ -179,7 +179,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
             "these are weights of MS-QKFormer, whose shortcuts join membrane potentials: create a qkformer_hst10_*_ms "
             "model, or any other with membrane_shortcut=True"
         )
-    names = _ReleaseNames(list(tensors), model)
+    return filter_by_names(tensors, model, ReleaseNames(list(tensors), model))
+
+
+def filter_by_names(tensors: StateDict, model: SpikingTransformer, names: ReleaseNames) -> StateDict:
+    """The tensors of a release as the model's, strictly by their names.
+
+    Raises:
+        ValueError: Naming every missing, extra or misshapen tensor.
+    """
     renamed = conv1d_to_conv2d(rename_tensors(tensors, names))
     original_names = names.spelling(tensors, model)
     check_against_model(
@@ -213,7 +221,7 @@ def _filter_membrane(tensors: StateDict, model: QKFormer) -> StateDict:
     """`checkpoint_filter_fn` for models with membrane shortcuts, whose tensors are shaped as those without."""
     if model.embedding != "imagenet":  # the release has none of the others
         return tensors
-    sew_names = _ReleaseNames(list(tensors), model)
+    sew_names = ReleaseNames(list(tensors), model)
     if all(sew_names(name) is not None for name in tensors):
         _logger.warning(
             "The checkpoint's names are those of QKFormer's release. If it was trained without membrane shortcuts, "

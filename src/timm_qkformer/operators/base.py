@@ -14,8 +14,7 @@ docs/architecture.md has a worked example.
 
 import linecache
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, Optional, TypeVar
 
 import torch
 from timm.layers import register_notrace_function
@@ -98,8 +97,9 @@ class Operator(nn.Module):
 
     A subclass declares, as class attributes and methods:
 
-    inputs: Names of its projections, LIF(BN(W x)) of `dim` channels each, in the order of `attend`'s arguments. An
-        operator without any takes x itself through `output`.
+    inputs: Names of its projections, by default LIF(BN(W x)) of `dim` channels each (`input_unit`), in the order of
+        `attend`'s arguments. An operator without any takes x itself through `output`.
+    fed: Inputs, the last ones, that also take the feedback of a `layers.FeedbackStage`, LIF(BN(W (x + f))).
     inner_neurons: Its other neurons and their arguments.
     output: Name of the unit that ends it.
     attend(*inputs): From spikes [T, B, heads, channels of a head, tokens] of each input to what the output projection
@@ -123,6 +123,7 @@ class Operator(nn.Module):
         membrane_shortcut: Return input currents instead of spikes.
         batch_coupled: Reproduce the release's coupling, where there is one.
         input_range: What x may hold.
+        inner_args: Arguments of inner neurons that differ from what `inner_neurons` declares, by their names.
 
     Raises:
         ValueError: For heads that do not divide `dim`, or `batch_coupled` together with `membrane_shortcut`.
@@ -130,6 +131,7 @@ class Operator(nn.Module):
 
     operator_name: str = ""
     inputs: ClassVar[tuple[str, ...]] = ()
+    fed: ClassVar[tuple[str, ...]] = ()
     inner_neurons: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     output: ClassVar[str] = "proj"
     kernel: ClassVar[NativeKernel | None] = None
@@ -153,6 +155,7 @@ class Operator(nn.Module):
         membrane_shortcut: bool = False,
         batch_coupled: bool = False,
         input_range: Range = BINARY,
+        inner_args: Mapping[str, Mapping[str, Any]] | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -168,17 +171,16 @@ class Operator(nn.Module):
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.input_range = input_range
-        unit: Any = partial(SpikingConv, dim, dim, input_range=input_range, neuron_layer=neuron_layer, **dd)
         for name in self.inputs:
             if name not in self.built_last:
-                setattr(self, name, unit())
+                setattr(self, name, self._input(name, dim, neuron_layer=neuron_layer, **dd))
         for name, args in self.inner_neurons.items():
-            setattr(self, name, neuron_layer(**args, **dd))
+            setattr(self, name, neuron_layer(**{**args, **(inner_args or {}).get(name, {})}, **dd))
         last_layer = nn.Identity if membrane_shortcut else neuron_layer
         coupled = batch_coupled and self.couples_batch
         setattr(self, self.output, self.output_unit(dim, neuron_layer=last_layer, batch_coupled=coupled, **dd))
         for name in self.built_last:
-            setattr(self, name, unit())
+            setattr(self, name, self._input(name, dim, neuron_layer=neuron_layer, **dd))
         self.proj_drop = TimeDropout(proj_drop)
         self.output_range = output_range(getattr(self, self.output)).dropped(proj_drop > 0)
 
@@ -187,15 +189,23 @@ class Operator(nn.Module):
         if "forward" not in cls.__dict__:
             cls.forward = _forward(cls)
 
+    def input_unit(self, name: str, dim: int, **args: Any) -> SpikingConv:
+        """The unit of an input: by default LIF(BN(W x)), 1x1 without bias, of `dim` channels."""
+        return SpikingConv(dim, dim, **args)
+
+    def _input(self, name: str, dim: int, **args: Any) -> SpikingConv:
+        taken = self.input_range.plus(BINARY) if name in self.fed else self.input_range
+        return self.input_unit(name, dim, input_range=taken, **args)
+
     def output_unit(self, dim: int, **args: Any) -> SpikingConv:
         """The unit that ends the operator: by default LIF(BN(W X')), 1x1 with bias."""
-        spikes: Range = getattr(self, self.inputs[0]).output_range  # all inputs have such neurons
-        held = self.attended_range(*[spikes] * len(self.inputs))
+        first = getattr(self, self.inputs[0])  # those that are built last have such neurons, too
+        held = self.attended_range(*(output_range(getattr(self, name, first)) for name in self.inputs))
         return SpikingConv(dim, dim, bias=True, input_range=held, **args)
 
     def split(self, x: Tensor) -> Tensor:
         """[T, B, C, H, W] to [T, B, heads, C / heads, H * W]."""
-        return x.flatten(3).unflatten(2, [self.num_heads, self.head_dim])
+        return x.flatten(3).unflatten(2, [self.num_heads, -1])
 
     def merge(self, x: Tensor, H: int, W: int) -> Tensor:
         """[T, B, heads, C / heads, H * W] to [T, B, C, H, W]."""
@@ -226,21 +236,23 @@ class Operator(nn.Module):
         outer = {*self.inputs, self.output, "proj_drop"}
         return {name: module for name, module in self.named_children() if name not in outer}
 
-    def run_packed(self, x: Tensor) -> Tensor:
+    def run_packed(self, x: Tensor, feedback: Tensor | None = None) -> Tensor:
         """The forward pass with packed activations: inputs are packed once, and `attend` runs again backwards."""
         if not self.inputs:
             return x
         _, _, _, H, W = x.shape
         shared = SharedInput(x, self.input_range)
+        fed = SharedInput(x if feedback is None else x + feedback, self.input_range.plus(BINARY))
         units = [getattr(self, name) for name in self.inputs]
-        spikes = [packed.run_unit(unit, shared) for unit in units]
+        takes = [fed if name in self.fed else shared for name in self.inputs]
+        spikes = [packed.run_unit(unit, taken) for unit, taken in zip(units, takes, strict=True)]
 
         def attend(*inputs: Tensor) -> Tensor:
             return self.merge(self.attend(*map(self.split, inputs)), H, W)
 
         inner = list(self.inner_modules().values())
         kept = [SharedInput(s, output_range(unit)) for s, unit in zip(spikes, units, strict=True)]
-        if _may_run_again(inner) and all(part.packed is not None for part in kept):
+        if _may_run_again(inner) and any(part.packed is not None for part in kept):
             parameters = [p for module in inner for p in module.parameters() if p.requires_grad]
             return call_packed(attend, kept, parameters)
         return attend(*spikes)
@@ -257,20 +269,31 @@ def _may_run_again(inner: Sequence[nn.Module]) -> bool:
 
 def _forward(cls: type[Operator]) -> Callable[..., Tensor]:
     """`forward` of an operator, written out for its inputs: TorchScript compiles no loop over attributes."""
+    taken = {name: "fed" if name in cls.fed else "x" for name in cls.inputs}
     if cls.inputs:
-        spikes = ", ".join(f"self.split(self.{name}(x))" for name in cls.inputs)
+        spikes = ", ".join(f"self.split(self.{name}({what}))" for name, what in taken.items())
         attended = f"self.merge(self.attend({spikes}), x.shape[3], x.shape[4])"
     else:
         attended = "x"
-    source = f"""def forward(self, x: Tensor) -> Tensor:
+    more, given, feed = "", "", ""
+    if cls.fed:
+        more, given = ", feedback: Optional[Tensor] = None", ", feedback"
+        feed = "    fed = x if feedback is None else x + feedback\n"
+    source = f"""def forward(self, x: Tensor{more}) -> Tensor:
     if not torch.jit.is_scripting():
         if packed.is_active(self, x):
-            return self.proj_drop(self.{cls.output}(self.run_packed(x)))
-    return self.proj_drop(self.{cls.output}({attended}))
+            return self.proj_drop(self.{cls.output}(self.run_packed(x{given})))
+{feed}    return self.proj_drop(self.{cls.output}({attended}))
 """
     file = f"<forward of {cls.__module__}.{cls.__qualname__}>"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # where inspect finds it
-    scope: dict[str, Any] = {"torch": torch, "Tensor": Tensor, "packed": packed, "__name__": cls.__module__}
+    scope: dict[str, Any] = {
+        "torch": torch,
+        "Optional": Optional,
+        "Tensor": Tensor,
+        "packed": packed,
+        "__name__": cls.__module__,
+    }
     exec(compile(source, file, "exec"), scope)
     forward: Callable[..., Tensor] = scope["forward"]
     forward.__doc__ = "Spikes or spike sums [T, B, C, H, W] to spikes of the same shape, or input currents."
