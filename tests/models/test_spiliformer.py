@@ -37,6 +37,7 @@ def test_agrees_with_the_release(case):
     model = load(case, golden)
     assert sum(p.numel() for p in model.parameters()) == golden.params
     first, second = model.forward_passes(golden.input)
+    torch.testing.assert_close(first, golden.first_pass, **TOLERANCE)
     torch.testing.assert_close(second, golden.one_by_one, **TOLERANCE)
     torch.testing.assert_close(model(golden.input), golden.one_by_one, **TOLERANCE)
     torch.testing.assert_close(deploy(model)(golden.input), golden.one_by_one, **TOLERANCE)
@@ -45,9 +46,7 @@ def test_agrees_with_the_release(case):
     assert list(means.values()) == pytest.approx(expected, abs=1e-9)
 
     coupled = load(case, golden, batch_coupled=True)
-    first, second = coupled.forward_passes(golden.input)
-    torch.testing.assert_close(second, golden.batched, **TOLERANCE)
-    torch.testing.assert_close(first, golden.first_pass, **TOLERANCE)
+    torch.testing.assert_close(coupled(golden.input), golden.batched, **TOLERANCE)
     torch.testing.assert_close(deploy(coupled)(golden.input), golden.batched, **TOLERANCE)
     assert not torch.allclose(golden.batched, golden.one_by_one, atol=1e-3)
 
@@ -57,12 +56,12 @@ def test_parameters_of_cifar_models(classes, params):
     model = timm.create_model("spiliformer_4_384", num_classes=classes, device="meta")
     assert sum(p.numel() for p in model.parameters()) == params
     feedback = model.stages[2].feedback
-    assert (feedback.gain, feedback.norm_first) == ((2.0, True) if classes == 100 else (1.0, False))
+    assert (feedback.gain, feedback.misread) == ((2.0, False) if classes == 100 else (1.0, True))
     kept = timm.create_model("spiliformer_4_384", num_classes=classes, feedback="imagenet", device="meta")
     assert not kept.stages[2].feedback.last_first
 
 
-SPECS = [FeedbackSpec(), FeedbackSpec(last_first=True), FeedbackSpec(2.0, True, True)]
+SPECS = [FeedbackSpec(), FeedbackSpec(last_first=True, misread=True), FeedbackSpec(2.0, True, True)]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -70,6 +69,8 @@ SPECS = [FeedbackSpec(), FeedbackSpec(last_first=True), FeedbackSpec(2.0, True, 
 def test_feedback_follows_its_equations(spec):
     torch.manual_seed(0)
     feedback, lif = lively(Feedback(8, 3, spec)), LIF()
+    for decoder in feedback.decoders:
+        torch.nn.init.normal_(decoder.conv.weight)
     z = torch.randint(0, 4, (4, 2, 8, 3, 2)).double()
     z[:, :, :, 0, 0] = 0  # no token
     tokens = z.permute(0, 1, 3, 4, 2)
@@ -83,6 +84,8 @@ def test_feedback_follows_its_equations(spec):
         else:
             x = norm((x @ matrix.T).flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, z.shape[:2])
         x = lif(x)
+        if spec.misread:
+            x = torch.stack([step.reshape(8, 6).T.reshape(3, 2, 8) for step in x.flatten(0, 1)]).view(x.shape)
         expected.append(x.permute(0, 1, 4, 2, 3))
     found = feedback(z)
     assert all(0 < f.mean() < 1 for f in found)
@@ -92,7 +95,7 @@ def test_feedback_follows_its_equations(spec):
 
 @torch.inference_mode()
 def test_the_second_pass_sees_the_feedback_and_nothing_else_of_the_first():
-    model, x = tiny("test_spiliformer"), images(2)
+    model, x = tiny("test_spiliformer"), images(2, size=(64, 64))
     first, second = model.forward_passes(x)
     assert not torch.allclose(first, second)
     assert torch.equal(model(x), second)
@@ -103,11 +106,9 @@ def test_the_second_pass_sees_the_feedback_and_nothing_else_of_the_first():
 
 
 def test_loss_of_both_passes():
-    model, x, target = tiny("test_spiliformer").train(), images(2), torch.tensor([0, 3])
-    state = copy.deepcopy(model.state_dict())
-    loss = model.training_loss(x, target, F.cross_entropy, beta=0.7)
-    model.load_state_dict(state)
+    model, x, target = tiny("test_spiliformer").train(), images(2, size=(64, 64)), torch.tensor([0, 3])
     first, second = model.forward_passes(x)
+    loss = model.training_loss(x, target, F.cross_entropy, beta=0.7)
     torch.testing.assert_close(loss, 0.3 * F.cross_entropy(first, target) + 0.7 * F.cross_entropy(second, target))
     grads = torch.autograd.grad(loss, list(model.parameters()))
     assert all(grad.isfinite().all() for grad in grads)
@@ -116,7 +117,7 @@ def test_loss_of_both_passes():
 
 @pytest.mark.parametrize("feedback", ["imagenet", "cifar100"])
 def test_packed_and_recomputed_training_have_autograds_gradients(feedback):
-    model, x = tiny("test_spiliformer", feedback=feedback).train(), images(2)
+    model, x = tiny("test_spiliformer", feedback=feedback).train(), images(2, size=(64, 64))
     state = copy.deepcopy(model.state_dict())
 
     def gradients(packed, checkpointing=False):
@@ -133,11 +134,13 @@ def test_packed_and_recomputed_training_have_autograds_gradients(feedback):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("feedback", ["imagenet", "cifar100"])
+@pytest.mark.parametrize("feedback", ["cifar10", "cifar100"])
 @pytest.mark.filterwarnings("ignore:.*(rounded weights are multiplied|8-bit|bfloat16 arithmetic)")
 @torch.inference_mode()
 def test_deployed_in_three_precisions(feedback):
-    model, x = tiny("test_spiliformer", feedback=feedback), images(3)
+    model, x = tiny("test_spiliformer", feedback=feedback), images(3, size=(64, 64))
+    for decoder in model.stages[2].feedback.decoders:
+        torch.nn.init.normal_(decoder.conv.weight)
     quantize_weights(model)
     if feedback == "cifar100":  # deployed, the norm is part of the weights that are rounded
         for decoder in model.stages[2].feedback.decoders:
@@ -154,7 +157,7 @@ def test_deployed_in_three_precisions(feedback):
 @torch.inference_mode()
 def test_steps_equal_the_sequence():
     model = tiny("test_spiliformer")
-    clip = torch.randn(2, 4, 3, 32, 32, dtype=torch.float64)
+    clip = torch.randn(2, 4, 3, 64, 64, dtype=torch.float64)
 
     class Backbone(torch.nn.Module):
         def forward(self, x):  # [B, T, C, H, W]

@@ -39,7 +39,7 @@ class DeployedFeedback(nn.Module):
 
     def __init__(self, feedback: Feedback, name: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gain, self.last_first = feedback.gain, feedback.last_first
+        self.gain, self.last_first, self.misread = feedback.gain, feedback.last_first, feedback.misread
         full = torch.promote_types(feedback.prompt.dtype, torch.float32)
         self.register_buffer("prompt", feedback.prompt.detach().to(full, copy=True))
         self.register_buffer("prompt_2", feedback.prompt_2.detach().to(full, copy=True))
@@ -54,6 +54,9 @@ class DeployedFeedback(nn.Module):
         feedback = []
         for decoder in self.decoders:
             x = decoder(x, spikes)
+            if self.misread:
+                channels_first = x.flatten(2).unflatten(2, (x.shape[4], -1))
+                x = channels_first.transpose(2, 3).reshape(x.shape)
             feedback.append(x)
         return feedback[::-1] if self.last_first else feedback
 

@@ -33,11 +33,14 @@ class FeedbackSpec(NamedTuple):
         gain: What z' is multiplied by.
         last_first: Let the chain of decoders run from the last block's to the first block's.
         norm_first: Let decoders normalise what they take, LIF(W BN(x)), instead of what they give.
+        misread: Reproduce the release's CIFAR-10 model, which reads the spikes of a decoder, a matrix [tokens,
+            channels] for each step, as [channels, tokens] without transposing it.
     """
 
     gain: float = 1.0
     last_first: bool = False
     norm_first: bool = False
+    misread: bool = False
 
 
 class NormConv(SpikingConv):
@@ -82,7 +85,7 @@ class Feedback(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.gain, self.last_first, self.norm_first = float(spec.gain), spec.last_first, spec.norm_first
+        self.gain, self.last_first, self.misread = float(spec.gain), spec.last_first, spec.misread
         self.prompt = nn.Parameter(torch.randn(dim, **dd))
         self.prompt_2 = nn.Parameter(torch.randn(dim, **dd))
         decoders: List[nn.Module] = []
@@ -100,6 +103,9 @@ class Feedback(nn.Module):
         feedback = []
         for decoder in self.decoders:
             x = decoder(x)
+            if self.misread:
+                tokens_first = x.flatten(3).transpose(2, 3)
+                x = tokens_first.reshape(x.shape)
             feedback.append(x)
         if self.last_first:
             feedback.reverse()

@@ -23,7 +23,7 @@ from .qkformer import EMBEDDINGS, ReleaseNames, filter_by_names
 # What the release's three versions do differently between the passes.
 FEEDBACKS = {
     "imagenet": FeedbackSpec(),
-    "cifar10": FeedbackSpec(last_first=True),
+    "cifar10": FeedbackSpec(last_first=True, misread=True),
     "cifar100": FeedbackSpec(gain=2.0, last_first=True, norm_first=True),
 }
 

@@ -7,6 +7,7 @@ safetensors file beside the download, in the cache's own folder for that revisio
 import argparse
 import logging
 import uuid
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,8 @@ def with_kept_tensors(cfg: PretrainedCfg, cache_dir: Any, check: Callable[[Path]
     if str(path) != known:
         check(path)
     with torch.serialization.safe_globals([argparse.Namespace]):
-        tensors = unwrap_checkpoint(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        mmap = zipfile.is_zipfile(path)  # others get the error that they deserve
+        tensors = unwrap_checkpoint(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     target = path.with_name(Path(kept_name).name)
     try:
         _save(tensors, target)
