@@ -81,7 +81,7 @@ class ExpertsAttention(Operator):
     def routes(self, r: Tensor) -> Tensor:
         """R as [T, B, experts, 1, tokens]."""
         if self.router_misread:
-            r = r.flatten(3).unflatten(3, [-1, EXPERTS]).transpose(3, 4)
+            r = r.flatten(3).unflatten(3, [-1, r.shape[3]]).transpose(3, 4)
         return r.transpose(2, 3)
 
     def attend(self, k: Tensor, v: Tensor, r: Tensor, q1: Tensor, q2: Tensor, q3: Tensor, q4: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class TemporalInteraction(nn.Module):
         """Weights [N, N, 5] and bias [N] of the convolution for a number of tokens."""
         if tokens == self.tokens:
             return self.weight, self.bias
-        side, own = round(tokens**0.5), round(self.tokens**0.5)
+        side, own = int(tokens**0.5 + 0.5), int(self.tokens**0.5 + 0.5)  # as TorchScript knows it
         if side * side == tokens and own * own == self.tokens:
             line = _interpolation(side, own, self.weight)
             rows = torch.kron(line, line)
@@ -102,10 +102,12 @@ class TemporalInteraction(nn.Module):
         steps = [q[0]] if state is None else []
         z, v_in, v_out = (q[0], None, None) if state is None else (state[0].to(q.dtype), state[1], state[2])
         weight, bias = self.weights(q.shape[4]) if len(q) > len(steps) else (self.weight, self.bias)
-        for q_t in q[len(steps) :].split(1):
+        for t in range(len(steps), len(q)):
             current = self.convolve(z, weight, bias).unsqueeze(0)
             remembered, v_in = _fire(self.in_neuron, current, v_in, watched)
-            fired, v_out = _fire(self.out_neuron, self.alpha * remembered + (1 - self.alpha) * q_t, v_out, watched)
+            fired, v_out = _fire(
+                self.out_neuron, self.alpha * remembered + (1 - self.alpha) * q[t : t + 1], v_out, watched
+            )
             z = fired[0]
             steps.append(z)
         z = z.to(membrane_dtype(z))
