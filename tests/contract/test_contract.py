@@ -286,15 +286,15 @@ def test_operations_are_those_that_run(operator):
     for name in mixer.inner_modules():
         setattr(mixer, name, torch.nn.Identity())  # neurons are counted by nobody
     spikes = [torch.ones(1, 1, 2, DIM // 2, SIDE**2) for _ in mixer.inputs]
-    declared = mixer.operations(*spikes)
+    declared = mixer.operations(*spikes, *mixer.map_size(SIDE, SIDE))
     with _Counter() as counter:
         if mixer.inputs:
-            mixer.attend(*spikes)
+            mixer.attend(*spikes, *mixer.map_size(SIDE, SIDE))
     assert sum(op.spikes.numel() * op.fan_out for op in declared) == counter.count
     assert all(0 <= op.spikes.abs().sum() * op.fan_out for op in declared)
     # Where everything fires, all of them take place.
     assert all(op.additions in (None, op.spikes.numel() * op.fan_out) for op in declared)
-    none = mixer.operations(*(torch.zeros_like(s) for s in spikes))
+    none = mixer.operations(*(torch.zeros_like(s) for s in spikes), *mixer.map_size(SIDE, SIDE))
     assert all(not op.additions and op.spikes.sum() == 0 for op in none)
 
 
@@ -306,7 +306,7 @@ def test_views_have_a_value_for_each_token_and_channel(operator):
     inner = {}
     for name, module in mixer.inner_modules().items():
         module.register_forward_hook(lambda _module, _inputs, out, name=name: inner.update({name: out}))
-    attended = mixer.attend(*spikes.values())
+    attended = mixer.attend(*spikes.values(), *mixer.map_size(SIDE, SIDE))
     views = mixer.views(spikes, inner, attended)
     assert views.tokens.shape == (T, B, 2, SIDE**2)
     assert views.channels.shape == (T, B, 2, DIM // 2)

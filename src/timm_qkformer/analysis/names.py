@@ -34,6 +34,8 @@ _NAMES: tuple[tuple[str, str], ...] = (
     (r"embed\.neuron", "input"),
     (r"embed\.main\.(\d+)\.neuron", "conv {}"),
     (r"embed\.shortcut\.neuron", "shortcut"),
+    (r"embed\.position\.neuron", "position"),
+    (r"embed\.position_neuron", "position input"),
     (r"stem\.neuron", "conv"),
     (r"readout\.neuron", "rate"),
 )

@@ -1,25 +1,21 @@
 """Models. Importing this package registers them with timm."""
 
-from .base import (
-    Architecture,
-    BlockSpec,
-    EmbedSpec,
-    MixerSpec,
-    SpikingTransformer,
-    StageSpec,
-    StemSpec,
-)
+from ..layers import PositionSpec, UnitSpec
+from .architecture import Architecture, BlockSpec, ChainSpec, EmbedSpec, MixerSpec, StageSpec
+from .base import SpikingTransformer
 from .maxformer import MaxFormer
 from .qkformer import QKFormer
 
 __all__ = [
     "Architecture",
     "BlockSpec",
+    "ChainSpec",
     "EmbedSpec",
     "MaxFormer",
     "MixerSpec",
+    "PositionSpec",
     "QKFormer",
     "SpikingTransformer",
     "StageSpec",
-    "StemSpec",
+    "UnitSpec",
 ]

@@ -16,13 +16,14 @@ from typing import Any, Optional, Union
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import nn
 
-from .base import IMAGENET_CFG, Embedding, EmbedSpec, SpikingTransformer, hierarchy
+from .architecture import Embedding, EmbedSpec, hierarchy
+from .base import IMAGENET_CFG, SpikingTransformer
 from .checkpoints import (
     MAXFORMER_CHECKPOINTS,
     StateDict,
     UnitNames,
     check_against_model,
-    conv1d_to_conv2d,
+    as_conv2d,
     rename_tensors,
     translate_release,
     unwrap_checkpoint,
@@ -98,7 +99,6 @@ class QKFormer(SpikingTransformer):
             **kwargs,
         )
         self.embedding = patch_embed
-        self.membrane_shortcut = membrane_shortcut
 
 
 _RELEASE_EMBED = re.compile(r"patch_embed(\d)\.proj(\d*)_(conv|bn)\.(\w+)")
@@ -180,7 +180,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
             "model, or any other with membrane_shortcut=True"
         )
     names = _ReleaseNames(list(tensors), model)
-    renamed = conv1d_to_conv2d(rename_tensors(tensors, names))
+    renamed = as_conv2d(rename_tensors(tensors, names))
     original_names = names.spelling(tensors, model)
     check_against_model(
         renamed,
