@@ -69,8 +69,7 @@ def _with_heads(mixer):
 
 def input_shapes(mixer: Operator) -> list[tuple[int, ...]]:
     """[heads, channels of a head, tokens] of each input."""
-    widths = [getattr(mixer, name).conv.out_channels for name in mixer.inputs]
-    return [(mixer.num_heads, width // mixer.num_heads, SIDE**2) for width in widths]
+    return [(*mixer.input_shape(name), SIDE**2) for name in mixer.inputs]
 
 
 def _make_lively(module):
@@ -293,15 +292,15 @@ def test_operations_are_those_that_run(operator):
         if isinstance(inner, SpikingNeuron):
             setattr(mixer, name, torch.nn.Identity())  # neurons are counted by nobody
     spikes = [torch.ones(1, 1, *shape) for shape in input_shapes(mixer)]
-    declared = mixer.operations(*spikes)
+    declared = mixer.operations(*spikes, *mixer.map_size(SIDE, SIDE))
     with _Counter() as counter:
         if mixer.inputs:
-            mixer.attend(*spikes)
+            mixer.attend(*spikes, *mixer.map_size(SIDE, SIDE))
     assert sum(op.spikes.numel() * op.fan_out for op in declared) == counter.count
     assert all(0 <= op.spikes.abs().sum() * op.fan_out for op in declared)
     # Where everything fires, all of them take place.
     assert all(op.additions in (None, op.spikes.numel() * op.fan_out) for op in declared)
-    none = mixer.operations(*(torch.zeros_like(s) for s in spikes))
+    none = mixer.operations(*(torch.zeros_like(s) for s in spikes), *mixer.map_size(SIDE, SIDE))
     assert all(not op.additions and op.spikes.sum() == 0 for op in none)
 
 
@@ -314,7 +313,7 @@ def test_views_have_a_value_for_each_token_and_channel(operator):
     inner = {}
     for name, module in mixer.inner_modules().items():
         module.register_forward_hook(lambda _module, _inputs, out, name=name: inner.update({name: out}))
-    attended = mixer.attend(*spikes.values())
+    attended = mixer.attend(*spikes.values(), *mixer.map_size(SIDE, SIDE))
     views = mixer.views(spikes, inner, attended)
     assert views.tokens.shape == (T, B, mixer.num_heads, SIDE**2)
     assert views.channels.shape == (T, B, mixer.num_heads, DIM // mixer.num_heads)

@@ -57,7 +57,9 @@ def attention_core(
     layer: Any = get_operator(kinds[kind])(dim, num_heads=1, device=device)
     for name in () if with_neurons else layer.inner_neurons:
         setattr(layer, name, nn.Identity())
-    return layer.attend, [getattr(layer, name).conv.out_channels for name in layer.inputs]
+    # As if all tokens stood in one row: where they stand makes no difference to what it costs.
+    widths = [getattr(layer, name).conv.out_channels for name in layer.inputs]
+    return lambda *spikes: layer.attend(*spikes, *layer.map_size(1, spikes[0].shape[-1])), widths
 
 
 @dataclass(frozen=True)

@@ -222,19 +222,19 @@ class EnergyMeter:
     def _attend(self, path: str, operator: Operator, name: str, x: Tensor) -> None:
         """An input of an operator [T, 1, C, H, W]; with the last of them, what the operator does with all."""
         inputs = self._inputs.setdefault(path, {})
-        inputs[name] = operator.split(x)
+        inputs[name] = operator.split_input(name, x)
         if len(inputs) < len(operator.inputs):
             return
         tensors = [inputs[name] for name in operator.inputs]
         inputs.clear()
-        for name, tensor, fan_out, additions in _operations(path, operator, tensors):
+        for name, tensor, fan_out, additions in _operations(path, operator, tensors, operator.map_size(*x.shape[3:])):
             total = partial(int, additions) if additions is not None else lambda t=tensor, n=fan_out: _whole_sum(t) * n
             self._count(path, name, tensor, tensor[0].numel() * fan_out, total)
 
 
-def _operations(path: str, operator: Operator, inputs: list[Tensor]) -> Any:
+def _operations(path: str, operator: Operator, inputs: list[Tensor], size: tuple[int, ...]) -> Any:
     try:
-        operations = operator.operations(*inputs)
+        operations = operator.operations(*inputs, *size)
     except NotImplementedError:
         operations = []
     if not operations:

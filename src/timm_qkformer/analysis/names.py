@@ -35,6 +35,8 @@ _NAMES: tuple[tuple[str, str], ...] = (
     (r"embed\.main\.(\d+)\.neuron", "conv {}"),
     (r"embed\.shortcut\.neuron", "shortcut"),
     (r"feedback\.decoders\.(\d+)\.neuron", "decoder {}"),
+    (r"embed\.position\.neuron", "position"),
+    (r"embed\.position_neuron", "position input"),
     (r"stem\.neuron", "conv"),
     (r"readout\.neuron", "rate"),
 )

@@ -66,9 +66,9 @@ class DeployedModel(nn.Module):
         self.reduction: int = self.feature_info[len(stages) - 1]["reduction"]
         # Sequences that run across samples cannot be cut between them.
         self.batch_coupled = any(getattr(module, "batch_coupled", False) for module in self.modules())
-        self.numbers = _numbers(stages)
+        self.numbers = _numbers(stages, model.membrane_shortcut)
         for i, stage in enumerate(stages):
-            check_sums(_numbers([stage]), f"stages.{i}", precision, products)
+            check_sums(_numbers([stage], model.membrane_shortcut), f"stages.{i}", precision, products)
         self.events = fits_bytes(self.numbers) and stem_dtype == torch.float32 and adds_events(products, precision)
         for module in self.stages.modules():
             if isinstance(module, Projection):
@@ -177,7 +177,7 @@ class DeployedModel(nn.Module):
         return self.stem.projection.weight.new_empty(0, info["num_chs"], *size)
 
 
-def _numbers(stages: list[Any]) -> Range:
+def _numbers(stages: list[Any], membrane_shortcut: bool) -> Range:
     """What convolutions take and shortcuts of spikes carry."""
     numbers = [Range(0, 1)]
     for stage in stages:
@@ -185,7 +185,7 @@ def _numbers(stages: list[Any]) -> Range:
         # What decoders of feedback take first are real numbers, multiplied as such.
         feedback = list(getattr(stage, "feedback", nn.Module()).modules())
         numbers += [unit.input_range for unit in units if not (unit.input_range.is_real and unit in feedback)]
-        if type(stage.embed.neuron) is nn.Identity:  # else shortcuts carry potentials
+        if not membrane_shortcut:  # else shortcuts carry potentials
             numbers.append(stage.output_range)
     return Range(min(n.low for n in numbers), max(n.high for n in numbers))
 

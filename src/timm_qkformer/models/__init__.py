@@ -1,14 +1,8 @@
 """Models. Importing this package registers them with timm."""
 
-from .base import (
-    Architecture,
-    BlockSpec,
-    EmbedSpec,
-    MixerSpec,
-    SpikingTransformer,
-    StageSpec,
-    StemSpec,
-)
+from ..layers import PositionSpec, UnitSpec
+from .architecture import Architecture, BlockSpec, ChainSpec, EmbedSpec, MixerSpec, StageSpec
+from .base import SpikingTransformer
 from .maxformer import MaxFormer
 from .qkformer import QKFormer
 from .spiliformer import SpiLiFormer
@@ -16,12 +10,14 @@ from .spiliformer import SpiLiFormer
 __all__ = [
     "Architecture",
     "BlockSpec",
+    "ChainSpec",
     "EmbedSpec",
     "MaxFormer",
     "MixerSpec",
+    "PositionSpec",
     "QKFormer",
     "SpiLiFormer",
     "SpikingTransformer",
     "StageSpec",
-    "StemSpec",
+    "UnitSpec",
 ]

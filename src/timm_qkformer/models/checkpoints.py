@@ -1,5 +1,6 @@
 """Strict translation of other code bases' checkpoints, shared by the models' `checkpoint_filter_fn`."""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -63,10 +64,12 @@ def rename_tensors(state_dict: StateDict, rename: Callable[[str], str | None]) -
     return renamed
 
 
-def conv1d_to_conv2d(state_dict: StateDict) -> StateDict:
-    """Give 1x1 convolutions over tokens, which other code bases write as Conv1d, the shape of our Conv2d."""
+def as_conv2d(state_dict: StateDict) -> StateDict:
+    """Give 1x1 convolutions, which other code bases write as Conv1d or Linear, the shape of our Conv2d."""
     return {
-        name: tensor.unsqueeze(-1) if name.endswith("conv.weight") and tensor.ndim == 3 else tensor
+        name: tensor[(...,) + (None,) * (4 - tensor.ndim)]
+        if name.endswith("conv.weight") and tensor.ndim > 1
+        else tensor
         for name, tensor in state_dict.items()
     }
 
@@ -99,7 +102,7 @@ def translate_tensors(
         ways["by position"] = list(ours.values())
     problems = {}
     for way, targets in ways.items():
-        renamed = conv1d_to_conv2d(dict(zip(targets, state_dict.values(), strict=True)))
+        renamed = as_conv2d(dict(zip(targets, state_dict.values(), strict=True)))
         original_names = {our: their for their, our in names} | dict(zip(targets, state_dict, strict=True))
         found = _compare(renamed, model, original_names, adaptable, optional)
         if not found:
@@ -223,3 +226,54 @@ def _units(model: SpikingTransformer, embeddings: Sequence[Sequence[UnitNames]])
                 yield (f"{theirs}.{conv}", f"{theirs}.{bn}"), f"{ours}.attn.{unit}"
             for unit in ("fc1", "fc2"):
                 yield (f"{theirs}.mlp.{unit}_conv", f"{theirs}.mlp.{unit}_bn"), f"{ours}.mlp.{unit}"
+
+
+def translate_flat(
+    checkpoint: Mapping[str, Any], model: SpikingTransformer, stem: Sequence[Sequence[str]], unused: str
+) -> StateDict:
+    """Turn a checkpoint of a flat model's release into the model's state dict; pass the model's own through.
+
+    These releases call their parts `patch_embed.*`, `block.<i>.attn.*`, `block.<i>.mlp.*` and `head.*`, and list them in
+    this order. 1x1 convolutions are Conv2d, Conv1d or Linear.
+
+    Args:
+        checkpoint: As `unwrap_checkpoint` takes it.
+        model: The model that is to load it.
+        stem: For each convolution before the blocks, how releases call it and its batch norm, with {} in place of
+            "conv" and "bn".
+        unused: Regular expression of tensors that releases hold and never use: they are dropped, by these names alone.
+
+    Raises:
+        ValueError: If the tensors fit the model neither by name nor by position.
+    """
+    tensors = unwrap_checkpoint(checkpoint)
+    if tensors.keys() & model.state_dict().keys() - set(_HEAD):
+        return tensors
+    tensors = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(unused, name)}
+    names, spellings = [], {}
+    for templates, unit in _flat_units(model, stem):
+        module: Any = model.get_submodule(unit)
+        for layer, layers in (("conv", ("conv", "linear")), ("bn", ("bn",))):
+            for key in getattr(module, layer).state_dict():
+                first = f"{templates[0].format(layer)}.{key}"
+                names.append((first, f"{unit}.{layer}.{key}"))
+                spellings |= {f"{t.format(spelled)}.{key}": first for t in templates for spelled in layers}
+    names += [(name, name) for name in _HEAD]
+    tensors = rename_tensors(tensors, lambda name: spellings.get(name, name))
+    return translate_tensors(tensors, model, names, _ADAPTABLE, optional=_HEAD)
+
+
+def _flat_units(model: SpikingTransformer, stem: Sequence[Sequence[str]]) -> Iterator[tuple[list[str], str]]:
+    """How releases call each convolution and its batch norm, in the release's order, and its path in the model."""
+    stage: Any = model.stages[0]
+    units = ["stem", *(f"stages.0.embed.main.{i}" for i in range(len(stage.embed.main)))]
+    if getattr(stage.embed, "position", None) is not None:
+        units.append("stages.0.embed.position")
+    for templates, unit in zip(stem, units, strict=True):
+        yield [f"patch_embed.{template}" for template in templates], unit
+    for i, block in enumerate(stage.blocks):
+        mixer: Operator = block.attn
+        for part in (*mixer.inputs, mixer.output):
+            yield [f"block.{i}.attn.{part}_{{}}"], f"stages.0.blocks.{i}.attn.{part}"
+        for part, other in (("fc1", "mlp1"), ("fc2", "mlp2")):
+            yield [f"block.{i}.mlp.{name}_{{}}" for name in (part, other)], f"stages.0.blocks.{i}.mlp.{part}"

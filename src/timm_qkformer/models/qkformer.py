@@ -16,13 +16,14 @@ from typing import Any, Optional, Union
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import nn
 
-from .base import IMAGENET_CFG, Embedding, EmbedSpec, SpikingTransformer, hierarchy
+from .architecture import Embedding, EmbedSpec, hierarchy
+from .base import IMAGENET_CFG, SpikingTransformer
 from .checkpoints import (
     MAXFORMER_CHECKPOINTS,
     StateDict,
     UnitNames,
+    as_conv2d,
     check_against_model,
-    conv1d_to_conv2d,
     rename_tensors,
     translate_release,
     unwrap_checkpoint,
@@ -98,7 +99,6 @@ class QKFormer(SpikingTransformer):
             **kwargs,
         )
         self.embedding = patch_embed
-        self.membrane_shortcut = membrane_shortcut
 
 
 _RELEASE_EMBED = re.compile(r"patch_embed(\d)\.proj(\d*)_(conv|bn)\.(\w+)")
@@ -188,7 +188,7 @@ def filter_by_names(tensors: StateDict, model: SpikingTransformer, names: Releas
     Raises:
         ValueError: Naming every missing, extra or misshapen tensor.
     """
-    renamed = conv1d_to_conv2d(rename_tensors(tensors, names))
+    renamed = as_conv2d(rename_tensors(tensors, names))
     original_names = names.spelling(tensors, model)
     check_against_model(
         renamed,

@@ -15,7 +15,8 @@ from timm.models._registry import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import FeedbackSpec, FeedbackStage
-from .base import IMAGENET_CFG, SpikingTransformer, hierarchy
+from .architecture import hierarchy
+from .base import IMAGENET_CFG, SpikingTransformer
 from .checkpoints import StateDict, unwrap_checkpoint
 from .loading import create
 from .qkformer import EMBEDDINGS, ReleaseNames, filter_by_names

@@ -13,6 +13,7 @@ The authors have published no code. What the paper says, and what is inferred he
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from ..execution.convolution import matmul
 from ..execution.packing import Range
-from ..layers.conv import SpikingConv
 from ..neurons import LIF, NeuronLayer, ReLUNeuron, SpikingNeuron
 from .base import CHANNELS, Operation, Operator, register_operator
 
@@ -67,12 +67,8 @@ class AdditionOnlyAttention(Operator):
         self.value_neuron = dict(value_neuron or {})
         super().__init__(dim, num_heads, inner_args={"attn_neuron": {"v_threshold": attn_threshold}}, **kwargs)
 
-    def input_unit(self, name: str, dim: int, neuron_layer: NeuronLayer = LIF, **args: Any) -> SpikingConv:
-        layers: dict[str, NeuronLayer] = {"k": ReLUNeuron, "v": self._value_layer}
-        return super().input_unit(name, dim, neuron_layer=layers.get(name, neuron_layer), **args)
-
-    def _value_layer(self, **args: Any) -> TernaryLIF:
-        return TernaryLIF(**{**args, **self.value_neuron})
+    def input_neuron(self, name: str, layer: NeuronLayer) -> NeuronLayer:
+        return {"q": layer, "k": ReLUNeuron, "v": partial(TernaryLIF, **self.value_neuron)}[name]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Heads are stored [channels, tokens], so (Q (K^T V))^T = (V K^T) Q.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..execution.convolution import matmul
 from ..execution.packing import Range
-from ..layers.conv import SpikingConv
+from ..layers import SpikingConv
 from ..neurons import SpikingNeuron
 from .base import CHANNELS, Operation, Operator, register_operator
 
@@ -35,15 +35,17 @@ class ExpertsAttention(Operator):
         num_heads: Taken as by every operator.
         expert_dim: Channels of K and of each Q_e.
         scale: See above; 0.125 in STEP's CIFAR model, 1 in its ImageNet model.
-        bias: Give the projections to K, V and Q_e a bias (CIFAR) or none (ImageNet).
         norm: Normalise K and V (CIFAR) or let their neurons take W x (ImageNet, which declares the batch norms and does
             not call them).
         router_misread: Reproduce STEP's CIFAR model, which reads each step's R, a matrix [experts, tokens], as
             [tokens, experts] without transposing it: token n's choice of expert e is element n * 4 + e.
-        **kwargs: See `Operator`.
+        **kwargs: See `Operator`. `qkv_bias` is that of K, V and Q_e (CIFAR has one); the router has a bias always.
     """
 
     if TYPE_CHECKING:  # TorchScript would take it for a type of its own
+        k: SpikingConv
+        v: SpikingConv
+        r: SpikingConv
         z1_neuron: SpikingNeuron
         z2_neuron: SpikingNeuron
         z3_neuron: SpikingNeuron
@@ -59,24 +61,24 @@ class ExpertsAttention(Operator):
         num_heads: int = 1,
         expert_dim: int = 96,
         scale: float = 0.125,
-        bias: bool = True,
         norm: bool = True,
         router_misread: bool = False,
+        device: Any = None,
+        dtype: Any = None,
         **kwargs: Any,
     ) -> None:
         if expert_dim < 1:
             raise ValueError(f"expert_dim={expert_dim} must be at least 1")
-        self.expert_dim, self.bias, self.norm = expert_dim, bias, norm
-        super().__init__(dim, num_heads=1, **kwargs)
+        self.expert_dim = expert_dim
+        super().__init__(dim, num_heads=1, device=device, dtype=dtype, **kwargs)
         self.scale, self.router_misread = float(scale), router_misread
+        if self.r.conv.bias is None:  # the router has one whatever the others have
+            self.r.conv.bias = nn.Parameter(torch.zeros(EXPERTS, device=device, dtype=dtype))
+        if not norm:
+            self.k.bn, self.v.bn = nn.Identity(), nn.Identity()
 
-    def input_unit(self, name: str, dim: int, **args: Any) -> SpikingConv:
-        if name == "r":
-            return SpikingConv(dim, EXPERTS, bias=True, **args)
-        unit = SpikingConv(dim, dim if name == "v" else self.expert_dim, bias=self.bias, **args)
-        if name in ("k", "v") and not self.norm:
-            unit.bn = nn.Identity()
-        return unit
+    def input_shape(self, name: str) -> tuple[int, int]:
+        return 1, {"v": self.head_dim, "r": EXPERTS}.get(name, self.expert_dim)
 
     def routes(self, r: Tensor) -> Tensor:
         """R as [T, B, experts, 1, tokens]."""
