@@ -6,6 +6,9 @@ from .base import SpikingTransformer
 from .maxformer import MaxFormer
 from .qkformer import QKFormer
 from .spiliformer import SpiLiFormer
+from .sdt import SpikeDrivenTransformer
+from .spikformer import Spikformer
+from .spikingformer import Spikingformer
 
 __all__ = [
     "Architecture",
@@ -17,7 +20,10 @@ __all__ = [
     "PositionSpec",
     "QKFormer",
     "SpiLiFormer",
+    "SpikeDrivenTransformer",
+    "Spikformer",
     "SpikingTransformer",
+    "Spikingformer",
     "StageSpec",
     "UnitSpec",
 ]
