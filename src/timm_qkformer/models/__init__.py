@@ -1,17 +1,24 @@
 """Models. Importing this package registers them with timm."""
 
 from ..layers import PositionSpec, UnitSpec
+from . import a2os2a  # noqa: F401, registers its models
 from .architecture import Architecture, BlockSpec, ChainSpec, EmbedSpec, MixerSpec, StageSpec
+from .autost import AutoST
 from .base import SpikingTransformer
 from .maxformer import MaxFormer
 from .qkformer import QKFormer
-from .spiliformer import SpiLiFormer
 from .sdt import SpikeDrivenTransformer
+from .semm import SEMM
 from .spikformer import Spikformer
 from .spikingformer import Spikingformer
+from .spiliformer import SpiLiFormer
+from .tim import TIM
 
 __all__ = [
+    "SEMM",
+    "TIM",
     "Architecture",
+    "AutoST",
     "BlockSpec",
     "ChainSpec",
     "EmbedSpec",

@@ -1,9 +1,10 @@
 """Strict translation of other code bases' checkpoints, shared by the models' `checkpoint_filter_fn`."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..layers import ConvNorm
@@ -228,8 +229,26 @@ def _units(model: SpikingTransformer, embeddings: Sequence[Sequence[UnitNames]])
                 yield (f"{theirs}.mlp.{unit}_conv", f"{theirs}.mlp.{unit}_bn"), f"{ours}.mlp.{unit}"
 
 
+# How releases may call one of our modules, with {} in place of "conv", "bn" or, for neurons that learn, "lif" (or what
+# stands there instead), and its path in the model or in a block.
+Named = tuple[Sequence[str | Mapping[str, str]], str]
+
+
+def block_parts(block: Any) -> Iterator[Named]:
+    """The modules of a block as most releases call them, in their order."""
+    mixer: Operator = block.attn
+    for part in (*mixer.inputs, mixer.output):
+        yield [f"attn.{part}_{{}}"], f"attn.{part}"
+    for part, other in (("fc1", "mlp1"), ("fc2", "mlp2")):
+        yield [f"mlp.{name}_{{}}" for name in (part, other)], f"mlp.{part}"
+
+
 def translate_flat(
-    checkpoint: Mapping[str, Any], model: SpikingTransformer, stem: Sequence[Sequence[str]], unused: str
+    checkpoint: Mapping[str, Any],
+    model: SpikingTransformer,
+    stem: Sequence[Sequence[str]],
+    unused: str,
+    parts: Callable[[Any], Iterable[Named]] = block_parts,
 ) -> StateDict:
     """Turn a checkpoint of a flat model's release into the model's state dict; pass the model's own through.
 
@@ -242,6 +261,7 @@ def translate_flat(
         stem: For each convolution before the blocks, how releases call it and its batch norm, with {} in place of
             "conv" and "bn".
         unused: Regular expression of tensors that releases hold and never use: they are dropped, by these names alone.
+        parts: The modules of a block, in the release's order.
 
     Raises:
         ValueError: If the tensors fit the model neither by name nor by position.
@@ -252,29 +272,77 @@ def translate_flat(
     tensors = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(unused, name)}
     names: list[tuple[str, str]] = []
     spellings: dict[str, str] = {}
-    for templates, unit in _flat_units(model, stem):
-        module: Any = model.get_submodule(unit)
-        for layer, layers in (("conv", ("conv", "linear")), ("bn", ("bn",))):
-            for key in getattr(module, layer).state_dict():
-                first = f"{templates[0].format(layer)}.{key}"
-                names.append((first, f"{unit}.{layer}.{key}"))
-                spellings |= {f"{t.format(spelled)}.{key}": first for t in templates for spelled in layers}
+    for templates, path in _flat_parts(model, stem, parts):
+        module = model.get_submodule(path)
+        layers = {"conv": ("conv", "linear"), "bn": ("bn",)} if isinstance(module, ConvNorm) else {"": ("lif",)}
+        for layer, spelled in layers.items():
+            own = f"{path}.{layer}" if layer else path
+            for key in model.get_submodule(own).state_dict():
+                theirs = [f"{t[layer]}" if isinstance(t, Mapping) else t.format(s) for t in templates for s in spelled]
+                names.append((f"{theirs[0]}.{key}", f"{own}.{key}"))
+                spellings |= {f"{name}.{key}": f"{theirs[0]}.{key}" for name in theirs}
     names += [(name, name) for name in _HEAD]
     tensors = rename_tensors(tensors, lambda name: spellings.get(name, name))
     return translate_tensors(tensors, model, names, _ADAPTABLE, optional=_HEAD)
 
 
-def _flat_units(model: SpikingTransformer, stem: Sequence[Sequence[str]]) -> Iterator[tuple[list[str], str]]:
-    """How releases call each convolution and its batch norm, in the release's order, and its path in the model."""
+def _flat_parts(
+    model: SpikingTransformer, stem: Sequence[Sequence[str]], parts: Callable[[Any], Iterable[Named]]
+) -> Iterator[Named]:
+    """How releases call each module, in the release's order, and its path in the model."""
     stage: Any = model.stages[0]
     units = ["stem", *(f"stages.0.embed.main.{i}" for i in range(len(stage.embed.main)))]
     if getattr(stage.embed, "position", None) is not None:
         units.append("stages.0.embed.position")
     for templates, unit in zip(stem, units, strict=True):
-        yield [f"patch_embed.{template}" for template in templates], unit
+        names = [f"patch_embed.{template}" for template in templates]
+        yield names, unit
+        yield names, f"{unit}.neuron"
     for i, block in enumerate(stage.blocks):
-        mixer: Operator = block.attn
-        for part in (*mixer.inputs, mixer.output):
-            yield [f"block.{i}.attn.{part}_{{}}"], f"stages.0.blocks.{i}.attn.{part}"
-        for part, other in (("fc1", "mlp1"), ("fc2", "mlp2")):
-            yield [f"block.{i}.mlp.{name}_{{}}" for name in (part, other)], f"stages.0.blocks.{i}.mlp.{part}"
+        for inside, path in parts(block):
+            yield [_below(f"block.{i}.", template) for template in inside], f"stages.0.blocks.{i}.{path}"
+
+
+def _below(prefix: str, template: str | Mapping[str, str]) -> str | Mapping[str, str]:
+    if isinstance(template, str):
+        return prefix + template
+    return {layer: prefix + name for layer, name in template.items()}
+
+
+_CONSTANT = re.compile(r"(.*)\.(threshold|act_fun\.alpha)")
+
+
+def take_thresholds(checkpoint: Mapping[str, Any]) -> tuple[StateDict, dict[str, float]]:
+    """Tensors of a checkpoint of BrainCog's models without the constants that these keep in it, and the thresholds.
+
+    A neuron's threshold and its surrogate's alpha are parameters there, without gradients. The stored threshold is the
+    one that counts; alpha matters to training alone.
+
+    Returns:
+        The tensors, and the threshold of each neuron by its name in the checkpoint.
+    """
+    tensors, thresholds = {}, {}
+    for name, tensor in unwrap_checkpoint(checkpoint).items():
+        if m := _CONSTANT.fullmatch(name):
+            if m[2] == "threshold":
+                value = float(tensor)
+                thresholds[m[1]] = (
+                    value if tensor.dtype == torch.float64 else float(f"{value:.7g}")
+                )  # 0.3 as it was meant
+        else:
+            tensors[name] = tensor
+    return tensors, thresholds
+
+
+def check_thresholds(thresholds: Mapping[str, float], expected: float = 1.0) -> None:
+    """Refuse a checkpoint whose neurons have other thresholds than the model's.
+
+    Raises:
+        ValueError: Naming those that differ.
+    """
+    others = [f"{name} {value:g}" for name, value in thresholds.items() if value != expected]
+    if others:
+        raise ValueError(
+            f"the checkpoint's neurons have other thresholds than the model's {expected:g}: {_listing(others)}; create "
+            "the model with neuron_args={'v_threshold': ...}"
+        )

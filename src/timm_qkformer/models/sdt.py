@@ -8,7 +8,7 @@ potentials. Neurons stand in front of the classifier.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from timm.models._registry import generate_default_cfgs
 from torch import nn
@@ -32,6 +32,7 @@ class SpikeDrivenTransformer(SpikingTransformer):
             (DVS128 Gesture). The first three pool spikes, the fourth currents.
         attn, embed_dim, depth, num_heads, mlp_ratio: See `Spikformer`.
         dvs_mode: Max pooling in spike-driven self-attention, see there.
+        operator_args: Further arguments of operators, by their registered names.
         **kwargs: See `SpikingTransformer`.
 
     Raises:
@@ -47,11 +48,12 @@ class SpikeDrivenTransformer(SpikingTransformer):
         num_heads: Union[int, Sequence[int]] = 8,
         mlp_ratio: Union[float, Sequence[float]] = 4.0,
         dvs_mode: bool = False,
+        operator_args: Optional[Mapping[str, Mapping[str, Any]]] = None,
         **kwargs: Any,
     ) -> None:
         *first, last = splitting(embed_dim, pools, "spikes")
         last = last._replace(fires=False, pool="currents" if last.pool else "")
-        options = {"sdsa": {"dvs_mode": dvs_mode}}
+        options: dict[str, Mapping[str, Any]] = {"sdsa": {"dvs_mode": dvs_mode}, **(operator_args or {})}
         position = PositionSpec(fires_before=True, fires=False)
         blocks = (depth, num_heads, mlp_ratio, ("attn", attn), options)
         super().__init__(flat((*first, last), position, *blocks, True, membrane_readout=True), **kwargs)

@@ -187,6 +187,21 @@ class TemporalInteractionAttention(SpikingSelfAttention):
         super().__init__(dim, num_heads, neuron_layer=neuron_layer, inner_args=inner_args, **dd, **kwargs)
         self.interaction = TemporalInteraction(tokens, alpha, thresholds[:2], neuron_layer, **dd)
 
+    def set_thresholds(self, thresholds: Sequence[float]) -> None:
+        """Give I, O and the neuron after attention other thresholds.
+
+        Raises:
+            ValueError: For another number of them, or one that is not above the resting potential.
+        """
+        if len(thresholds) != 3:
+            raise ValueError(f"thresholds={thresholds!r} must be three: of I, O and the neuron after attention")
+        neurons = (self.interaction.in_neuron, self.interaction.out_neuron, self.attn_neuron)
+        for neuron, threshold in zip(neurons, thresholds, strict=True):
+            rest = 0.0 if neuron.v_reset is None else neuron.v_reset
+            if not threshold > rest:
+                raise ValueError(f"thresholds={thresholds!r} must be above the resting potential {rest}")
+            neuron.v_threshold = float(threshold)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Heads are stored [channels, tokens], so (Z (K^T V))^T = (V K^T) Z.
         return self.attn_neuron(matmul(matmul(v, k.transpose(-2, -1)), self.interaction(q)) * self.scale)
