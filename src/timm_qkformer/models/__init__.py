@@ -5,6 +5,9 @@ from .architecture import Architecture, BlockSpec, ChainSpec, EmbedSpec, MixerSp
 from .base import SpikingTransformer
 from .maxformer import MaxFormer
 from .qkformer import QKFormer
+from .sdt import SpikeDrivenTransformer
+from .spikformer import Spikformer
+from .spikingformer import Spikingformer
 
 __all__ = [
     "Architecture",
@@ -15,7 +18,10 @@ __all__ = [
     "MixerSpec",
     "PositionSpec",
     "QKFormer",
+    "SpikeDrivenTransformer",
+    "Spikformer",
     "SpikingTransformer",
+    "Spikingformer",
     "StageSpec",
     "UnitSpec",
 ]

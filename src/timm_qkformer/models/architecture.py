@@ -113,10 +113,22 @@ def hierarchy(
     """
     widths = _per_stage("embed_dims", embed_dims, len(embedding.stages), minimum=2)
     blocks = _blocks(widths, depths, num_heads, mlp_ratio, operators, lambda name: options)
-    stages = tuple(map(StageSpec, widths, embedding.stages, blocks))
+    embeds = [_of_width(embed, width, membrane_shortcut) for embed, width in zip(embedding.stages, widths, strict=True)]
+    stages = tuple(map(StageSpec, widths, embeds, blocks))
     pool = "currents" if embedding.stem_pool else ""
     stem = UnitSpec(widths[0] // 2, pool, not membrane_shortcut, embedding.stem_stride)
     return Architecture(stem, stages, membrane_shortcut, membrane_shortcut)
+
+
+def _of_width(embed: Union[EmbedSpec, ChainSpec], width: int, membrane_shortcut: bool) -> Union[EmbedSpec, ChainSpec]:
+    """A stage's embedding; a chain's convolutions get the stage's width, and with membrane shortcuts neurons before all
+    in place of those behind the last."""
+    if isinstance(embed, EmbedSpec):
+        return embed
+    units = [unit._replace(dim=width) for unit in embed.units]
+    if membrane_shortcut:
+        units[-1] = units[-1]._replace(fires=False)
+    return embed._replace(units=tuple(units), fires_before=membrane_shortcut)
 
 
 def flat(

@@ -45,6 +45,24 @@ IMAGENET_CFG: dict[str, Any] = {
     "classifier": "head",
 }
 
+# Those of small images, and of event cameras of 128 x 128 pixels, by the models that pool the least of either.
+CIFAR10_CFG: dict[str, Any] = {
+    "num_classes": 10,
+    "input_size": (3, 32, 32),
+    "pool_size": (8, 8),
+    "crop_pct": 1.0,
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+}
+EVENTS_CFG: dict[str, Any] = {
+    "num_classes": 10,
+    "input_size": (2, 128, 128),
+    "pool_size": (8, 8),
+    "crop_pct": 1.0,
+    "mean": (0.0, 0.0),
+    "std": (1.0, 1.0),
+}
+
 
 class SpikingTransformer(nn.Module):
     """Stem, stages, readout and classifier, with timm's model interface. Papers' models derive from it.

@@ -233,8 +233,8 @@ def translate_flat(
 ) -> StateDict:
     """Turn a checkpoint of a flat model's release into the model's state dict; pass the model's own through.
 
-    These releases call their parts `patch_embed.*`, `block.<i>.attn.*`, `block.<i>.mlp.*` and `head.*`, and list them in
-    this order. 1x1 convolutions are Conv2d, Conv1d or Linear.
+    These releases call their parts `patch_embed.*`, `block.<i>.attn.*`, `block.<i>.mlp.*` and `head.*`, and list them
+    in this order. 1x1 convolutions are Conv2d, Conv1d or Linear.
 
     Args:
         checkpoint: As `unwrap_checkpoint` takes it.
@@ -250,7 +250,8 @@ def translate_flat(
     if tensors.keys() & model.state_dict().keys() - set(_HEAD):
         return tensors
     tensors = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(unused, name)}
-    names, spellings = [], {}
+    names: list[tuple[str, str]] = []
+    spellings: dict[str, str] = {}
     for templates, unit in _flat_units(model, stem):
         module: Any = model.get_submodule(unit)
         for layer, layers in (("conv", ("conv", "linear")), ("bn", ("bn",))):

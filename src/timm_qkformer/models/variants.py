@@ -11,10 +11,11 @@ from .loading import create
 
 
 class Variant(NamedTuple):
-    """A registered model: what its docstring says, and its arguments unless the caller gives others."""
+    """A registered model: what its docstring says, its arguments unless the caller gives others, pixels of events."""
 
     text: str
     args: Mapping[str, Any]
+    input_size: int | None = None
 
 
 def register_variants(

@@ -1,4 +1,4 @@
-"""Spike-driven self-attention: Spike-driven Transformer (arXiv 2307.01694), eq. 6 to 8. Linear in tokens and channels."""
+"""Spike-driven self-attention, linear in tokens and channels: Spike-driven Transformer (arXiv 2307.01694), eq. 6."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
