@@ -25,7 +25,7 @@ def _cases():
         yield pytest.param(name, marks=[pytest.mark.slow] if name in FLAT_CASES.keys() - QUICK else [])
 
 
-@pytest.mark.parametrize("name", _cases())
+@pytest.mark.parametrize("name", list(_cases()))
 @torch.inference_mode()
 def test_agrees_with_the_release(name):
     golden = GoldenCase(name)

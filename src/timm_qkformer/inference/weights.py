@@ -144,7 +144,8 @@ def fold(unit: ConvNorm, name: str) -> Folded:
         TypeError: For other layers in the two places.
         ValueError: For a batch norm that keeps no running statistics, or weights that are not finite.
     """
-    conv, bn = unit.conv, unit.bn
+    conv = unit.conv
+    bn: nn.Module = unit.bn
     if type(conv) is not nn.Conv2d or not _is_square(conv):
         raise TypeError(f"{name}.conv is {conv}, expected an nn.Conv2d that pads a square kernel by half, with zeros")
     if type(bn) is nn.Identity:

@@ -325,10 +325,8 @@ def take_thresholds(checkpoint: Mapping[str, Any]) -> tuple[StateDict, dict[str,
     for name, tensor in unwrap_checkpoint(checkpoint).items():
         if m := _CONSTANT.fullmatch(name):
             if m[2] == "threshold":
-                value = float(tensor)
-                thresholds[m[1]] = (
-                    value if tensor.dtype == torch.float64 else float(f"{value:.7g}")
-                )  # 0.3 as it was meant
+                value = float(tensor)  # in single precision 0.3 is not what it was meant to be
+                thresholds[m[1]] = value if tensor.dtype == torch.float64 else float(f"{value:.7g}")
         else:
             tensors[name] = tensor
     return tensors, thresholds

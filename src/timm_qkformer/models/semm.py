@@ -7,7 +7,7 @@ Experts in the place of self-attention's heads, and an MLP in which one half of 
 other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Union
 
 from timm.models._registry import generate_default_cfgs
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..execution.packing import Range
 from ..layers import MeanReadout, PositionSpec, SpikingConv, SpikingMlp, register_mlp
 from ..neurons import NeuronLayer
-from ..operators import ExpertsAttention
+from ..operators.experts import ExpertsAttention
 from .architecture import flat
 from .base import SpikingTransformer
 from .checkpoints import Named, StateDict, block_parts, check_thresholds, take_thresholds, translate_flat
@@ -99,10 +99,10 @@ class SEMM(SpikingTransformer):
         units = splitting(embed_dim, pools, "spikes")
         ratio = (embed_dim // 3 * 16 + 0.5) / embed_dim if mlp_ratio is None else mlp_ratio  # rounded down again
         experts = {"scale": scale, "norm": norm, "router_misread": router_misread, "expert_dim": expert_dim}
-        options = {"": {"qkv_bias": qkv_bias}, "experts": experts}
-        blocks = (depth, num_heads, ratio, ("attn", attn), options)
+        options: dict[str, Mapping[str, Any]] = {"": {"qkv_bias": qkv_bias}, "experts": experts}
         mlp = "experts_bias" if dw_bias else "experts"
-        super().__init__(flat(units, PositionSpec(), *blocks, mlp=mlp), **kwargs)
+        skeleton = flat(units, PositionSpec(), depth, num_heads, ratio, ("attn", attn), options, mlp=mlp)
+        super().__init__(skeleton, **kwargs)
         if batch_coupled:
             self.readout = BatchReadout()
 
@@ -135,7 +135,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
     tensors, thresholds = take_thresholds(state_dict)
     check_thresholds(thresholds)
     stage: Any = model.stages[0]
-    mixers = [block.attn for block in stage.blocks if isinstance(block.attn, ExpertsAttention)]
+    mixers: list[Any] = [block.attn for block in stage.blocks if isinstance(block.attn, ExpertsAttention)]
     idle = any(type(mixer.k.bn) is nn.Identity for mixer in mixers)
     unused = r"block\.\d+\.attn\.[kv]_bn\.\w+" if idle else "(?!)"
     return translate_flat(tensors, model, _STEM, unused, _parts)

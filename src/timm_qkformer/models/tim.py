@@ -6,7 +6,7 @@ Authors' code: https://github.com/BrainCog-X/Brain-Cog, examples/TIM
 Spikformer for event cameras whose queries remember earlier time steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Union
 
 from timm.models._input import update_model_args
@@ -14,7 +14,7 @@ from timm.models._registry import generate_default_cfgs
 from torch import nn
 
 from ..layers import PositionSpec
-from ..operators import TemporalInteractionAttention
+from ..operators.tim import TemporalInteractionAttention
 from .architecture import flat
 from .base import SpikingTransformer
 from .checkpoints import Named, StateDict, block_parts, check_thresholds, take_thresholds, translate_flat
@@ -56,9 +56,9 @@ class TIM(SpikingTransformer):
         **kwargs: Any,
     ) -> None:
         tim = {"tokens": tokens, "alpha": alpha, "thresholds": tuple(thresholds), "scale": scale}
-        options = {"": {"proj_bias": False}, "tim": tim, "ssa": {"scale": scale}}
-        blocks = (depth, num_heads, mlp_ratio, ("attn", attn), options)
-        super().__init__(flat(splitting(embed_dim, pools, "spikes"), PositionSpec(), *blocks), **kwargs)
+        options: dict[str, Mapping[str, Any]] = {"": {"proj_bias": False}, "tim": tim, "ssa": {"scale": scale}}
+        units, operators = splitting(embed_dim, pools, "spikes"), ("attn", attn)
+        super().__init__(flat(units, PositionSpec(), depth, num_heads, mlp_ratio, operators, options), **kwargs)
 
     def set_thresholds(self, thresholds: Sequence[float]) -> None:
         """Give the interaction's neurons and the one after attention other thresholds, see `thresholds`."""

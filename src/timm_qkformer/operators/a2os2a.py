@@ -68,7 +68,8 @@ class AdditionOnlyAttention(Operator):
         super().__init__(dim, num_heads, inner_args={"attn_neuron": {"v_threshold": attn_threshold}}, **kwargs)
 
     def input_neuron(self, name: str, layer: NeuronLayer) -> NeuronLayer:
-        return {"q": layer, "k": ReLUNeuron, "v": partial(TernaryLIF, **self.value_neuron)}[name]
+        layers: dict[str, NeuronLayer] = {"k": ReLUNeuron, "v": partial(TernaryLIF, **self.value_neuron)}
+        return layers.get(name, layer)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Heads are stored [channels, tokens], so (Q (K^T V))^T = (V K^T) Q.

@@ -75,7 +75,8 @@ class ExpertsAttention(Operator):
         if self.r.conv.bias is None:  # the router has one whatever the others have
             self.r.conv.bias = nn.Parameter(torch.zeros(EXPERTS, device=device, dtype=dtype))
         if not norm:
-            self.k.bn, self.v.bn = nn.Identity(), nn.Identity()
+            for unit in (self.k, self.v):
+                setattr(unit, "bn", nn.Identity())  # noqa: B010, of another type
 
     def input_shape(self, name: str) -> tuple[int, int]:
         return 1, {"v": self.head_dim, "r": EXPERTS}.get(name, self.expert_dim)

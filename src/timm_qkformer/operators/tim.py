@@ -38,8 +38,9 @@ class TemporalInteraction(nn.Module):
     """
 
     if TYPE_CHECKING:  # TorchScript would take them for types of its own
-        in_neuron: SpikingNeuron
-        out_neuron: SpikingNeuron
+        in_neuron: nn.Module
+        out_neuron: nn.Module
+        bias: Tensor
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class TemporalInteraction(nn.Module):
             raise ValueError(f"alpha={alpha} must be a share, between 0 and 1")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.tokens, self.alpha = tokens, float(alpha)
-        conv = nn.Conv1d(tokens, tokens, KERNEL, **dd)  # for its way of starting
+        conv: Any = nn.Conv1d(tokens, tokens, KERNEL, **dd)  # for its way of starting
         self.weight, self.bias = conv.weight, conv.bias
         self.in_neuron = neuron_layer(v_threshold=thresholds[0], **dd)
         self.out_neuron = neuron_layer(v_threshold=thresholds[1], **dd)
@@ -123,8 +124,8 @@ class TemporalInteraction(nn.Module):
         v_out: Optional[Tensor] = None
         for t in range(1, q.shape[0]):
             current = self.convolve(z, weight, bias).unsqueeze(0)
-            remembered, v_in = self.in_neuron.run_reference(current, v_in)
-            fired, v_out = self.out_neuron.run_reference(
+            remembered, v_in = self.in_neuron.run_reference(current, v_in)  # type: ignore[operator]
+            fired, v_out = self.out_neuron.run_reference(  # type: ignore[operator]
                 self.alpha * remembered + (1 - self.alpha) * q[t : t + 1], v_out
             )
             z = fired[0]
@@ -165,7 +166,7 @@ class TemporalInteractionAttention(SpikingSelfAttention):
         **kwargs: See `Operator`.
     """
 
-    kernel = None
+    kernel = None  # type: ignore[assignment]
     couples_batch = False
 
     def __init__(
@@ -195,7 +196,7 @@ class TemporalInteractionAttention(SpikingSelfAttention):
         """
         if len(thresholds) != 3:
             raise ValueError(f"thresholds={thresholds!r} must be three: of I, O and the neuron after attention")
-        neurons = (self.interaction.in_neuron, self.interaction.out_neuron, self.attn_neuron)
+        neurons: Any = (self.interaction.in_neuron, self.interaction.out_neuron, self.attn_neuron)
         for neuron, threshold in zip(neurons, thresholds, strict=True):
             rest = 0.0 if neuron.v_reset is None else neuron.v_reset
             if not threshold > rest:

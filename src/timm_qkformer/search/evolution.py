@@ -9,6 +9,7 @@ is known, and ends with the same result.
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -129,7 +130,7 @@ class _Search:
         genomes: list[Genome] = []
         if best:
             for count, child in ((settings.mutations, self._mutant), (settings.crossovers, self._crossed)):
-                genomes += self._take(count, lambda child=child: child(best, random), _TRIES * count)
+                genomes += self._take(count, partial(child, best, random), _TRIES * count)
         missing = settings.population - len(genomes)
         genomes += self._take(missing, lambda: self.space.sample(random), _RANDOM_TRIES * missing)
         if not genomes:
