@@ -141,7 +141,8 @@ def _operations_of(func: Any, args: tuple[Any, ...], out: Any) -> int:
         return out.numel() * args[0].shape[-1]
     if func.overloadpacket in (aten.sum, aten.mean, aten.amax, aten.amin, aten.cumsum):
         return args[0].numel()
-    if func.is_view or func.overloadpacket in (aten._unsafe_view, aten._to_copy, aten.clone):
+    copies = (aten._unsafe_view, aten._to_copy, aten.clone, aten.stack, aten.cat)
+    if func.is_view or func.overloadpacket in copies:
         return 0
     if torch.Tag.pointwise in func.tags:
         return out.numel()

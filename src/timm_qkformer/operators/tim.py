@@ -17,6 +17,8 @@ from .ssa import SpikingSelfAttention
 
 __all__ = ["TemporalInteraction", "TemporalInteractionAttention"]
 
+State = tuple[Tensor, Tensor | None, Tensor | None]
+
 KERNEL = 5  # of the convolution, along the channels of a head
 
 
@@ -87,33 +89,32 @@ class TemporalInteraction(nn.Module):
         if torch.jit.is_scripting():
             return self.run_reference(q)
         carried = carried_state()
-        z, state = self.run(q, None if carried is None else carried.take())
+        before = None if carried is None else carried.take()
+        z, last = self.run(q, None if before is None else (before[0], before[1], before[2]))
         if carried is not None:
-            carried.put(state)
+            rest = torch.zeros_like(last[0], dtype=membrane_dtype(q))
+            carried.put(torch.stack([rest if part is None else part.to(rest.dtype) for part in last]))
         return z
 
-    def run(self, q: Tensor, state: Tensor | None = None, watched: bool = True) -> tuple[Tensor, Tensor]:
-        """z for more steps, and the state after them: z and the potentials of I and O [3, B, heads, channels, N].
+    def run(self, q: Tensor, state: State | None = None, watched: bool = True) -> tuple[Tensor, State]:
+        """z for more steps, and what the next ones need: the last z and the potentials of I and O, None at rest.
 
         Args:
             q: Queries of any number of steps.
             state: From the steps before; None at the first.
             watched: Whether hooks on the neurons see them fire.
         """
-        steps = [q[0]] if state is None else []
-        z, v_in, v_out = (q[0], None, None) if state is None else (state[0].to(q.dtype), state[1], state[2])
+        steps = [] if state is not None else [q[0]]
+        z, v_in, v_out = (q[0], None, None) if state is None else (state[0].to(q.dtype), *state[1:])
         weight, bias = self.weights(q.shape[4]) if len(q) > len(steps) else (self.weight, self.bias)
         for t in range(len(steps), len(q)):
             current = self.convolve(z, weight, bias).unsqueeze(0)
             remembered, v_in = _fire(self.in_neuron, current, v_in, watched)
-            fired, v_out = _fire(
-                self.out_neuron, self.alpha * remembered + (1 - self.alpha) * q[t : t + 1], v_out, watched
-            )
+            driven = self.alpha * remembered + (1 - self.alpha) * q[t : t + 1]
+            fired, v_out = _fire(self.out_neuron, driven, v_out, watched)
             z = fired[0]
             steps.append(z)
-        z = z.to(membrane_dtype(z))
-        potentials = (torch.zeros_like(z) if v is None else v for v in (v_in, v_out))
-        return torch.stack(steps), torch.stack([z, *potentials])
+        return torch.stack(steps), (z, v_in, v_out)
 
     def run_reference(self, q: Tensor) -> Tensor:
         """As `run`, from the first step, by the written-out recurrence; this is what TorchScript compiles."""
