@@ -99,8 +99,12 @@ def search(settings: SearchSettings, folder: Path, images: Tensor | None = None,
         size = (settings.batch, 3, settings.image_size, settings.image_size)
         images = torch.randn(size, generator=torch.Generator().manual_seed(settings.evolution.seed))
 
+    # What is counted and not run needs no weights.
+    device = "meta" if settings.score == "flops" and not settings.pattern_weight else "cpu"
+
     def score(genome: Genome) -> float:
-        return score_model(build(space, genome, settings), images, settings.score, settings.pattern_weight)
+        model = build(space, genome, settings, device)
+        return score_model(model, images.to(device), settings.score, settings.pattern_weight)
 
     def params(genome: Genome) -> int:
         return sum(p.numel() for p in build(space, genome, settings, "meta").parameters())
