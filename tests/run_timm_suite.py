@@ -14,8 +14,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-MODULES = ("qkformer", "maxformer")
-NAMES = "(qkformer or maxformer) and not pretrained"
+MODULES = ("qkformer", "maxformer", "spikformer", "spikingformer", "sdt")
+NAMES = f"({' or '.join(MODULES)}) and not pretrained"
 SELECTION = "FEAT_INTER_FILTERS = ["
 
 

@@ -21,8 +21,8 @@ _MODEL_ARGS = (
     "attn", "batch_coupled", "depths", "embed_dims", "global_pool", "membrane_shortcut", "mixer", "mlp_ratio",
     "neuron", "neuron_args", "num_heads", "patch_embed", "time_steps",
 )  # fmt: skip
-_FIRST_STAGE = re.compile(r"(patch_embed1|stem)\..*weight")
-_MLP = re.compile(r".*mlp\.(?:fc|mlp)1[_.]conv\.weight")
+_FIRST_STAGE = re.compile(r"(patch_embed1?|stem)\..*weight")
+_MLP = re.compile(r".*mlp\.(?:fc|mlp)1[_.](?:conv|linear)\.weight")
 _SHOWN = 800  # characters of a reason; names of tensors may have any length
 _TIME_STEPS_IN_NAME = re.compile(r"[-_]T(\d{1,2})\b")
 
