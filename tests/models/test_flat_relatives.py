@@ -9,6 +9,8 @@ import torch
 from golden import SHARED, GoldenCase
 from timm_qkformer import deploy
 from timm_qkformer.analysis import firing_rates
+from timm_qkformer.hub.checkpoints import read_checkpoint
+from timm_qkformer.hub.infer import infer_architecture
 from timm_qkformer.models import autost, semm, tim
 from timm_qkformer.neurons import LIF, ReLUNeuron
 from timm_qkformer.operators import get_operator
@@ -98,6 +100,18 @@ def test_the_stored_threshold_counts(case):
     stored["block.1.attn.attn_lif.threshold"] = torch.tensor(0.25)
     with pytest.raises(ValueError, match="other thresholds each"):
         load(case, golden, stored)
+
+
+def test_convert_infers_models_and_their_thresholds(tmp_path):
+    for case, (name, _, args) in CASES.items():
+        golden = GoldenCase(case)
+        constants = json.loads((SHARED / "golden" / f"{case}.json").read_text()).get("constants", {})
+        tensors = {k: v.float() if v.is_floating_point() else v for k, v in golden.checkpoint.items()}
+        torch.save({"model": tensors | {k: torch.tensor(v) for k, v in constants.items()}}, tmp_path / "file.pth")
+        found = infer_architecture(read_checkpoint(tmp_path / "file.pth"))
+        assert (found.model, found.also_fits) == (name, [])
+        if name == "tim_2_256":
+            assert found.model_args == {"thresholds": args.get("thresholds", (0.3, 0.5, 0.5))}
 
 
 def test_constants_of_experts():
