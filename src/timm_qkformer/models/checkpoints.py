@@ -254,6 +254,7 @@ def translate_flat(
     spellings: dict[str, str] = {}
     for templates, unit in _flat_units(model, stem):
         module: Any = model.get_submodule(unit)
+        templates = sorted(templates, key=lambda t: not any(name.startswith(_ends(t)) for name in tensors))
         for layer, layers in (("conv", ("conv", "linear")), ("bn", ("bn",))):
             for key in getattr(module, layer).state_dict():
                 first = f"{templates[0].format(layer)}.{key}"
@@ -262,6 +263,10 @@ def translate_flat(
     names += [(name, name) for name in _HEAD]
     tensors = rename_tensors(tensors, lambda name: spellings.get(name, name))
     return translate_tensors(tensors, model, names, _ADAPTABLE, optional=_HEAD)
+
+
+def _ends(template: str) -> tuple[str, ...]:
+    return tuple(f"{template.format(layer)}." for layer in ("conv", "linear", "bn"))
 
 
 def _flat_units(model: SpikingTransformer, stem: Sequence[Sequence[str]]) -> Iterator[tuple[list[str], str]]:
