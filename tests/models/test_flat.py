@@ -25,7 +25,17 @@ PARAMS = {
     "sdt_2_256_gesture": 2_566_666,
 }  # fmt: skip
 
-TINY = ["test_tim", "test_semm", "test_autost", "test_a2os2a", "test_spikformer", "test_spikformer_cml", "test_spikingformer", "test_sdt", "test_sdt_dvs"]
+TINY = [
+    "test_tim",
+    "test_semm",
+    "test_autost",
+    "test_a2os2a",
+    "test_spikformer",
+    "test_spikformer_cml",
+    "test_spikingformer",
+    "test_sdt",
+    "test_sdt_dvs",
+]
 
 
 @pytest.mark.parametrize(("name", "params"), PARAMS.items())

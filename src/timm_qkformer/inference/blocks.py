@@ -286,7 +286,8 @@ class _Mlp(nn.Module):
             )
         self.runs_in_chunks = not mlp.mixes
         inner = {child: part for child, part in mlp.named_children() if child not in ("fc1", "fc2", "drop")}
-        self.core: Any = _core(mlp, inner, name) if mlp.mixes else None
+        self.full = torch.promote_types(mlp.fc1.conv.weight.dtype, torch.float32)  # what is mixed in
+        self.core: Any = _core(mlp, inner, name).to(self.full) if mlp.mixes else None
         self.fc1 = DeployedUnit(mlp.fc1, f"{name}.fc1", dtype)
         self.fc2 = DeployedUnit(mlp.fc2, f"{name}.fc2", dtype)
         _of(mlp.fc1.neuron, f"{name}.fc1.neuron")
@@ -304,7 +305,7 @@ class _Mlp(nn.Module):
         if self.core is None:
             return self.fc1.projection.fire(x, self.fc1.neuron.spec, spikes)
         currents = self.fc1.projection.currents(x)
-        hidden = kernels.fire(currents, self.fc1.neuron.spec, membrane_dtype(currents))
+        hidden = kernels.fire(currents, self.fc1.neuron.spec, self.full)
         mixed: Tensor = self.core.mix(hidden.unflatten(2, size).permute(0, 1, 4, 2, 3))
         return mixed.permute(0, 1, 3, 4, 2).flatten(2, 3).to(spikes).contiguous()
 

@@ -272,18 +272,24 @@ def translate_flat(
     tensors = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(unused, name)}
     names: list[tuple[str, str]] = []
     spellings: dict[str, str] = {}
-    for templates, path in _flat_parts(model, stem, parts):
+    for given, path in _flat_parts(model, stem, parts):
         module = model.get_submodule(path)
+        templates = sorted(given, key=lambda t: not any(name.startswith(_ends(t)) for name in tensors))
         layers = {"conv": ("conv", "linear"), "bn": ("bn",)} if isinstance(module, ConvNorm) else {"": ("lif",)}
         for layer, spelled in layers.items():
             own = f"{path}.{layer}" if layer else path
             for key in model.get_submodule(own).state_dict():
-                theirs = [f"{t[layer]}" if isinstance(t, Mapping) else t.format(s) for t in templates for s in spelled]
+                theirs = [t[layer] if isinstance(t, Mapping) else t.format(s) for t in templates for s in spelled]
                 names.append((f"{theirs[0]}.{key}", f"{own}.{key}"))
                 spellings |= {f"{name}.{key}": f"{theirs[0]}.{key}" for name in theirs}
     names += [(name, name) for name in _HEAD]
     tensors = rename_tensors(tensors, lambda name: spellings.get(name, name))
     return translate_tensors(tensors, model, names, _ADAPTABLE, optional=_HEAD)
+
+
+def _ends(template: str | Mapping[str, str]) -> tuple[str, ...]:
+    names = template.values() if isinstance(template, Mapping) else map(template.format, ("conv", "linear", "bn"))
+    return tuple(f"{name}." for name in names)
 
 
 def _flat_parts(

@@ -53,11 +53,11 @@ class Spikingformer(SpikingTransformer):
             units, None, depth, num_heads, mlp_ratio, ("attn", attn), options={}, membrane_shortcut=True
         )
         super().__init__(architecture, **kwargs)
-        self.cml = cml
+        self.stem_names = _CIFAR_STEM if pools == CIFAR_POOLS and not cml else _STEM
 
 
-_STEM = (("proj_{}", "block0_{}"), *((f"proj{i}_{{}}", f"block{i}_{{}}") for i in range(1, 5)))
-_CML_STEM = tuple((first,) for first, _ in _STEM)
+_STEM = (("proj_{}",), *((f"proj{i}_{{}}",) for i in range(1, 5)))
+_CIFAR_STEM = tuple((f"block{i}_{{}}",) for i in range(5))  # of Spikingformer; CML's has the names of all others
 _UNUSED = r"block\.\d+\.norm[12]\.(weight|bias)"
 
 
@@ -68,7 +68,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
         ValueError: Naming every missing, extra or misshapen tensor.
     """
     assert isinstance(model, Spikingformer)
-    return translate_flat(state_dict, model, _CML_STEM if model.cml else _STEM, _UNUSED)
+    return translate_flat(state_dict, model, model.stem_names, _UNUSED)
 
 
 _CIFAR: Mapping[str, Any] = {"pools": CIFAR_POOLS, "num_heads": 12}
