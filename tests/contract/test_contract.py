@@ -48,6 +48,20 @@ def _cases():
             yield pytest.param((operator, neuron), id=f"{operator}-{neuron}", marks=[] if usual else pytest.mark.slow)
 
 
+def _export_cases():
+    """As `_cases`, with both kinds of shortcut, of which exporting one takes long enough."""
+    for case in _cases():
+        for shortcut in SHORTCUTS:
+            marks = [pytest.mark.slow] if case.marks or shortcut == "MS" else []
+            yield pytest.param((*case.values[0], shortcut), id=f"{case.id}-{shortcut}", marks=marks)
+
+
+@pytest.fixture(params=_export_cases())
+def export_case(request):
+    """A small model to be exported."""
+    return make_model(*request.param)
+
+
 @pytest.fixture(params=_cases())
 def model_case(request, shortcut):
     """A small model, and its name in errors."""
@@ -245,8 +259,8 @@ def test_deployed_in_float32_equals_plain_in_float64(model_case, event_kernels):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_exports_equal_plain(model_case):
-    model, x = model_case, images()
+def test_exports_equal_plain(export_case):
+    model, x = export_case, images()
     with torch.no_grad():
         expected = model(x)
         for name, exported in {

@@ -30,7 +30,9 @@ def load(case, golden, **kwargs):
     return model
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if "imagenet" in case else []) for case in CASES]
+)
 @torch.inference_mode()
 def test_agrees_with_the_release(case):
     golden = GoldenCase(case)
@@ -189,12 +191,12 @@ def test_energy_counts_both_passes():
     assert found["stages.2.feedback", "choice of tokens"].input == "real numbers"
 
 
+@pytest.mark.parametrize("form", ["script", pytest.param("export", marks=pytest.mark.slow)])
 @torch.inference_mode()
-def test_exports():
-    model, x = tiny("test_spiliformer", feedback="cifar10"), images(2)
-    expected = model(x)
-    for other in (torch.jit.script(model), torch.export.export(model, (x,)).module()):
-        torch.testing.assert_close(other(x), expected, rtol=1e-10, atol=1e-10)
+def test_exports(form):
+    model, x = tiny("test_spiliformer", feedback="cifar10", time_steps=2), images(2, size=(64, 64))
+    other = torch.jit.script(model) if form == "script" else torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(other(x), model(x), rtol=1e-10, atol=1e-10)
 
 
 def test_operators_that_take_no_feedback_are_named():
