@@ -65,11 +65,12 @@ def rename_tensors(state_dict: StateDict, rename: Callable[[str], str | None]) -
     return renamed
 
 
-def as_conv2d(state_dict: StateDict) -> StateDict:
-    """Give 1x1 convolutions, which other code bases write as Conv1d or Linear, the shape of our Conv2d."""
+def as_conv2d(state_dict: StateDict, linear: bool = False) -> StateDict:
+    """Give 1x1 convolutions, which other code bases write as Conv1d or (`linear`) Linear, the shape of Conv2d."""
+    flat = (2, 3) if linear else (3,)
     return {
-        name: tensor[(...,) + (None,) * (4 - tensor.ndim)]
-        if name.endswith("conv.weight") and tensor.ndim > 1
+        name: tensor[(..., *[None] * (4 - tensor.ndim))]
+        if name.endswith("conv.weight") and tensor.ndim in flat
         else tensor
         for name, tensor in state_dict.items()
     }
@@ -81,6 +82,7 @@ def translate_tensors(
     names: Sequence[tuple[str, str]],
     adaptable: Mapping[str, int],
     optional: Collection[str] = (),
+    linear: bool = False,
 ) -> StateDict:
     """Rename tensors by name where the names are known, else by their position, if count and every shape agree.
 
@@ -89,6 +91,7 @@ def translate_tensors(
         model: The model that is to load them.
         names: Pairs of the other code base's name and the model's own, in the order of the other's state dict.
         adaptable, optional: See `check_against_model`.
+        linear: See `as_conv2d`.
 
     Raises:
         ValueError: If neither way fits, with what is wrong.
@@ -103,7 +106,7 @@ def translate_tensors(
         ways["by position"] = list(ours.values())
     problems = {}
     for way, targets in ways.items():
-        renamed = as_conv2d(dict(zip(targets, state_dict.values(), strict=True)))
+        renamed = as_conv2d(dict(zip(targets, state_dict.values(), strict=True)), linear)
         original_names = {our: their for their, our in names} | dict(zip(targets, state_dict, strict=True))
         found = _compare(renamed, model, original_names, adaptable, optional)
         if not found:
@@ -284,7 +287,7 @@ def translate_flat(
                 spellings |= {f"{name}.{key}": f"{theirs[0]}.{key}" for name in theirs}
     names += [(name, name) for name in _HEAD]
     tensors = rename_tensors(tensors, lambda name: spellings.get(name, name))
-    return translate_tensors(tensors, model, names, _ADAPTABLE, optional=_HEAD)
+    return translate_tensors(tensors, model, names, _ADAPTABLE, optional=_HEAD, linear=True)
 
 
 def _ends(template: str | Mapping[str, str]) -> tuple[str, ...]:
