@@ -12,7 +12,7 @@ from ..execution.convolution import matmul
 from ..neurons import LIF, NeuronLayer, SpikingNeuron
 from ..neurons.spec import membrane_dtype
 from ..neurons.state import carried_state, run_with_state
-from .base import Operation, register_operator
+from .base import Operation, Operator, register_operator
 from .ssa import SpikingSelfAttention
 
 __all__ = ["TemporalInteraction", "TemporalInteractionAttention"]
@@ -167,6 +167,9 @@ class TemporalInteractionAttention(SpikingSelfAttention):
         **kwargs: See `Operator`.
     """
 
+    neuron_names = {"attn_neuron": "X'", "interaction.in_neuron": "I", "interaction.out_neuron": "O"}
+    view_labels = dict(Operator.view_labels)
+    views = Operator.views  # the queries that meet the keys are no input
     kernel = None  # type: ignore[assignment]
     couples_batch = False
 
