@@ -30,7 +30,28 @@ MEMBRANE_CASES: dict[str, str] = {
     "maxformer_imagenet_10_384_t4": "maxformer_10_384",
 }
 
-ALL_CASES = CASES | {name: (model, {}) for name, model in MEMBRANE_CASES.items()}
+# Flat models; the arguments are what the case says of its configuration. Nothing there couples samples either.
+FLAT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "spikformer_cifar10_4_384_t4_batch3": ("spikformer_4_384", {}),
+    "spikformer_cifar10dvs_2_256_t10": ("spikformer_2_256_dvs", {}),
+    "spikformer_imagenet_8_384_t4": ("spikformer_8_384", {}),
+    "spikformer_imagenet_8_384_t4_64px_batch3": ("spikformer_8_384", {}),
+    "cml_spikformer_cifar10_4_384_t4": ("spikformer_4_384_cml", {}),
+    "spikingformer_cifar100_4_384_t4": ("spikingformer_4_384", {"num_classes": 100, "num_heads": 8}),
+    "spikingformer_cifar10_4_384_t4_batch3": ("spikingformer_4_384", {}),
+    "spikingformer_cifar10dvs_2_256_t10": ("spikingformer_2_256_dvs", {}),
+    "spikingformer_imagenet_8_384_t4": ("spikingformer_8_384", {}),
+    "cml_spikingformer_cifar10_4_384_t4": ("spikingformer_4_384_cml", {}),
+    "cml_spikingformer_cifar10dvs_2_256_t10": ("spikingformer_2_256_dvs_cml", {}),
+    "cml_spikingformer_imagenet_8_384_t4": ("spikingformer_8_384_cml", {}),
+    "sdt_cifar100_2_256_t4": ("sdt_2_256", {"num_classes": 100}),
+    "sdt_cifar10_2_512_t4_batch3": ("sdt_2_512", {}),
+    "sdt_cifar10dvs_2_256_t10": ("sdt_2_256_dvs", {}),
+    "sdt_imagenet_8_384_t4": ("sdt_8_384", {}),
+    "sdt_imagenet_8_384_t4_64px_batch3": ("sdt_8_384", {}),
+}
+
+ALL_CASES = CASES | {name: (model, {}) for name, model in MEMBRANE_CASES.items()} | FLAT_CASES
 
 
 def recipe() -> ModuleType:
@@ -58,7 +79,8 @@ class GoldenCase:
         self.one_by_one = torch.tensor(case["logits_one_by_one"], dtype=torch.float64)
         self.batched = torch.tensor(case["logits_batched"], dtype=torch.float64)
         self.firing_rates: dict[str, float] = case["firing_rates_first_sample"]
-        self.params: int = case["params"]
+        self.first_pass = torch.tensor(case.get("logits_first_pass", []), dtype=torch.float64)
+        self.params: int = case["params"] - case.get("params_unused", 0)
         self.time_steps: int = case["T"]
 
 

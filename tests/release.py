@@ -2,15 +2,17 @@
 
 from torch import Tensor
 
-from timm_qkformer.models import QKFormer, SpikingTransformer
+from timm_qkformer.models import SpikingTransformer
 
 
-def release_state_dict(model: QKFormer, spelling: str = "imagenet") -> dict[str, Tensor]:
+def release_state_dict(model: SpikingTransformer, spelling: str = "imagenet") -> dict[str, Tensor]:
     """Spell a model's state dict as the release's "imagenet" or "cifar" code does: `patch_embed1.proj_conv`, ..."""
     ssa, mlp = {"imagenet": ("attn", "fc"), "cifar": ("ssa", "mlp")}[spelling]
     out = {}
     for name, tensor in model.state_dict().items():
         parts = name.split(".")
+        if "feedback" in parts:
+            continue
         if parts[0] == "stem":
             out[f"patch_embed1.proj_{parts[1]}.{parts[2]}"] = tensor
         elif parts[0] == "stages" and parts[2] == "embed":
@@ -32,6 +34,23 @@ def release_state_dict(model: QKFormer, spelling: str = "imagenet") -> dict[str,
             out[f"stage{stage + 1}.{block}.{kind}.{unit}_{layer}.{rest}"] = tensor
         else:
             out[name] = tensor
+    return out
+
+
+def spiliformer_release_state_dict(model: SpikingTransformer, spelling: str = "imagenet") -> dict[str, Tensor]:
+    """Spell a SpiLiFormer's state dict as its release does, prompts first and decoders last."""
+    names = {"imagenet": "decoder.0", "cifar": "decoder_stage_3"}
+    feedback = f"stages.{len(model.stages) - 1}.feedback"
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(feedback)}
+    out = {name: own.pop(f"{feedback}.{name}") for name in ("prompt", "prompt_2")}
+    out |= release_state_dict(model, spelling)
+    count = len(model.stages[-1].blocks)
+    for name, tensor in own.items():
+        place, layer, rest = name.removeprefix(f"{feedback}.decoders.").split(".")
+        number = count - 1 - int(place) if model.stages[-1].feedback.last_first else int(place)
+        layer = {"conv": "linear", "bn": "bn"}[layer]
+        tensor = tensor[:, :, 0, 0] if layer == "linear" else tensor
+        out[f"{names[spelling]}.{number}.decoder_{layer}.{rest}"] = tensor
     return out
 
 

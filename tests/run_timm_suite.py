@@ -14,8 +14,19 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-MODULES = ("qkformer", "maxformer")
-NAMES = "(qkformer or maxformer) and not pretrained"
+MODULES = (
+    "qkformer",
+    "maxformer",
+    "spikformer",
+    "spikingformer",
+    "sdt",
+    "spiliformer",
+    "semm",
+    "a2os2a",
+    "autost",
+    "tim",
+)
+NAMES = f"({' or '.join((*MODULES[:-1], 'tim_2', 'test_tim'))}) and not pretrained"  # "tim" is part of timm's own name
 SELECTION = "FEAT_INTER_FILTERS = ["
 
 

@@ -342,7 +342,7 @@ def test_other_models_with_our_neurons():
     assert {layer.stage for layer in rates.layers} == {None, 1, 2, 3}
 
 
-def test_a_layer_that_runs_twice_is_refused():
+def test_a_layer_that_runs_twice_has_the_steps_of_both_runs():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -351,5 +351,7 @@ def test_a_layer_that_runs_twice_is_refused():
         def forward(self, x):
             return self.neuron(self.neuron(x.transpose(0, 1)))
 
-    with pytest.raises(ValueError, match="neuron runs more than once"):
-        firing_rates(Twice(), torch.zeros(1, 2, 3, 4, 4))
+    clip = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1, 1).expand(1, 2, 3, 4, 4)  # the second run gets 1, 0: too little
+    (layer,) = firing_rates(Twice(), clip).layers
+    assert layer.step_means == (1.0, 0.0, 0.0, 0.0)
+    assert layer.mean == 0.25

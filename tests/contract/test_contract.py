@@ -16,7 +16,7 @@ import timm_qkformer
 from timm_qkformer.execution import execution_policy
 from timm_qkformer.layers import SpikingBlock
 from timm_qkformer.models import QKFormer
-from timm_qkformer.neurons import get_neuron_layer, neuron_names, run_with_state
+from timm_qkformer.neurons import SpikingNeuron, get_neuron_layer, neuron_names, run_with_state
 from timm_qkformer.operators import Operator, get_operator, operator_names, register_operator
 
 assert own  # imported for what it registers
@@ -48,6 +48,20 @@ def _cases():
             yield pytest.param((operator, neuron), id=f"{operator}-{neuron}", marks=[] if usual else pytest.mark.slow)
 
 
+def _export_cases():
+    """As `_cases`, with both kinds of shortcut, of which exporting one takes long enough."""
+    for case in _cases():
+        for shortcut in SHORTCUTS:
+            marks = [pytest.mark.slow] if case.marks or shortcut == "MS" else []
+            yield pytest.param((*case.values[0], shortcut), id=f"{case.id}-{shortcut}", marks=marks)
+
+
+@pytest.fixture(params=_export_cases())
+def export_case(request):
+    """A small model to be exported."""
+    return make_model(*request.param)
+
+
 @pytest.fixture(params=_cases())
 def model_case(request, shortcut):
     """A small model, and its name in errors."""
@@ -65,6 +79,11 @@ def make_block(operator: str, neuron: str, shortcut: str) -> SpikingBlock:
 
 def _with_heads(mixer):
     return lambda *args, **kwargs: mixer(*args, num_heads=2, **kwargs)
+
+
+def input_shapes(mixer: Operator) -> list[tuple[int, ...]]:
+    """[heads, channels of a head, tokens] of each input."""
+    return [(*mixer.input_shape(name), SIDE**2) for name in mixer.inputs]
 
 
 def _make_lively(module):
@@ -240,8 +259,8 @@ def test_deployed_in_float32_equals_plain_in_float64(model_case, event_kernels):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_exports_equal_plain(model_case):
-    model, x = model_case, images()
+def test_exports_equal_plain(export_case):
+    model, x = export_case, images()
     with torch.no_grad():
         expected = model(x)
         for name, exported in {
@@ -283,18 +302,19 @@ class _Counter(TorchDispatchMode):
 
 def test_operations_are_those_that_run(operator):
     mixer: Operator = get_operator(operator)(DIM, num_heads=2)
-    for name in mixer.inner_modules():
-        setattr(mixer, name, torch.nn.Identity())  # neurons are counted by nobody
-    spikes = [torch.ones(1, 1, 2, DIM // 2, SIDE**2) for _ in mixer.inputs]
-    declared = mixer.operations(*spikes)
+    for name, inner in mixer.inner_modules().items():
+        if isinstance(inner, SpikingNeuron):
+            setattr(mixer, name, torch.nn.Identity())  # neurons are counted by nobody
+    spikes = [torch.ones(1, 1, *shape) for shape in input_shapes(mixer)]
+    declared = mixer.operations(*spikes, *mixer.map_size(SIDE, SIDE))
     with _Counter() as counter:
         if mixer.inputs:
-            mixer.attend(*spikes)
+            mixer.attend(*spikes, *mixer.map_size(SIDE, SIDE))
     assert sum(op.spikes.numel() * op.fan_out for op in declared) == counter.count
     assert all(0 <= op.spikes.abs().sum() * op.fan_out for op in declared)
     # Where everything fires, all of them take place.
     assert all(op.additions in (None, op.spikes.numel() * op.fan_out) for op in declared)
-    none = mixer.operations(*(torch.zeros_like(s) for s in spikes))
+    none = mixer.operations(*(torch.zeros_like(s) for s in spikes), *mixer.map_size(SIDE, SIDE))
     assert all(not op.additions and op.spikes.sum() == 0 for op in none)
 
 
@@ -302,14 +322,15 @@ def test_views_have_a_value_for_each_token_and_channel(operator):
     mixer: Operator = get_operator(operator)(DIM, num_heads=2)
     if not mixer.inputs:
         pytest.skip("has no heads to look into")
-    spikes = {name: (torch.rand(T, B, 2, DIM // 2, SIDE**2) < 0.5).float() for name in mixer.inputs}
+    shapes = zip(mixer.inputs, input_shapes(mixer), strict=True)
+    spikes = {name: (torch.rand(T, B, *shape) < 0.5).float() for name, shape in shapes}
     inner = {}
     for name, module in mixer.inner_modules().items():
         module.register_forward_hook(lambda _module, _inputs, out, name=name: inner.update({name: out}))
-    attended = mixer.attend(*spikes.values())
+    attended = mixer.attend(*spikes.values(), *mixer.map_size(SIDE, SIDE))
     views = mixer.views(spikes, inner, attended)
-    assert views.tokens.shape == (T, B, 2, SIDE**2)
-    assert views.channels.shape == (T, B, 2, DIM // 2)
+    assert views.tokens.shape == (T, B, mixer.num_heads, SIDE**2)
+    assert views.channels.shape == (T, B, mixer.num_heads, DIM // mixer.num_heads)
 
 
 @pytest.mark.parametrize(

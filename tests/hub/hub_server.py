@@ -78,7 +78,7 @@ class HubServer(ThreadingHTTPServer):
 
 
 def _is_large(path: str) -> bool:
-    return path.endswith((".safetensors", ".bin"))
+    return path.endswith((".safetensors", ".bin", ".pth"))
 
 
 def _etag(path: str, content: bytes) -> str:

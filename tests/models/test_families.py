@@ -27,9 +27,9 @@ def test_shortcuts_join_membrane_potentials(name):
     def mix(s, layer):
         if hasattr(layer, "dw"):
             return layer.dw.currents(s)
-        q, k = (layer.split(lif(unit.currents(s))) for unit in (layer.q, layer.k))
+        q, k = (layer.split(lif(unit.currents(s)), layer.num_heads) for unit in (layer.q, layer.k))
         if hasattr(layer, "v"):
-            v = layer.split(lif(layer.v.currents(s)))
+            v = layer.split(lif(layer.v.currents(s)), layer.num_heads)
             y = half(torch.einsum("tbhdn,tbhem,tbhdm->tbhen", q, v, k) * 0.125)
         else:
             y = half(q.sum(4 if layer.operator_name == "qkca" else 3, keepdim=True)) * k

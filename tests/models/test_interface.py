@@ -12,16 +12,19 @@ from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 
 from timm_qkformer import deploy
+from timm_qkformer.layers import SpikingConv, SpikingMlp, register_mlp
 from timm_qkformer.models import (
     Architecture,
     BlockSpec,
+    ChainSpec,
     EmbedSpec,
     MaxFormer,
     MixerSpec,
+    PositionSpec,
     QKFormer,
     SpikingTransformer,
     StageSpec,
-    StemSpec,
+    UnitSpec,
 )
 from timm_qkformer.neurons import IF, LIF, ParametricLIF, SpikingNeuron, run_with_state
 from tiny import images, lively
@@ -284,9 +287,37 @@ def block(mixers, heads=2, ratio=2.0):
     return BlockSpec(tuple(MixerSpec(name, heads) for name in mixers.split("+")), ratio)
 
 
+@register_mlp("halves")
+class Halves(SpikingMlp):
+    """One half of the hidden channels, convolved depth-wise, masks the other."""
+
+    mixes = True
+
+    def build_mixer(self, hidden_dim, hidden, neuron_layer, **dd):
+        half = hidden_dim // 2
+        self.dw = SpikingConv(half, half, 3, groups=half, input_range=hidden, neuron_layer=neuron_layer, **dd)
+        return half, hidden.times(self.dw.output_range)
+
+    def mix(self, x):
+        u, gate = x.chunk(2, dim=2)
+        return self.dw(u) * gate
+
+
 STAGES = {
     "one": (StageSpec(16, EmbedSpec((True, False)), (block("qkta"), block("ssa", 4, 1.5))),),
     "no block": (StageSpec(16, EmbedSpec((True,)), ()),),
+    "chains": (
+        StageSpec(
+            16,
+            ChainSpec((UnitSpec(12, "spikes"), UnitSpec(16, "currents")), PositionSpec()),
+            (BlockSpec((MixerSpec("ssa", 4, {"qkv_bias": True, "scale": 0.25}),), mlp="halves"),),
+        ),
+        StageSpec(16, ChainSpec((UnitSpec(16), UnitSpec(16, "currents"))), (block("qkca"),)),
+    ),
+    "chains of currents": (
+        StageSpec(16, ChainSpec((UnitSpec(16, "currents", fires=False),), PositionSpec(True, False)), (block("ssa"),)),
+        StageSpec(24, ChainSpec((UnitSpec(24, fires=False),), PositionSpec(False, False), True), (block("qkca"),)),
+    ),
     "four": (
         StageSpec(16, EmbedSpec((False, True)), (block("qkta+dwc3"),)),
         StageSpec(16, EmbedSpec((False,), shortcut=False), (block("dwc5"), block("qkca+ssa", 8, 3.0))),
@@ -301,7 +332,11 @@ STAGES = {
 @pytest.mark.parametrize("stages", STAGES.values(), ids=STAGES)
 @torch.inference_mode()
 def test_any_architecture(stages, neuron, membrane_shortcut):
-    architecture = Architecture(StemSpec(8, stride=2), stages, membrane_shortcut)
+    chains = isinstance(stages[0].embed, ChainSpec)
+    if stages is STAGES["chains of currents"] and not membrane_shortcut:
+        pytest.skip("currents are added to spikes nowhere")
+    stem = UnitSpec(8, "spikes") if chains else UnitSpec(8, fires=not membrane_shortcut, stride=2)
+    architecture = Architecture(stem, stages, membrane_shortcut, membrane_shortcut)
     model = lively(SpikingTransformer(architecture, num_classes=5, neuron=neuron, time_steps=3))
     clip = torch.randn(2, 3, 3, 33, 40, dtype=torch.float64)
     expected = model(clip)
@@ -321,7 +356,7 @@ def test_any_architecture(stages, neuron, membrane_shortcut):
 
 def test_no_stage_is_refused():
     with pytest.raises(ValueError, match="architecture has no stages"):
-        SpikingTransformer(Architecture(StemSpec(8), ()))
+        SpikingTransformer(Architecture(UnitSpec(8), ()))
 
 
 @pytest.mark.parametrize(

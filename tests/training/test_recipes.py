@@ -21,7 +21,7 @@ from training_dict import TRAIN_PY_KEYS as KEYS
 
 RECIPES = list_recipes()
 IMAGENET = [name for name in RECIPES if name.startswith("imagenet")]
-EVENTS = ["cifar10dvs", "cpu_nmnist", "dvs128"]
+EVENTS = ["cifar10dvs", "cpu_nmnist", "dvs128", "tim_cifar10dvs"]
 RELEASE_PROCESSES = 8  # of the ImageNet runs
 UPDATES = 500  # per epoch, enough for the shape of a schedule
 needs_train_py = pytest.mark.skipif(

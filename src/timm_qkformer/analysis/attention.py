@@ -126,8 +126,8 @@ def _layers(model: nn.Module) -> dict[str, Operator]:
 def _record(name: str, layer: Operator, found: Mapping[str, Tensor]) -> AttentionRecord:
     result = found[f"{name}.{layer.output}"]
     H, W = result.shape[3:]
-    split = layer.split(result)
-    inputs = {part: layer.split(found[f"{name}.{part}"]) for part in layer.inputs}
+    split = layer.split(result, layer.num_heads)
+    inputs = {part: layer.split_input(part, found[f"{name}.{part}"]) for part in layer.inputs}
     inner = {part: found[f"{name}.{part}"] for part in layer.inner_neurons}
     views = layer.views(inputs, inner, split)
     held = {part: output_range(getattr(layer, part)) for part in (*inputs, *inner)}

@@ -34,28 +34,32 @@ aten = torch.ops.aten
 
 def attention_kinds() -> dict[str, str]:
     """What can be measured, as tables call it, with the name of its operator; `QUADRATIC` has none."""
-    names = {name.upper(): name for name in operator_names() if get_operator(name)(1, num_heads=1).inputs}
+    names = {name.upper(): name for name in operator_names() if get_operator(name)(2, num_heads=1).inputs}
     return {**names, QUADRATIC: ""}
 
 
-def attention_core(kind: str, dim: int, with_neurons: bool = True) -> tuple[Callable[..., Tensor], int]:
-    """What one of `attention_kinds`, with D = `dim` and one head, makes of its inputs, and how many it has.
+def attention_core(
+    kind: str, dim: int, with_neurons: bool = True, device: str = "cpu"
+) -> tuple[Callable[..., Tensor], list[int]]:
+    """What one of `attention_kinds`, with D = `dim` and one head, makes of its inputs, and their channels, mostly D.
 
-    It maps spikes [T, B, 1, D, N] for each input to X' of the same shape, or to what its neuron would be given.
+    It maps spikes [T, B, 1, channels, N] for each input to X' [T, B, 1, D, N], or to what its neuron would be given.
 
     Raises:
         ValueError: For an unknown kind.
     """
     if kind == QUADRATIC:
         neuron = LIF(v_threshold=0.5) if with_neurons else nn.Identity()
-        return lambda q, k, v: neuron(v @ (k.transpose(-2, -1) @ q) * 0.125), 3
+        return lambda q, k, v: neuron(v @ (k.transpose(-2, -1) @ q) * 0.125), [dim] * 3
     kinds = attention_kinds()
     if kind not in kinds:
         raise ValueError(f"kind={kind!r} is unknown, choose one of {list(kinds)}")
-    layer: Any = get_operator(kinds[kind])(dim, num_heads=1, device="meta")
+    layer: Any = get_operator(kinds[kind])(dim, num_heads=1, device=device)
     for name in () if with_neurons else layer.inner_neurons:
         setattr(layer, name, nn.Identity())
-    return layer.attend, len(layer.inputs)
+    # As if all tokens stood in one row: where they stand makes no difference to what it costs.
+    widths = [getattr(layer, name).conv.out_channels for name in layer.inputs]
+    return lambda *spikes: layer.attend(*spikes, *layer.map_size(1, spikes[0].shape[-1])), widths
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ def _operations_of(func: Any, args: tuple[Any, ...], out: Any) -> int:
         return out.numel() * args[0].shape[-1]
     if func.overloadpacket in (aten.sum, aten.mean, aten.amax, aten.amin, aten.cumsum):
         return args[0].numel()
-    if func.is_view or func.overloadpacket in (aten._unsafe_view, aten._to_copy, aten.clone):
+    copies = (aten._unsafe_view, aten._to_copy, aten.clone, aten.stack, aten.cat)
+    if func.is_view or func.overloadpacket in copies:
         return 0
     if torch.Tag.pointwise in func.tags:
         return out.numel()
@@ -146,8 +151,8 @@ def _operations_of(func: Any, args: tuple[Any, ...], out: Any) -> int:
 
 @torch.no_grad()
 def _count(kind: str, tokens: int, dim: int) -> OperationCounts:
-    attend, inputs = attention_core(kind, dim, with_neurons=False)
-    spikes = [torch.ones(1, 1, 1, dim, tokens) for _ in range(inputs)]
+    attend, widths = attention_core(kind, dim, with_neurons=False)
+    spikes = [torch.ones(1, 1, 1, width, tokens) for width in widths]
     try:
         with _Operations() as counter:
             attend(*spikes)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import SpikingBlock, SpikingStem
+from ..layers import Feedback, SpikingBlock, SpikingStem
 from ..models import SpikingTransformer
 from ..neurons import SpikingNeuron
 from ..operators import Operator
@@ -44,7 +44,7 @@ class LayerEnergy:
     operation: str  # "convolution", "linear", or what an operator declares, such as "sum of Q"
     place: str  # part of the model, see `SpikeLayer`
     input: str  # "pixels", "means", "real numbers", "spikes" or "spike sums"
-    flops: int  # MACs of one time step, which are those of an ANN's layer
+    flops: int  # MACs of one time step, which are those of an ANN's layer; of both passes with feedback
     steps: int  # how often that runs: T for spikes
     # mean of the input: spikes per element and time step, above 1 possible for sums. None where it is real
     rate: float | None
@@ -122,16 +122,19 @@ class _Counts:
 
     path: str
     operation: str
-    flops: int
-    steps: int
+    flops: int  # of one time step
     elements: int  # of the input, at one time step
     real: str  # what the input is if it is never spikes
+    steps: int = 0  # over all samples
+    longest: int = 0  # run
     total: int = 0
     additions: int = 0
     largest: float = 0.0
 
     def add(self, x: Tensor, additions: Callable[[], int]) -> None:
         """A sample's input and, if it is whole numbers, its additions; if not, the operation is MACs from now on."""
+        self.steps += len(x)
+        self.longest = max(self.longest, len(x))
         if self.real:
             return
         largest = x.abs().max().item()
@@ -142,16 +145,19 @@ class _Counts:
         self.additions += additions()
         self.largest = max(self.largest, largest)
 
-    def result(self, samples: int, mac_pj: float, ac_pj: float) -> LayerEnergy:
+    def result(self, samples: int, time_steps: int, mac_pj: float, ac_pj: float) -> LayerEnergy:
+        """`time_steps`: T of the whole network, so that a layer that runs twice has two passes and not 2 T steps."""
         common = (self.path, self.operation, place_of(self.path)[0])
+        passes = -(-self.steps // (samples * time_steps))
+        flops, steps = passes * self.flops, self.steps // (samples * passes)
         if self.real:
-            macs = self.steps * self.flops
-            return LayerEnergy(*common, self.real, self.flops, self.steps, None, 0.0, 0.0, macs, macs * mac_pj)
-        rate = self.total / (samples * self.steps * self.elements)
-        sops = rate * self.steps * self.flops
+            macs = steps * flops
+            return LayerEnergy(*common, self.real, flops, steps, None, 0.0, 0.0, macs, macs * mac_pj)
+        rate = self.total / (self.steps * self.elements)
+        sops = rate * steps * flops
         spikes = "spike sums" if self.largest > 1 else "spikes"
         additions = self.additions / samples
-        return LayerEnergy(*common, spikes, self.flops, self.steps, rate, sops, additions, 0, sops * ac_pj)
+        return LayerEnergy(*common, spikes, flops, steps, rate, sops, additions, 0, sops * ac_pj)
 
 
 class EnergyMeter:
@@ -159,12 +165,12 @@ class EnergyMeter:
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str], _Counts] = {}
-        self._seen: set[tuple[str, str]] = set()
         self._inputs: dict[str, dict[str, Tensor]] = {}  # of operators, until all of them are there
 
     def watches(self, model: nn.Module) -> Iterator[Watch]:
         real = _real_inputs(model)
         operators = operator_layers(model)
+        inner = {f"{path}.{name}" for path, operator in operators.items() for name in operator.inner_modules()}
         for path, module in model.named_modules():
             if isinstance(module, nn.Conv2d):
                 yield Watch(path, partial(self._convolve, path, module, real.get(module, "")), is_input=True)
@@ -173,26 +179,25 @@ class EnergyMeter:
             elif path in operators:
                 for name in module.inputs:
                     yield Watch(f"{path}.{name}", partial(self._attend, path, module, name))
-            else:
+            elif isinstance(module, Feedback):
+                yield Watch(path, partial(self._choose, path), is_input=True)
+            elif path not in inner:  # operators declare what theirs do
                 _check_known(path, module)
 
     def end_sample(self) -> None:
-        self._seen.clear()
         self._inputs.clear()
 
     def result(self, samples: int, shape: list[int], mac_pj: float, ac_pj: float) -> Energy:
-        layers = tuple(counts.result(samples, mac_pj, ac_pj) for counts in self._counts.values())
+        time_steps = max((counts.longest for counts in self._counts.values()), default=1)
+        layers = tuple(counts.result(samples, time_steps, mac_pj, ac_pj) for counts in self._counts.values())
         return Energy(layers, samples, tuple(shape), mac_pj, ac_pj)
 
     def _count(
         self, path: str, operation: str, x: Tensor, flops: int, additions: Callable[[], int], real: str = ""
     ) -> None:
         key = (path, operation)
-        if key in self._seen:
-            raise ValueError(f"{path} runs more than once in a forward pass, its energy would be ambiguous")
-        self._seen.add(key)
         if key not in self._counts:
-            self._counts[key] = _Counts(path, operation, flops, len(x), x[0].numel(), real)
+            self._counts[key] = _Counts(path, operation, flops, x[0].numel(), real)
         self._counts[key].add(x, additions)
 
     def _convolve(self, path: str, conv: nn.Conv2d, real: str, x: Tensor) -> None:
@@ -210,22 +215,26 @@ class EnergyMeter:
         flops = x[0].numel() * linear.out_features
         self._count(path, "linear", x, flops, lambda: _whole_sum(x) * linear.out_features, real)
 
+    def _choose(self, path: str, z: Tensor) -> None:
+        """Feedback: two dot products with prompts, a norm and a weighted sum for each token."""
+        self._count(path, "choice of tokens", z, 4 * z[0].numel(), lambda: 0, "real numbers")
+
     def _attend(self, path: str, operator: Operator, name: str, x: Tensor) -> None:
         """An input of an operator [T, 1, C, H, W]; with the last of them, what the operator does with all."""
         inputs = self._inputs.setdefault(path, {})
-        inputs[name] = operator.split(x)
+        inputs[name] = operator.split_input(name, x)
         if len(inputs) < len(operator.inputs):
             return
         tensors = [inputs[name] for name in operator.inputs]
         inputs.clear()
-        for name, tensor, fan_out, additions in _operations(path, operator, tensors):
+        for name, tensor, fan_out, additions in _operations(path, operator, tensors, operator.map_size(*x.shape[3:])):
             total = partial(int, additions) if additions is not None else lambda t=tensor, n=fan_out: _whole_sum(t) * n
             self._count(path, name, tensor, tensor[0].numel() * fan_out, total)
 
 
-def _operations(path: str, operator: Operator, inputs: list[Tensor]) -> Any:
+def _operations(path: str, operator: Operator, inputs: list[Tensor], size: tuple[int, ...]) -> Any:
     try:
-        operations = operator.operations(*inputs)
+        operations = operator.operations(*inputs, *size)
     except NotImplementedError:
         operations = []
     if not operations:

@@ -114,18 +114,20 @@ def attention_memory(
             f"sides={tuple(sides)!r} and dim={dim} must be at least 1, rounds={rounds} at least 0, "
             f"rate={rate} between 0 and 1"
         )
-    cores = {kind: attention_core(kind, dim) for kind in kinds}
+    cores = {kind: attention_core(kind, dim, device=device) for kind in kinds}
     results = []
     for side in sides:
         generator = torch.Generator().manual_seed(side)
-        shape, most = (1, 1, 1, dim, side * side), max((count for _, count in cores.values()), default=0)
-        spikes = [(torch.rand(shape, generator=generator) < rate).float().to(device) for _ in range(most)]
-        seconds: dict[str, list[float]] = {kind: [] for kind in cores}
-        # This warms up, too.
-        peaks = {kind: _peak_bytes(attend, spikes[:count]) for kind, (attend, count) in cores.items()}
+        calls = {}
+        for kind, (attend, widths) in cores.items():
+            shapes = [(1, 1, 1, width, side * side) for width in widths]
+            spikes = [(torch.rand(shape, generator=generator) < rate).float().to(device) for shape in shapes]
+            calls[kind] = (attend, spikes)
+        seconds: dict[str, list[float]] = {kind: [] for kind in calls}
+        peaks = {kind: _peak_bytes(*call) for kind, call in calls.items()}  # this warms up, too
         for _ in range(rounds):
-            for kind, (attend, count) in cores.items():
-                seconds[kind].append(_seconds(attend, spikes[:count], device))
+            for kind, call in calls.items():
+                seconds[kind].append(_seconds(*call, device))
         for kind, peak in peaks.items():
             median = statistics.median(seconds[kind]) if rounds else None
             published = PAPER_MEMORY.get(kind, {}).get(side) if dim == 256 else None

@@ -19,7 +19,7 @@ from torch import nn
 from ..neurons import SpikingNeuron
 from ..operators import Operator
 
-_PLACE = re.compile(r"(?:^|\.)stages\.(\d+)\.(?:embed|blocks\.(\d+))(?:\.|$)")
+_PLACE = re.compile(r"(?:^|\.)stages\.(\d+)\.(?:(embed|feedback)|blocks\.(\d+))(?:\.|$)")
 
 _PLACES = {"stem": "stem", "readout": "head", "head": "head"}
 
@@ -34,6 +34,9 @@ _NAMES: tuple[tuple[str, str], ...] = (
     (r"embed\.neuron", "input"),
     (r"embed\.main\.(\d+)\.neuron", "conv {}"),
     (r"embed\.shortcut\.neuron", "shortcut"),
+    (r"feedback\.decoders\.(\d+)\.neuron", "decoder {}"),
+    (r"embed\.position\.neuron", "position"),
+    (r"embed\.position_neuron", "position input"),
     (r"stem\.neuron", "conv"),
     (r"readout\.neuron", "rate"),
 )
@@ -45,7 +48,8 @@ class SpikeLayer:
 
     path: str  # name of the module
     name: str  # its name in the paper, see the module's first lines; the path where the paper has none
-    place: str  # part of the model: "stem", "stage 1, embedding", "stage 1, block 1", "head" or "" elsewhere
+    # part of the model: "stem", "stage 1, embedding", "stage 1, block 1", "stage 3, feedback", "head" or "" elsewhere
+    place: str
     stage: int | None  # number of the stage, from 1 as in the paper
     block: int | None  # number of the block in its stage, from 1
     is_neuron: bool  # whether the spikes are a neuron layer's output. An X' that no neuron fires is the module's input
@@ -72,8 +76,9 @@ def spike_layers(model: nn.Module) -> dict[SpikeLayer, int]:
     for path, operator in operators.items():
         names |= {f"{path}.{name}.neuron": name.upper() for name in operator.inputs}
         names[f"{path}.{operator.output}.neuron"] = f"{operator.attended_name}'"
-        names |= {f"{path}.{name}": called for name, called in inner_names(operator).items()}
-        inner |= {f"{path}.{name}" for name in operator.inner_neurons}
+        names |= {f"{path}.{name}": called for name, called in operator.neuron_names.items()}
+        for name, module in operator.inner_modules().items():
+            inner |= {f"{path}.{name}.{part}".rstrip(".") for part, _ in module.named_modules()}
     layers = {}
     for path, module in model.named_modules():
         if isinstance(module, SpikingNeuron):
@@ -112,7 +117,7 @@ def place_of(path: str) -> tuple[str, int | None, int | None]:
         names = path.split(".")
         return next((place for name, place in _PLACES.items() if name in names), ""), None, None
     stage = int(match[1]) + 1
-    if match[2] is None:
-        return f"stage {stage}, embedding", stage, None
-    block = int(match[2]) + 1
+    if match[2] is not None:
+        return f"stage {stage}, {'embedding' if match[2] == 'embed' else match[2]}", stage, None
+    block = int(match[3]) + 1
     return f"stage {stage}, block {block}", stage, block

@@ -232,7 +232,8 @@ def _rates_table(rates: FiringRates) -> Table:
         [
             layer.place,
             layer.name,
-            *(f"{rate:.4f}" for rate in (layer.mean, layer.std, *(layer.step_means[t] for t in steps))),
+            *(f"{rate:.4f}" for rate in (layer.mean, layer.std)),
+            *(f"{layer.step_means[t]:.4f}" if t < len(layer.step_means) else "-" for t in steps),
             *map(str, (len(layer.dead), len(layer.saturated), layer.channels)),
             layer.path,
         ]

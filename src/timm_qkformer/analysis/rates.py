@@ -1,8 +1,10 @@
 """Firing rates: how often neurons fire, by layer and time step, over a data set.
 
 A layer's rate for one sample and time step is the share of its neurons that fire. Reported are mean and standard
-deviation of that over the samples. Spikes are counted in whole numbers, so the result depends neither on the order of
-the samples nor on how they are batched, and nothing is kept but the counts.
+deviation of that over the samples. A layer that runs several times in a forward pass (a stage with feedback runs twice,
+some neurons step by step) has the steps of all its runs, one run after the other. Spikes are counted in whole numbers,
+so the result depends neither on the order of the samples nor on how they are batched, and nothing is kept but the
+counts.
 """
 
 from collections.abc import Iterator
@@ -121,11 +123,12 @@ class RateMeter:
             yield Watch(layer.path, partial(self._count, layer, channel_dims), is_input=not layer.is_neuron)
 
     def _count(self, layer: SpikeLayer, channel_dims: int, spikes: Tensor) -> None:
-        if layer in self._sample:
-            raise ValueError(f"{layer.path} runs more than once in a forward pass, its rate would be ambiguous")
         channels = prod(spikes.shape[2 : 2 + channel_dims])
         flat = spikes.reshape(len(spikes), channels, -1)  # of a batch of one: [T, channels, positions]
-        self._sample[layer] = (torch.count_nonzero(flat, dim=2), flat.shape[2])
+        fired = torch.count_nonzero(flat, dim=2)
+        if layer in self._sample:
+            fired = torch.cat([self._sample[layer][0], fired])
+        self._sample[layer] = (fired, flat.shape[2])
 
     def end_sample(self) -> None:
         for layer, (fired, positions) in self._sample.items():

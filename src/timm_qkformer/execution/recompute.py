@@ -30,13 +30,13 @@ class _Once:
         self.policy = current_policy()
         self.called = False
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         if not self.called:
             self.called = True
-            return self.module(x)
+            return self.module(*inputs)
         module = _with_statistics_of_its_own(self.module)
         with execution_policy(*self.policy):
-            return module(x)
+            return module(*inputs)
 
 
 def _with_statistics_of_its_own(module: nn.Module) -> nn.Module:
@@ -54,11 +54,11 @@ def _with_statistics_of_its_own(module: nn.Module) -> nn.Module:
     return twin
 
 
-def checkpoint_once(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, computed again in the backward pass instead of keeping what that needs."""
+def checkpoint_once(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """`module(*inputs)`, computed again in the backward pass instead of keeping what that needs."""
     if torch.compiler.is_compiling():  # the compiler repeats operations, not side effects
-        return checkpoint(module, x)
-    return checkpoint(_Once(module), x)
+        return checkpoint(module, *inputs)
+    return checkpoint(_Once(module), *inputs)
 
 
 def call_packed(
@@ -68,7 +68,7 @@ def call_packed(
 
     Args:
         function: Of tensors [T, B, C, H, W]; without side effects and random numbers.
-        inputs: Each of which could be packed.
+        inputs: Those that cannot be packed are kept as they are.
         parameters: What else the function depends on and is to be differentiated by.
     """
     tensors = [shared.x for shared in inputs]
@@ -80,8 +80,7 @@ class _CallPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], inputs: Sequence[SharedInput], *tensors: Tensor) -> Tensor:
         packed = [shared.packed for shared in inputs]
-        ctx.packed = [part._replace(data=part.data.new_empty(0)) for part in packed if part is not None]
-        assert len(ctx.packed) == len(inputs)
+        ctx.packed = [None if part is None else part._replace(data=part.data.new_empty(0)) for part in packed]
         x = tensors[0]
         ctx.function, ctx.policy, ctx.dtypes = function, current_policy(), [x.dtype for x in tensors[: len(inputs)]]
         ctx.shapes = [x.shape for x in tensors[: len(inputs)]]
@@ -89,7 +88,8 @@ class _CallPacked(torch.autograd.Function):
         ctx.autocast = (device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
         # Parameters as they are: what hooks of checkpointing or offloading give back is not what `function` depends on.
         ctx.parameters = tensors[len(inputs) :]
-        ctx.save_for_backward(*(part.data for part in packed if part is not None))
+        kept = zip(packed, tensors, strict=False)
+        ctx.save_for_backward(*(x if part is None else part.data for part, x in kept))
         return function(*tensors[: len(inputs)])
 
     @staticmethod
@@ -97,7 +97,8 @@ class _CallPacked(torch.autograd.Function):
         refuse_second_derivatives()
         kept = zip(ctx.packed, ctx.saved_tensors, ctx.dtypes, ctx.shapes, strict=True)
         inputs = [
-            unpack(part._replace(data=bits), dtype).view(shape).requires_grad_() for part, bits, dtype, shape in kept
+            (data if part is None else unpack(part._replace(data=data), dtype).view(shape)).detach().requires_grad_()
+            for part, data, dtype, shape in kept
         ]
         needed = [
             tensor for tensor, need in zip((*inputs, *ctx.parameters), ctx.needs_input_grad[2:], strict=True) if need

@@ -18,13 +18,15 @@ from .checkpoints import Checkpoint, CheckpointError
 
 # Of a training's `model_kwargs`, those that make another model of the registered one. `gp` is an argument, too.
 _MODEL_ARGS = (
-    "attn", "batch_coupled", "depths", "embed_dims", "global_pool", "membrane_shortcut", "mixer", "mlp_ratio",
-    "neuron", "neuron_args", "num_heads", "patch_embed", "time_steps",
+    "alpha", "attn", "batch_coupled", "cml", "depth", "depths", "dvs_mode", "dw_bias", "embed_dim", "embed_dims",
+    "expert_dim", "feedback", "global_pool", "membrane_shortcut", "mixer", "mlp_ratio", "neuron", "neuron_args", "norm",
+    "num_heads", "operator_args", "patch_embed", "pools", "qkv_bias", "router_misread", "scale", "thresholds",
+    "time_steps", "tokens",
 )  # fmt: skip
-_FIRST_STAGE = re.compile(r"(patch_embed1|stem)\..*weight")
-_MLP = re.compile(r".*mlp\.(?:fc|mlp)1[_.]conv\.weight")
+_FIRST_STAGE = re.compile(r"(patch_embed1?|stem)\..*weight")
+_MLP = re.compile(r".*mlp\.(?:fc|mlp)1[_.](?:conv|linear)\.weight")
 _SHOWN = 800  # characters of a reason; names of tensors may have any length
-_TIME_STEPS_IN_NAME = re.compile(r"[-_]T(\d{1,2})\b")
+_TIME_STEPS_IN_NAME = re.compile(r"[-_]T(\d{1,2})(?![0-9A-Za-z])")
 
 
 class Release(NamedTuple):
@@ -182,7 +184,10 @@ def _fit(
     if ratio is not None and ratio != _mlp_ratio({key: list(value.shape) for key, value in model.state_dict().items()}):
         model_args["mlp_ratio"] = ratio
         model = timm.create_model(name, device="meta", **{**args, "mlp_ratio": ratio})
+    before = dict(model._model_args)
     state_dict = fit_tensors(name, tensors, model)
+    # A filter may have found arguments in the file, such as thresholds.
+    model_args |= {key: value for key, value in model._model_args.items() if before.get(key) != value}
     return InferredModel(name, model_args, state_dict, model.time_steps, "by default, the file does not say")
 
 
@@ -234,7 +239,7 @@ def find_asset(file_name: str) -> tuple[str, str] | None:
     for name in architectures():
         cfgs: dict[str, Any] = get_arch_pretrained_cfgs(name)
         for cfg in cfgs.values():
-            if cfg.url and os.path.basename(cfg.url) == file_name:
+            if os.path.basename(cfg.url or cfg.hf_hub_filename or "") == file_name:
                 return name, cfg.tag
     return None
 

@@ -5,7 +5,7 @@ of the convolutions that take them. What shortcuts carry (spike sums, or membran
 shortcuts) is updated in place; tokens that do not see each other run in chunks that stay in the processor's cache.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from ..layers import (
     ConvNorm,
+    FeedbackBlock,
+    FeedbackStage,
     SpikingBlock,
     SpikingBranch,
+    SpikingChain,
     SpikingConv,
     SpikingMlp,
     SpikingPatchEmbed,
@@ -35,7 +38,7 @@ CHUNK = 2**22
 
 
 class DeployedUnit(nn.Module):
-    """Convolution and neurons (`SpikingConv`, `SpikingStem`), pooling between them if there is any.
+    """Convolution and neurons (`SpikingConv`, `SpikingStem`), pooling between or behind them if there is any.
 
     Args:
         unit: What it stands for.
@@ -50,7 +53,8 @@ class DeployedUnit(nn.Module):
         assert isinstance(unit, SpikingConv)
         self.projection = Projection([fold(unit, name)], unit.conv.stride[0], unit.conv.groups, dtype)
         self.neuron = DeployedNeuron.of(unit.neuron, f"{name}.neuron")
-        self.pool = _pools(unit, name)
+        self.pool = _pools(unit.pool, f"{name}.pool")
+        self.pool_spikes = unit.pool_spikes and _pools(unit.spike_pool, f"{name}.spike_pool")
         self.batch_coupled = unit.batch_coupled
 
     def forward(self, x: Tensor, spikes: torch.dtype, time_steps: int | None = None, periodic: bool = False) -> Tensor:
@@ -58,6 +62,10 @@ class DeployedUnit(nn.Module):
 
         `time_steps` of an image x [1, B, H, W, C] that is the same at each of them; x may be `periodic` spikes.
         """
+        fired = self._fire(x, spikes, time_steps, periodic)
+        return kernels.max_pool(fired) if self.pool_spikes else fired
+
+    def _fire(self, x: Tensor, spikes: torch.dtype, time_steps: int | None, periodic: bool) -> Tensor:
         repeats = time_steps if time_steps is not None and len(x) == 1 else 1
         if self.neuron is not None and not self.pool and repeats == 1:
             return self.projection.fire(x, self.neuron.spec, spikes)
@@ -79,11 +87,14 @@ class DeployedUnit(nn.Module):
 
     def fire(self, currents: Tensor, spikes: torch.dtype) -> Tensor:
         """What `forward` makes of `currents`."""
-        return currents if self.neuron is None else kernels.fire(currents.contiguous(), self.neuron.spec, spikes)
+        if self.neuron is None:
+            return currents
+        fired = kernels.fire(currents.contiguous(), self.neuron.spec, spikes)
+        return kernels.max_pool(fired) if self.pool_spikes else fired
 
     def fires_periodically(self, steps: int) -> bool:
         """Whether neurons fire at every k-th step, of an input of `steps` steps: where it is one for all."""
-        if steps != 1 or self.neuron is None:
+        if steps != 1 or self.neuron is None or self.pool_spikes:  # the first of several is not periodic
             return False
         spec = self.neuron.spec
         return spec.levels == "binary" and not spec.soft_reset
@@ -96,13 +107,16 @@ class DeployedUnit(nn.Module):
             _project_and_add(sums, self.projection, x, self.neuron, self.batch_coupled)
 
 
-def _pools(unit: ConvNorm, name: str) -> bool:
-    pool = unit.pool
+def _pools(pool: nn.Module, name: str) -> bool:
     if type(pool) is nn.Identity:
         return False
     if type(pool) is nn.MaxPool2d and (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1):
         return True
-    raise TypeError(f"{name}.pool is {pool}, expected max pooling of 3x3, stride 2, padding 1, or none")
+    raise TypeError(f"{name} is {pool}, expected max pooling of 3x3, stride 2, padding 1, or none")
+
+
+def _is_plain(unit: SpikingConv) -> bool:
+    return type(unit.pool) is nn.Identity and not unit.pool_spikes
 
 
 def _add(sums: Tensor, currents: Tensor, neuron: DeployedNeuron | None, batch_coupled: bool = False) -> None:
@@ -137,23 +151,50 @@ class DeployedEmbed(nn.Module):
     def forward(self, x: Tensor, spikes: torch.dtype, periodic: bool) -> Tensor:
         if self.neuron is not None:
             x = kernels.fire(x, self.neuron.spec, spikes)
-        y = x
-        for i, unit in enumerate(self.main):
-            y = unit(y, spikes, periodic=periodic and i == 0)
-        if y.dtype == torch.bfloat16 and unit.neuron is None:
-            y = y.float()  # potentials add up
+        y = _through(self.main, x, spikes, periodic)
         if self.shortcut is not None:
             self.shortcut.add_to(y, x)
         return y
 
 
+class DeployedChain(nn.Module):
+    """`SpikingChain`: spikes to spikes, spike sums or potentials, potentials to potentials."""
+
+    def __init__(self, chain: SpikingChain, name: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        units: list[Any] = list(chain.main)
+        position: Any = chain.position
+        self.neuron = DeployedNeuron.of(chain.neuron, f"{name}.neuron")
+        self.main = nn.ModuleList(DeployedUnit(unit, f"{name}.main.{i}", dtype) for i, unit in enumerate(units))
+        self.position_neuron = DeployedNeuron.of(chain.position_neuron, f"{name}.position_neuron")
+        self.position = DeployedUnit(position, f"{name}.position", dtype) if position is not None else None
+
+    def forward(self, x: Tensor, spikes: torch.dtype, periodic: bool) -> Tensor:
+        if self.neuron is not None:
+            x = kernels.fire(x, self.neuron.spec, spikes)
+        y = _through(self.main, x, spikes, periodic)
+        if self.position is not None:
+            y = y.contiguous()
+            seen = y.clone() if self.position_neuron is None else kernels.fire(y, self.position_neuron.spec, spikes)
+            self.position.add_to(y, seen)
+        return y
+
+
+def _through(units: nn.ModuleList, x: Tensor, spikes: torch.dtype, periodic: bool) -> Tensor:
+    """The convolutions of an embedding, one after the other."""
+    for i, unit in enumerate(units):
+        x = unit(x, spikes, periodic=periodic and i == 0)
+    return x.float() if x.dtype == torch.bfloat16 and unit.neuron is None else x  # potentials add up
+
+
 class DeployedOperator(nn.Module):
     """An `Operator`: its inputs in one product, `attend` by its kernel or by the operator itself, the last unit.
 
-    Takes spikes [T, B, N, C] (of maps [T, B, H, W, C] without inputs) and gives what the last unit takes.
+    Takes spikes [T, B, N, C] (of maps [T, B, H, W, C] without inputs) and gives what the last unit takes. In a block
+    with feedback, the inputs that take it have a product of their own.
     """
 
-    def __init__(self, operator: Operator, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, operator: Operator, name: str, dtype: torch.dtype, has_feedback: bool = False) -> None:
         super().__init__()
         if not isinstance(operator, Operator) or not getattr(type(operator).forward, "is_derived", False):
             raise TypeError(
@@ -163,18 +204,21 @@ class DeployedOperator(nn.Module):
         units = {part: getattr(operator, part) for part in operator.inputs}
         last = getattr(operator, operator.output)
         for part, unit in [*units.items(), *([(operator.output, last)] if units else [])]:
-            if type(unit) is not SpikingConv or _pools(unit, f"{name}.{part}") or unit.conv.kernel_size != (1, 1):
+            if type(unit) is not SpikingConv or not _is_plain(unit) or unit.conv.kernel_size != (1, 1):
                 raise TypeError(f"{name}.{part} is {unit}, expected a SpikingConv of 1x1 without pooling")
         self.names = operator.inputs
         self.num_heads = operator.num_heads
-        self.kernel = operator.kernel
+        self.kernel = operator.native_kernel()
+        self.shapes = [operator.input_shape(part) for part in operator.inputs]
         self.takes_maps = not units
         self.runs_in_chunks = operator.tokens_are_independent
         if units:
             folded = [fold(unit, f"{name}.{part}") for part, unit in units.items()]
-            self.inputs: Projection | None = Projection(folded, 1, 1, dtype)
+            plain = len(folded) - (len(operator.fed) if has_feedback else 0)  # those that are fed are the last
+            self.inputs: Projection | None = Projection(folded[:plain], 1, 1, dtype)
+            self.fed = Projection(folded[plain:], 1, 1, dtype) if has_feedback else None
             self.neurons: Any = nn.ModuleList(_of(unit.neuron, f"{name}.{part}.neuron") for part, unit in units.items())
-            self.core: Any = _core(operator, name)
+            self.core: Any = _core(operator, operator.inner_modules(), name)
             self.inner = list(operator.inner_neurons)
         else:
             self.inputs = None
@@ -190,10 +234,14 @@ class DeployedOperator(nn.Module):
         projection: Projection = unit.projection if isinstance(unit, DeployedUnit) else unit
         return projection
 
-    def forward(self, x: Tensor, spikes: torch.dtype) -> Tensor:
+    def forward(self, x: Tensor, spikes: torch.dtype, size: tuple[int, int], feedback: Tensor | None = None) -> Tensor:
+        """Of maps of this size."""
         if self.inputs is None:
             return x
         currents = self.inputs.currents(x)
+        if self.fed is not None:
+            fed = self.fed.currents(x if feedback is None else x + feedback)
+            currents = torch.cat([currents, fed], dim=-1)
         if self.kernel is not None:
             neurons = [neuron.spec for neuron in (*self.neurons, *(getattr(self.core, name) for name in self.inner))]
             found = kernels.operator_kernel(self.kernel, currents, len(self.names), self.num_heads, neurons, spikes)
@@ -201,10 +249,11 @@ class DeployedOperator(nn.Module):
                 return found
         dtype = membrane_dtype(currents)  # counts are beyond half precision
         inputs = []
-        for part, neuron in zip(currents.chunk(len(self.names), dim=-1), self.neurons, strict=True):
+        parts = currents.split([heads * head_dim for heads, head_dim in self.shapes], dim=-1)
+        for part, neuron, shape in zip(parts, self.neurons, self.shapes, strict=True):
             fired = kernels.fire(part.contiguous(), neuron.spec, dtype)
-            inputs.append(fired.unflatten(-1, (self.num_heads, -1)).permute(0, 1, 3, 4, 2))
-        attended: Tensor = self.core.attend(*inputs)  # [T, B, heads, channels of a head, N]
+            inputs.append(fired.unflatten(-1, shape).permute(0, 1, 3, 4, 2))
+        attended: Tensor = self.core.attend(*inputs, *self.core.map_size(*size))  # [T, B, heads, channels of a head, N]
         return attended.permute(0, 1, 4, 2, 3).flatten(3).to(spikes).contiguous()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -216,16 +265,16 @@ class DeployedOperator(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _core(operator: Operator, name: str) -> nn.Module:
-    """The operator without its projections, its neurons deployed: what `attend` needs."""
-    core = operator.__new__(type(operator))
-    core.__dict__ = {**operator.__dict__, "_modules": {}}
-    for child, module in operator.inner_modules().items():
+def _core(part: nn.Module, inner: Mapping[str, nn.Module], name: str) -> nn.Module:
+    """An operator or MLP without its projections, its own neurons deployed: what `attend` or `mix` needs."""
+    core = part.__new__(type(part))
+    core.__dict__ = {**part.__dict__, "_modules": {}}
+    for child, module in inner.items():
         copied = DeployedNeuron(module, f"{name}.{child}") if isinstance(module, SpikingNeuron) else deepcopy(module)
         core.add_module(child, copied)
     for parameter in ("_parameters", "_buffers"):
-        core.__dict__[parameter] = deepcopy(operator.__dict__[parameter])
-    return core
+        core.__dict__[parameter] = deepcopy(part.__dict__[parameter])
+    return core.eval()
 
 
 def _of(neuron: nn.Module, name: str) -> DeployedNeuron:
@@ -236,16 +285,22 @@ def _of(neuron: nn.Module, name: str) -> DeployedNeuron:
 
 
 class _Mlp(nn.Module):
-    """Spikes [T, B, N, C] to those of the hidden layer, [T, B, N, C']."""
+    """Spikes [T, B, N, C] to what the last layer takes, [T, B, N, C']: what the hidden layer fires, mixed perhaps."""
 
     batch_coupled = False
     takes_maps = False
-    runs_in_chunks = True
 
     def __init__(self, mlp: nn.Module, name: str, dtype: torch.dtype) -> None:
         super().__init__()
-        if type(mlp) is not SpikingMlp:
-            raise TypeError(f"{name} is a {type(mlp).__name__}, expected a SpikingMlp")
+        if not isinstance(mlp, SpikingMlp) or type(mlp).forward is not SpikingMlp.forward:
+            raise TypeError(
+                f"{name} is a {type(mlp).__name__}, expected a SpikingMlp, or one that declares `mix` and leaves "
+                "`forward` to its base"
+            )
+        self.runs_in_chunks = not mlp.mixes
+        inner = {child: part for child, part in mlp.named_children() if child not in ("fc1", "fc2", "drop")}
+        self.full = torch.promote_types(mlp.fc1.conv.weight.dtype, torch.float32)  # what is mixed in
+        self.core: Any = _core(mlp, inner, name).to(self.full) if mlp.mixes else None
         self.fc1 = DeployedUnit(mlp.fc1, f"{name}.fc1", dtype)
         self.fc2 = DeployedUnit(mlp.fc2, f"{name}.fc2", dtype)
         _of(mlp.fc1.neuron, f"{name}.fc1.neuron")
@@ -258,9 +313,14 @@ class _Mlp(nn.Module):
     def last(self) -> Projection:
         return self.fc2.projection
 
-    def forward(self, x: Tensor, spikes: torch.dtype) -> Tensor:
+    def forward(self, x: Tensor, spikes: torch.dtype, size: tuple[int, int]) -> Tensor:
         assert self.fc1.neuron is not None
-        return self.fc1.projection.fire(x, self.fc1.neuron.spec, spikes)
+        if self.core is None:
+            return self.fc1.projection.fire(x, self.fc1.neuron.spec, spikes)
+        currents = self.fc1.projection.currents(x)
+        hidden = kernels.fire(currents, self.fc1.neuron.spec, self.full)
+        mixed: Tensor = self.core.mix(hidden.unflatten(2, size).permute(0, 1, 4, 2, 3))
+        return mixed.permute(0, 1, 3, 4, 2).flatten(2, 3).to(spikes).contiguous()
 
 
 class _Branch(nn.Module):
@@ -280,40 +340,45 @@ class DeployedBlock(nn.Module):
 
     def __init__(self, block: SpikingBlock, name: str, dtype: torch.dtype) -> None:
         super().__init__()
-        if type(block) is not SpikingBlock:
+        if type(block) not in (SpikingBlock, FeedbackBlock):
             raise TypeError(f"{name} is a {type(block).__name__}, expected a SpikingBlock")
         mixer: Any = block.attn
         self.neuron1 = DeployedNeuron.of(block.neuron1, f"{name}.neuron1")
-        self.attn = DeployedOperator(mixer, f"{name}.attn", dtype)
+        self.attn = DeployedOperator(mixer, f"{name}.attn", dtype, type(block) is FeedbackBlock)
         self.more = nn.ModuleList(_Branch(branch, f"{name}.more.{i}", dtype) for i, branch in enumerate(block.more))
         self.neuron2 = DeployedNeuron.of(block.neuron2, f"{name}.neuron2")
         self.mlp = _Mlp(block.mlp, f"{name}.mlp", dtype)
         self.widest = max(p.out_channels for p in self.modules() if isinstance(p, Projection))
 
-    def forward(self, x: Tensor, spikes: torch.dtype) -> None:
+    def forward(self, x: Tensor, spikes: torch.dtype, feedback: Tensor | None = None) -> None:
         more: list[Any] = list(self.more)
         branches: list[tuple[DeployedNeuron | None, Any]] = [
             (self.neuron1, self.attn),
             *((branch.neuron, branch.mixer) for branch in more),
             (self.neuron2, self.mlp),
         ]
-        tokens = x.flatten(2, 3)
+        tokens, size = x.flatten(2, 3), (x.shape[2], x.shape[3])
+        if feedback is not None:  # of the first branch, in one piece
+            _, attn = branches.pop(0)
+            fired = tokens.contiguous() if self.neuron1 is None else kernels.fire(tokens, self.neuron1.spec, spikes)
+            given = attn(fired, spikes, size, feedback.flatten(2, 3))
+            _project_and_add(tokens, attn.last, given, attn.neuron, attn.batch_coupled)
         while branches:
             together = next((i for i, (_, b) in enumerate(branches) if not b.runs_in_chunks), len(branches))
             if together > 0:
                 for chunk in self._chunks(tokens):
                     for neuron, branch in branches[:together]:
-                        self._run(neuron, branch, chunk, spikes)
+                        self._run(neuron, branch, chunk, spikes, size)
             else:
                 together = 1
                 neuron, branch = branches[0]
-                self._run(neuron, branch, x if branch.takes_maps else tokens, spikes)
+                self._run(neuron, branch, x if branch.takes_maps else tokens, spikes, size)
             branches = branches[together:]
 
     @staticmethod
-    def _run(neuron: DeployedNeuron | None, branch: Any, x: Tensor, spikes: torch.dtype) -> None:
+    def _run(neuron: DeployedNeuron | None, branch: Any, x: Tensor, spikes: torch.dtype, size: tuple[int, int]) -> None:
         s = x.contiguous() if neuron is None else kernels.fire(x, neuron.spec, spikes)
-        _project_and_add(x, branch.last, branch(s, spikes), branch.neuron, branch.batch_coupled)
+        _project_and_add(x, branch.last, branch(s, spikes, size), branch.neuron, branch.batch_coupled)
 
     def _chunks(self, tokens: Tensor) -> Iterator[Tensor]:
         """Views of [T, B, N, C] as [T, 1, n, C], of about the same n; where a state is carried, samples stay apart."""
@@ -330,12 +395,14 @@ class DeployedStage(nn.Module):
 
     def __init__(self, stage: SpikingStage, name: str, dtype: torch.dtype) -> None:
         super().__init__()
-        if type(stage) is not SpikingStage:
+        if type(stage) not in (SpikingStage, FeedbackStage):
             raise TypeError(f"{name} is a {type(stage).__name__}, expected a SpikingStage")
-        if type(stage.embed) is not SpikingPatchEmbed:
-            raise TypeError(f"{name}.embed is a {type(stage.embed).__name__}, expected a SpikingPatchEmbed")
+        embeds: dict[type, Any] = {SpikingPatchEmbed: DeployedEmbed, SpikingChain: DeployedChain}
+        if type(stage.embed) not in embeds:
+            expected = "a SpikingPatchEmbed or SpikingChain"
+            raise TypeError(f"{name}.embed is a {type(stage.embed).__name__}, expected {expected}")
         blocks: Sequence[Any] = list(stage.blocks)
-        self.embed = DeployedEmbed(stage.embed, f"{name}.embed", dtype)
+        self.embed = embeds[type(stage.embed)](stage.embed, f"{name}.embed", dtype)
         self.blocks = nn.ModuleList(DeployedBlock(block, f"{name}.blocks.{i}", dtype) for i, block in enumerate(blocks))
 
     def forward(self, x: Tensor, spikes: torch.dtype, periodic: bool = False) -> Tensor:

@@ -122,8 +122,19 @@ def _has_dense_steps(x: Tensor | None) -> bool:
 
 def max_pool(x: Tensor) -> Tensor:
     """3x3 max pooling of stride 2: [T, B, H, W, C] to [T, B, ceil(H / 2), ceil(W / 2), C]."""
+    if not x.is_floating_point():  # torch numbers the elements of an image in the image's own dtype
+        return _max_of_three(_max_of_three(x, 2), 3)
     pooled = F.max_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), kernel_size=3, stride=2, padding=1)
     return pooled.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+
+
+def _max_of_three(x: Tensor, dim: int) -> Tensor:
+    """Of every second element along a dimension and its two neighbours, the largest."""
+    even, odd = x.movedim(dim, 0)[::2], x.movedim(dim, 0)[1::2]
+    out = even.clone()
+    torch.maximum(out[: len(odd)], odd, out=out[: len(odd)])
+    torch.maximum(out[1:], odd[: len(out) - 1], out=out[1:])
+    return out.movedim(0, dim).contiguous()
 
 
 def pool_fire(x: Tensor, neuron: NeuronSpec, dtype: torch.dtype) -> Tensor:

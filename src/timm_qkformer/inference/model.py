@@ -12,7 +12,8 @@ from ..execution.packing import Range
 from ..layers import ConvNorm, MeanReadout, MembraneReadout, as_sequence, count_time_steps
 from ..models import SpikingTransformer
 from ..models.stepping import StreamState, run_step
-from .blocks import DeployedStage, DeployedUnit
+from .blocks import DeployedUnit
+from .feedback import deployed_stage
 from .projection import Projection
 from .weights import PRECISIONS, PRODUCTS, adds_events, check_sums, fits_bytes, spikes_dtype, weights_dtype
 
@@ -57,7 +58,7 @@ class DeployedModel(nn.Module):
 
         stages: list[Any] = list(model.stages)
         self.stem = DeployedUnit(model.stem, "stem", stem_dtype)
-        self.stages = nn.ModuleList(DeployedStage(stage, f"stages.{i}", dtype) for i, stage in enumerate(stages))
+        self.stages = nn.ModuleList(deployed_stage(stage, f"stages.{i}", dtype) for i, stage in enumerate(stages))
         self.readout = deepcopy(model.readout).to(stem_dtype)
         self.global_pool = deepcopy(model.global_pool)
         self.head = deepcopy(model.head).to(stem_dtype)
@@ -66,9 +67,9 @@ class DeployedModel(nn.Module):
         self.reduction: int = self.feature_info[len(stages) - 1]["reduction"]
         # Sequences that run across samples cannot be cut between them.
         self.batch_coupled = any(getattr(module, "batch_coupled", False) for module in self.modules())
-        self.numbers = _numbers(stages)
+        self.numbers = _numbers(stages, model.membrane_shortcut)
         for i, stage in enumerate(stages):
-            check_sums(_numbers([stage]), f"stages.{i}", precision, products)
+            check_sums(_numbers([stage], model.membrane_shortcut), f"stages.{i}", precision, products)
         self.events = fits_bytes(self.numbers) and stem_dtype == torch.float32 and adds_events(products, precision)
         for module in self.stages.modules():
             if isinstance(module, Projection):
@@ -196,12 +197,15 @@ class DeployedModel(nn.Module):
         return self.stem.projection.weight.new_empty(0, info["num_chs"], *size)
 
 
-def _numbers(stages: list[Any]) -> Range:
+def _numbers(stages: list[Any], membrane_shortcut: bool) -> Range:
     """What convolutions take and shortcuts of spikes carry."""
     numbers = [Range(0, 1)]
     for stage in stages:
-        numbers += [unit.input_range for unit in stage.modules() if isinstance(unit, ConvNorm)]
-        if type(stage.embed.neuron) is nn.Identity:  # else shortcuts carry potentials
+        units = [unit for unit in stage.modules() if isinstance(unit, ConvNorm)]
+        # What decoders of feedback take first are real numbers, multiplied as such.
+        feedback = list(getattr(stage, "feedback", nn.Module()).modules())
+        numbers += [unit.input_range for unit in units if not (unit.input_range.is_real and unit in feedback)]
+        if not membrane_shortcut:  # else shortcuts carry potentials
             numbers.append(stage.output_range)
     return Range(min(n.low for n in numbers), max(n.high for n in numbers))
 

@@ -132,7 +132,7 @@ class Folded(NamedTuple):
 
 
 def fold(unit: ConvNorm, name: str) -> Folded:
-    """Fold the batch norm, as it is in eval mode, into the convolution before it.
+    """Fold the batch norm, as it is in eval mode, into the convolution before it; `nn.Identity` is none.
 
         y = gamma (W x + b - mean) / sqrt(var + eps) + beta  =  (g W) x + g (b - mean) + beta,  g = gamma / sqrt(...)
 
@@ -144,9 +144,13 @@ def fold(unit: ConvNorm, name: str) -> Folded:
         TypeError: For other layers in the two places.
         ValueError: For a batch norm that keeps no running statistics, or weights that are not finite.
     """
-    conv, bn = unit.conv, unit.bn
+    conv = unit.conv
+    bn: nn.Module = unit.bn
     if type(conv) is not nn.Conv2d or not _is_square(conv):
         raise TypeError(f"{name}.conv is {conv}, expected an nn.Conv2d that pads a square kernel by half, with zeros")
+    if type(bn) is nn.Identity:
+        bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
+        return _checked(Folded(conv.weight.detach().double(), bias.to(conv.weight.device, torch.float64)), name)
     if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)):  # the last by timm.utils.freeze
         raise TypeError(f"{name}.bn is a {type(bn).__name__}, expected a batch norm in two dimensions")
     if bn.running_mean is None or bn.running_var is None:
@@ -160,10 +164,13 @@ def fold(unit: ConvNorm, name: str) -> Folded:
     bias = gain * offset
     if bn.bias is not None:
         bias = bias + bn.bias.detach().double()
-    weight = conv.weight.detach().double() * gain[:, None, None, None]
-    if not (weight.isfinite().all() and bias.isfinite().all()):
+    return _checked(Folded(conv.weight.detach().double() * gain[:, None, None, None], bias), name)
+
+
+def _checked(folded: Folded, name: str) -> Folded:
+    if not (folded.weight.isfinite().all() and folded.bias.isfinite().all()):
         raise ValueError(f"{name}: convolution and batch norm together have weights that are not finite")
-    return Folded(weight, bias)
+    return folded
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

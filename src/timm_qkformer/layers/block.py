@@ -49,6 +49,7 @@ class SpikingBlock(nn.Module):
         dim: Channels.
         mixer_layers: Factories of the token mixers.
         mlp_ratio: Hidden channels of the MLP relative to `dim`.
+        mlp_layer: The kind of MLP.
         proj_drop: Dropout after every mixer and the MLP, one mask for all time steps.
         drop_path: Stochastic depth, one mask for all time steps.
         neuron_layer: Factory of the neurons.
@@ -66,6 +67,7 @@ class SpikingBlock(nn.Module):
         neuron_layer: NeuronLayer = LIF,
         membrane_shortcut: bool = False,
         input_range: Range = BINARY,
+        mlp_layer: type[SpikingMlp] = SpikingMlp,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -90,7 +92,7 @@ class SpikingBlock(nn.Module):
             self.more.append(SpikingBranch(front, mixer))
             numbers = numbers.plus(output_range(mixer).dropped(drop_path > 0))
         self.neuron2 = neuron()
-        self.mlp = SpikingMlp(dim, int(dim * mlp_ratio), proj_drop, input_range=seen_through(self.neuron2), **args)
+        self.mlp = mlp_layer(dim, int(dim * mlp_ratio), proj_drop, input_range=seen_through(self.neuron2), **args)
         self.output_range = numbers.plus(self.mlp.output_range.dropped(drop_path > 0))
         self.drop_path = TimeDropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 

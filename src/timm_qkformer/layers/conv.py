@@ -17,6 +17,11 @@ def output_range(neuron: nn.Module) -> Range:
     return known if isinstance(known, Range) else REAL
 
 
+def max_pool() -> nn.MaxPool2d:
+    """The pooling of all models: 3x3, of stride 2, [N, C, H, W] to [N, C, ceil(H / 2), ceil(W / 2)]."""
+    return nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+
+
 class ConvNorm(nn.Module):
     """Convolution, batch norm and (with `pool`) 3x3 max pooling of stride 2, on every time step alike.
 
@@ -51,7 +56,7 @@ class ConvNorm(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias, **dd)
         self.bn = nn.BatchNorm2d(out_chs, **dd)
-        self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if pool else nn.Identity()
+        self.pool = max_pool() if pool else nn.Identity()
         self.input_range = input_range
         self.output_range = REAL
 
@@ -67,11 +72,13 @@ class ConvNorm(nn.Module):
 
 
 class SpikingConv(ConvNorm):
-    """`ConvNorm`, then neurons: [T, B, C, H, W] to spikes [T, B, C', H', W'].
+    """`ConvNorm`, then neurons, and (with `pool_spikes`) pooling of what they fire: [T, B, C, H, W] to [T, B, C', H',
+    W'].
 
     Args:
         in_chs, out_chs, kernel_size, stride, bias, pool, groups, input_range: See `ConvNorm`.
         neuron_layer: Factory of the neurons. `nn.Identity`: none, the input currents are the result.
+        pool_spikes: Pool as `pool` does, but after the neurons.
         batch_coupled: Reproduce a defect of the QKFormer release, whose last neuron in self-attention takes
             [T * B, ...] for its sequence and so carries the membrane potential from sample to sample.
     """
@@ -88,12 +95,15 @@ class SpikingConv(ConvNorm):
         input_range: Range = REAL,
         neuron_layer: NeuronLayer = LIF,
         batch_coupled: bool = False,
+        pool_spikes: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__(in_chs, out_chs, kernel_size, stride, bias, pool, groups, input_range, **dd)
         self.neuron = neuron_layer(**dd)
+        self.spike_pool = max_pool() if pool_spikes else nn.Identity()
+        self.pool_spikes = pool_spikes
         self.batch_coupled = batch_coupled
         self.output_range = output_range(self.neuron)
 
@@ -104,8 +114,18 @@ class SpikingConv(ConvNorm):
                 if carried_state() is not None:
                     raise ValueError("batch_coupled=True: neurons that couple the batch cannot run in pieces")
             T, B, _, _, _ = x.shape
-            return self.neuron(x.flatten(0, 1)).unflatten(0, [T, B])
-        return self.neuron(x)
+            return self.pooled(self.neuron(x.flatten(0, 1)).unflatten(0, [T, B]))
+        return self.pooled(self.neuron(x))
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """What is fired, [T, B, C, H, W], pooled if this unit pools spikes."""
+        if not self.pool_spikes:
+            return x
+        if not torch.jit.is_scripting():
+            if packed.is_active(self, x):
+                return packed.pooled(self.spike_pool, x)
+        T, B, _, _, _ = x.shape
+        return self.spike_pool(x.flatten(0, 1)).unflatten(0, [T, B])
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():

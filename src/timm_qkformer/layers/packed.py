@@ -64,7 +64,12 @@ def is_unhooked(module: nn.Module) -> bool:
 def currents(unit: Any, shared: SharedInput) -> Tensor:
     """`ConvNorm.currents`: convolution, batch norm, pooling."""
     y = unit.bn(_convolved(unit.conv, shared))
-    return (max_pool(y) if _is_plain_pool(unit.pool) else unit.pool(y)).unflatten(0, shared.x.shape[:2])
+    return _pool(unit.pool, y).unflatten(0, shared.x.shape[:2])
+
+
+def pooled(pool: nn.Module, x: Tensor) -> Tensor:
+    """`SpikingConv.pooled` on spikes [T, B, C, H, W]."""
+    return _pool(pool, x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def spikes(unit: Any, shared: SharedInput) -> Tensor:
@@ -74,8 +79,8 @@ def spikes(unit: Any, shared: SharedInput) -> Tensor:
         return unit.fire(currents(unit, shared))
     y = _convolved(unit.conv, shared)
     if _norm_fires(unit.bn, unit.neuron, y):
-        return norm_and_fire(y, unit.bn, unit.neuron.spec(membrane_dtype(y)), len(shared.x))
-    return unit.neuron(unit.bn(y).unflatten(0, shared.x.shape[:2]))
+        return unit.pooled(norm_and_fire(y, unit.bn, unit.neuron.spec(membrane_dtype(y)), len(shared.x)))
+    return unit.fire(unit.bn(y).unflatten(0, shared.x.shape[:2]))
 
 
 def run_unit(unit: Any, shared: SharedInput) -> Tensor:
@@ -98,6 +103,10 @@ def embed(module: Any, x: Tensor) -> Tensor:
     else:
         y = module.main(x)
     return y if module.shortcut is None else y + run_unit(module.shortcut, shared)
+
+
+def _pool(pool: nn.Module, x: Tensor) -> Tensor:
+    return max_pool(x) if _is_plain_pool(pool) else pool(x)
 
 
 def _convolved(conv: Any, shared: SharedInput) -> Tensor:

@@ -25,6 +25,7 @@ class SpikingStem(SpikingConv):
         in_chs: Channels of the input.
         out_chs: Channels of the output.
         pool: Halve the size by pooling before firing.
+        pool_spikes: Halve it after firing.
         stride: Stride of the convolution.
         min_size: Smallest side, in pixels, that the rest of the network can take.
         neuron_layer: Factory of the neurons. `nn.Identity`: none, the result is currents [T, B, C', H', W'].
@@ -38,17 +39,19 @@ class SpikingStem(SpikingConv):
         stride: int = 1,
         min_size: int = 1,
         neuron_layer: NeuronLayer = LIF,
+        pool_spikes: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(in_chs, out_chs, 3, stride, pool=pool, neuron_layer=neuron_layer, device=device, dtype=dtype)
+        args: dict[str, Any] = {"pool": pool, "pool_spikes": pool_spikes, "device": device, "dtype": dtype}
+        super().__init__(in_chs, out_chs, 3, stride, neuron_layer=neuron_layer, **args)
         self.in_chs = in_chs
         self.min_size = min_size
 
     def forward(self, x: Tensor, time_steps: int) -> Tensor:  # type: ignore[override]
         steps = count_time_steps(x, time_steps)
         x = self.currents(as_sequence(x, self.in_chs, self.min_size))
-        return self.neuron(x.expand(steps, -1, -1, -1, -1))
+        return self.fire(x.expand(steps, -1, -1, -1, -1))
 
 
 class SpikingPatchEmbed(nn.Module):

@@ -1,13 +1,12 @@
 """The base of all models: a stem, stages of blocks, a readout and a classifier, with timm's interface to them.
 
-What a model is made of is a value, `Architecture`: any number of stages, each an embedding and a list of blocks, each
-block a list of token mixers with their heads and an MLP ratio. Papers' files say how their arguments become one.
-Tensors are [T, B, C, H, W] from the stem to the readout that ends `forward_features`.
+What a model is made of is a value, see `architecture`. Tensors are [T, B, C, H, W] from the stem to the readout that
+ends `forward_features`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, List, NamedTuple, Optional, Set, Tuple, Union
+from typing import Any, List, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +16,25 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
+from ..execution.packing import Range
 from ..layers import (
+    Feedback,
+    FeedbackBlock,
+    FeedbackStage,
     MeanReadout,
     MembraneReadout,
     SpikingBlock,
+    SpikingChain,
     SpikingPatchEmbed,
     SpikingStage,
     SpikingStem,
     as_sequence,
+    get_mlp,
 )
+from ..layers.chain import unit_args
 from ..neurons import NeuronLayer, get_neuron_layer
 from ..operators import get_operator
+from .architecture import Architecture, ChainSpec, EmbedSpec
 from .stepping import StreamState, run_step
 
 # The pretrained config that ImageNet models share. Both releases evaluate with Resize(256), CenterCrop(224), bicubic.
@@ -43,137 +50,23 @@ IMAGENET_CFG: dict[str, Any] = {
     "classifier": "head",
 }
 
-
-class StemSpec(NamedTuple):
-    """The first convolution: its channels, and whether it halves the size by pooling or by stride."""
-
-    dim: int
-    pool: bool = False
-    stride: int = 1
-
-
-class EmbedSpec(NamedTuple):
-    """One stage's patch embedding: which of its convolutions halve the size, and what lies between and beside them."""
-
-    pools: Tuple[bool, ...]
-    hidden_ratio: float = 1.0
-    shortcut: bool = True
-    strided: bool = False
-    pool_shortcut: bool = False
-
-
-class MixerSpec(NamedTuple):
-    """A token mixer: name of a registered operator, heads, further arguments of the operator."""
-
-    operator: str
-    num_heads: int = 8
-    options: Mapping[str, Any] = {}
-
-
-class BlockSpec(NamedTuple):
-    """A block: its token mixers, added one after the other, and the MLP's width relative to the stage's."""
-
-    mixers: Tuple[MixerSpec, ...]
-    mlp_ratio: float = 4.0
-
-
-class StageSpec(NamedTuple):
-    """A stage: its width, embedding and blocks."""
-
-    dim: int
-    embed: EmbedSpec
-    blocks: Tuple[BlockSpec, ...]
-
-
-class Architecture(NamedTuple):
-    """What a model is made of; `membrane_shortcut`: whether membrane potentials are added up instead of spikes."""
-
-    stem: StemSpec
-    stages: Tuple[StageSpec, ...]
-    membrane_shortcut: bool = False
-
-
-class Embedding(NamedTuple):
-    """How a hierarchical model goes from pixels to tokens; its stem has half the first stage's width."""
-
-    stem_pool: bool
-    stages: Tuple[EmbedSpec, ...]
-    stem_stride: int = 1
-
-
-def hierarchy(
-    embedding: Embedding,
-    embed_dims: Sequence[int],
-    depths: Sequence[int],
-    num_heads: Any,
-    mlp_ratio: Any,
-    operators: Tuple[str, Any],
-    options: Mapping[str, Any],
-    membrane_shortcut: bool,
-) -> Architecture:
-    """The architecture of a hierarchical model (HST) from the arguments that its paper gives by stage.
-
-    Args:
-        embedding: Downsampling, one entry for each stage.
-        embed_dims: Width of each stage.
-        depths: Blocks in each stage.
-        num_heads: Heads; one number, one per stage, or for a stage one per block.
-        mlp_ratio: MLP width relative to the stage's, likewise.
-        operators: Name of the argument, for errors, and names of token mixers, likewise; "a+b" is a block of two.
-        options: Further arguments of all operators.
-        membrane_shortcut: See `Architecture`.
-
-    Raises:
-        ValueError: For an argument outside its range.
-    """
-    count = len(embedding.stages)
-    widths = _per_stage("embed_dims", embed_dims, count, minimum=2)
-    blocks = _per_stage("depths", depths, count, minimum=0)
-    heads = _per_block("num_heads", num_heads, blocks)
-    ratios = _per_block("mlp_ratio", mlp_ratio, blocks)
-    names = _per_block(operators[0], operators[1], blocks)
-    if any(type(h) is not int or h < 1 for of_stage in heads for h in of_stage):
-        raise ValueError(f"num_heads={num_heads!r} must be whole numbers, none of them below 1")
-    for width, of_stage in zip(widths, ratios, strict=True):
-        if any(isinstance(r, str) or not 1 <= width * r < 2**31 for r in of_stage):
-            raise ValueError(f"mlp_ratio={mlp_ratio!r} leaves no MLP of 1 to 2**31 channels, embed_dims={embed_dims!r}")
-    stages = []
-    for i, (width, embed) in enumerate(zip(widths, embedding.stages, strict=True)):
-        of_stage = []
-        for name, h, ratio in zip(names[i], heads[i], ratios[i], strict=True):
-            try:
-                mixers = tuple(MixerSpec(part, h, options) for part in name.split("+"))
-                for mixer in mixers:
-                    get_operator(mixer.operator)
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{operators[0]}={operators[1]!r}: {error}") from error
-            of_stage.append(BlockSpec(mixers, ratio))
-        stages.append(StageSpec(width, embed, tuple(of_stage)))
-    stem = StemSpec(widths[0] // 2, embedding.stem_pool, embedding.stem_stride)
-    return Architecture(stem, tuple(stages), membrane_shortcut)
-
-
-def _per_stage(name: str, value: Any, count: int, minimum: Optional[int] = None) -> List[Any]:
-    """One value per stage, from one for all or a sequence."""
-    values: List[Any] = [value] * count if isinstance(value, (int, float, str)) else list(value)
-    if len(values) != count:
-        raise ValueError(f"{name}={value!r} must have one entry for each of the {count} stages, not {len(values)}")
-    if minimum is not None and any(type(v) is not int or v < minimum for v in values):
-        raise ValueError(f"{name}={value!r} must be whole numbers, none of them below {minimum}")
-    return values
-
-
-def _per_block(name: str, value: Any, depths: Sequence[int]) -> List[List[Any]]:
-    """One value per block of each stage, from one for all, one per stage, or for a stage one per block."""
-    values = []
-    for of_stage, depth in zip(_per_stage(name, value, len(depths)), depths, strict=True):
-        of_blocks = [of_stage] * depth if isinstance(of_stage, (int, float, str)) else list(of_stage)
-        if len(of_blocks) != depth:
-            raise ValueError(
-                f"{name}={value!r}: {of_stage!r} must have one entry for each of the stage's {depth} blocks"
-            )
-        values.append(of_blocks)
-    return values
+# Those of small images, and of event cameras of 128 x 128 pixels, by the models that pool the least of either.
+CIFAR10_CFG: dict[str, Any] = {
+    "num_classes": 10,
+    "input_size": (3, 32, 32),
+    "pool_size": (8, 8),
+    "crop_pct": 1.0,
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+}
+EVENTS_CFG: dict[str, Any] = {
+    "num_classes": 10,
+    "input_size": (2, 128, 128),
+    "pool_size": (8, 8),
+    "crop_pct": 1.0,
+    "mean": (0.0, 0.0),
+    "std": (1.0, 1.0),
+}
 
 
 class SpikingTransformer(nn.Module):
@@ -231,17 +124,16 @@ class SpikingTransformer(nn.Module):
         self.set_time_steps(time_steps)
 
         stem, membrane_shortcut = architecture.stem, architecture.membrane_shortcut
+        self.membrane_shortcut = membrane_shortcut
         args: dict[str, Any] = {"neuron_layer": neuron_layer, "membrane_shortcut": membrane_shortcut, **dd}
-        reductions = [2**stem.pool * stem.stride]
+        reductions = [stem.reduction]
         for spec in architecture.stages:
-            reductions.append(reductions[-1] * 2 ** sum(spec.embed.pools))
+            reductions.append(reductions[-1] * spec.embed.stride)
         self.stem = SpikingStem(
             in_chans,
             stem.dim,
-            pool=stem.pool,
-            stride=stem.stride,
             min_size=reductions[-1],
-            neuron_layer=nn.Identity if membrane_shortcut else neuron_layer,
+            **unit_args(stem, neuron_layer),
             **dd,
         )
         depths = [len(spec.blocks) for spec in architecture.stages]
@@ -250,30 +142,25 @@ class SpikingTransformer(nn.Module):
         self.feature_info = []
         chs, numbers = stem.dim, self.stem.output_range
         for i, spec in enumerate(architecture.stages):
-            hidden = int(spec.dim * spec.embed.hidden_ratio)
-            embed = SpikingPatchEmbed(
-                chs,
-                spec.dim,
-                spec.embed.pools,
-                hidden,
-                spec.embed.shortcut,
-                spec.embed.strided,
-                spec.embed.pool_shortcut,
-                input_range=numbers,
-                **args,
-            )
+            embed = _build_embed(chs, spec.dim, spec.embed, numbers, args)
             chs, numbers = spec.dim, embed.output_range
+            feedback = architecture.feedback if spec is architecture.stages[-1] else None
+            block_layer = SpikingBlock if feedback is None else FeedbackBlock
             blocks = []
             for block, rate in zip(spec.blocks, drop_paths[i], strict=True):
                 mixers = [partial(get_operator(m.operator), num_heads=m.num_heads, **m.options) for m in block.mixers]
-                blocks.append(
-                    SpikingBlock(chs, mixers, block.mlp_ratio, proj_drop_rate, rate, input_range=numbers, **args)
-                )
+                block_args = {"input_range": numbers, "mlp_layer": get_mlp(block.mlp), **args}
+                blocks.append(block_layer(chs, mixers, block.mlp_ratio, proj_drop_rate, rate, **block_args))
                 numbers = blocks[-1].output_range
-            stages.append(SpikingStage(embed, blocks))
+            if feedback is None:
+                stages.append(SpikingStage(embed, blocks))
+            else:
+                fed = Feedback(chs, len(blocks), feedback, neuron_layer, **dd)
+                stages.append(FeedbackStage(embed, blocks, fed))
             self.feature_info.append({"num_chs": chs, "reduction": reductions[i + 1], "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
-        self.readout: nn.Module = MembraneReadout(neuron_layer, **dd) if membrane_shortcut else MeanReadout()
+        fires = architecture.membrane_readout
+        self.readout: nn.Module = MembraneReadout(neuron_layer, **dd) if fires else MeanReadout()
 
         self.num_features = self.head_hidden_size = chs
         self._create_head(global_pool, **dd)
@@ -440,3 +327,15 @@ class SpikingTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] or event clips [B, T, C, H, W] to logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
+
+
+def _build_embed(
+    chs: int, dim: int, spec: Union[EmbedSpec, ChainSpec], numbers: Range, args: Mapping[str, Any]
+) -> Union[SpikingPatchEmbed, SpikingChain]:
+    """A stage's embedding, from `chs` channels that hold `numbers`."""
+    if isinstance(spec, ChainSpec):
+        chain_args = {name: value for name, value in args.items() if name != "membrane_shortcut"}
+        return SpikingChain(chs, *spec, input_range=numbers, **chain_args)
+    hidden = int(dim * spec.hidden_ratio)
+    branches = (spec.shortcut, spec.strided, spec.pool_shortcut)
+    return SpikingPatchEmbed(chs, dim, spec.pools, hidden, *branches, input_range=numbers, **args)

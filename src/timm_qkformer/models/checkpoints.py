@@ -1,8 +1,10 @@
 """Strict translation of other code bases' checkpoints, shared by the models' `checkpoint_filter_fn`."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..layers import ConvNorm
@@ -63,10 +65,13 @@ def rename_tensors(state_dict: StateDict, rename: Callable[[str], str | None]) -
     return renamed
 
 
-def conv1d_to_conv2d(state_dict: StateDict) -> StateDict:
-    """Give 1x1 convolutions over tokens, which other code bases write as Conv1d, the shape of our Conv2d."""
+def as_conv2d(state_dict: StateDict, linear: bool = False) -> StateDict:
+    """Give 1x1 convolutions, which other code bases write as Conv1d or (`linear`) Linear, the shape of Conv2d."""
+    flat = (2, 3) if linear else (3,)
     return {
-        name: tensor.unsqueeze(-1) if name.endswith("conv.weight") and tensor.ndim == 3 else tensor
+        name: tensor[(..., *[None] * (4 - tensor.ndim))]
+        if name.endswith("conv.weight") and tensor.ndim in flat
+        else tensor
         for name, tensor in state_dict.items()
     }
 
@@ -77,6 +82,7 @@ def translate_tensors(
     names: Sequence[tuple[str, str]],
     adaptable: Mapping[str, int],
     optional: Collection[str] = (),
+    linear: bool = False,
 ) -> StateDict:
     """Rename tensors by name where the names are known, else by their position, if count and every shape agree.
 
@@ -85,6 +91,7 @@ def translate_tensors(
         model: The model that is to load them.
         names: Pairs of the other code base's name and the model's own, in the order of the other's state dict.
         adaptable, optional: See `check_against_model`.
+        linear: See `as_conv2d`.
 
     Raises:
         ValueError: If neither way fits, with what is wrong.
@@ -99,7 +106,7 @@ def translate_tensors(
         ways["by position"] = list(ours.values())
     problems = {}
     for way, targets in ways.items():
-        renamed = conv1d_to_conv2d(dict(zip(targets, state_dict.values(), strict=True)))
+        renamed = as_conv2d(dict(zip(targets, state_dict.values(), strict=True)), linear)
         original_names = {our: their for their, our in names} | dict(zip(targets, state_dict, strict=True))
         found = _compare(renamed, model, original_names, adaptable, optional)
         if not found:
@@ -223,3 +230,126 @@ def _units(model: SpikingTransformer, embeddings: Sequence[Sequence[UnitNames]])
                 yield (f"{theirs}.{conv}", f"{theirs}.{bn}"), f"{ours}.attn.{unit}"
             for unit in ("fc1", "fc2"):
                 yield (f"{theirs}.mlp.{unit}_conv", f"{theirs}.mlp.{unit}_bn"), f"{ours}.mlp.{unit}"
+
+
+# How releases may call one of our modules, with {} in place of "conv", "bn" or, for neurons that learn, "lif" (or what
+# stands there instead), and its path in the model or in a block.
+Named = tuple[Sequence[str | Mapping[str, str]], str]
+
+
+def block_parts(block: Any) -> Iterator[Named]:
+    """The modules of a block as most releases call them, in their order."""
+    mixer: Operator = block.attn
+    for part in (*mixer.inputs, mixer.output):
+        yield [f"attn.{part}_{{}}"], f"attn.{part}"
+    for part, other in (("fc1", "mlp1"), ("fc2", "mlp2")):
+        yield [f"mlp.{name}_{{}}" for name in (part, other)], f"mlp.{part}"
+
+
+def translate_flat(
+    checkpoint: Mapping[str, Any],
+    model: SpikingTransformer,
+    stem: Sequence[Sequence[str]],
+    unused: str,
+    parts: Callable[[Any], Iterable[Named]] = block_parts,
+) -> StateDict:
+    """Turn a checkpoint of a flat model's release into the model's state dict; pass the model's own through.
+
+    These releases call their parts `patch_embed.*`, `block.<i>.attn.*`, `block.<i>.mlp.*` and `head.*`, and list them
+    in this order. 1x1 convolutions are Conv2d, Conv1d or Linear.
+
+    Args:
+        checkpoint: As `unwrap_checkpoint` takes it.
+        model: The model that is to load it.
+        stem: For each convolution before the blocks, how releases call it and its batch norm, with {} in place of
+            "conv" and "bn".
+        unused: Regular expression of tensors that releases hold and never use: they are dropped, by these names alone.
+        parts: The modules of a block, in the release's order.
+
+    Raises:
+        ValueError: If the tensors fit the model neither by name nor by position.
+    """
+    tensors = unwrap_checkpoint(checkpoint)
+    if tensors.keys() & model.state_dict().keys() - set(_HEAD):
+        return tensors
+    tensors = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(unused, name)}
+    names: list[tuple[str, str]] = []
+    spellings: dict[str, str] = {}
+    for given, path in _flat_parts(model, stem, parts):
+        module = model.get_submodule(path)
+        templates = sorted(given, key=lambda t: not any(name.startswith(_ends(t)) for name in tensors))
+        layers = {"conv": ("conv", "linear"), "bn": ("bn",)} if isinstance(module, ConvNorm) else {"": ("lif",)}
+        for layer, spelled in layers.items():
+            own = f"{path}.{layer}" if layer else path
+            for key in model.get_submodule(own).state_dict():
+                theirs = [t[layer] if isinstance(t, Mapping) else t.format(s) for t in templates for s in spelled]
+                names.append((f"{theirs[0]}.{key}", f"{own}.{key}"))
+                spellings |= {f"{name}.{key}": f"{theirs[0]}.{key}" for name in theirs}
+    names += [(name, name) for name in _HEAD]
+    tensors = rename_tensors(tensors, lambda name: spellings.get(name, name))
+    return translate_tensors(tensors, model, names, _ADAPTABLE, optional=_HEAD, linear=True)
+
+
+def _ends(template: str | Mapping[str, str]) -> tuple[str, ...]:
+    names = template.values() if isinstance(template, Mapping) else map(template.format, ("conv", "linear", "bn"))
+    return tuple(f"{name}." for name in names)
+
+
+def _flat_parts(
+    model: SpikingTransformer, stem: Sequence[Sequence[str]], parts: Callable[[Any], Iterable[Named]]
+) -> Iterator[Named]:
+    """How releases call each module, in the release's order, and its path in the model."""
+    stage: Any = model.stages[0]
+    units = ["stem", *(f"stages.0.embed.main.{i}" for i in range(len(stage.embed.main)))]
+    if getattr(stage.embed, "position", None) is not None:
+        units.append("stages.0.embed.position")
+    for templates, unit in zip(stem, units, strict=True):
+        names = [f"patch_embed.{template}" for template in templates]
+        yield names, unit
+        yield names, f"{unit}.neuron"
+    for i, block in enumerate(stage.blocks):
+        for inside, path in parts(block):
+            yield [_below(f"block.{i}.", template) for template in inside], f"stages.0.blocks.{i}.{path}"
+
+
+def _below(prefix: str, template: str | Mapping[str, str]) -> str | Mapping[str, str]:
+    if isinstance(template, str):
+        return prefix + template
+    return {layer: prefix + name for layer, name in template.items()}
+
+
+_CONSTANT = re.compile(r"(.*)\.(threshold|act_fun\.alpha)")
+
+
+def take_thresholds(checkpoint: Mapping[str, Any]) -> tuple[StateDict, dict[str, float]]:
+    """Tensors of a checkpoint of BrainCog's models without the constants that these keep in it, and the thresholds.
+
+    A neuron's threshold and its surrogate's alpha are parameters there, without gradients. The stored threshold is the
+    one that counts; alpha matters to training alone.
+
+    Returns:
+        The tensors, and the threshold of each neuron by its name in the checkpoint.
+    """
+    tensors, thresholds = {}, {}
+    for name, tensor in unwrap_checkpoint(checkpoint).items():
+        if m := _CONSTANT.fullmatch(name):
+            if m[2] == "threshold":
+                value = float(tensor)  # in single precision 0.3 is not what it was meant to be
+                thresholds[m[1]] = value if tensor.dtype == torch.float64 else float(f"{value:.7g}")
+        else:
+            tensors[name] = tensor
+    return tensors, thresholds
+
+
+def check_thresholds(thresholds: Mapping[str, float], expected: float = 1.0) -> None:
+    """Refuse a checkpoint whose neurons have other thresholds than the model's.
+
+    Raises:
+        ValueError: Naming those that differ.
+    """
+    others = [f"{name} {value:g}" for name, value in thresholds.items() if value != expected]
+    if others:
+        raise ValueError(
+            f"the checkpoint's neurons have other thresholds than the model's {expected:g}: {_listing(others)}; create "
+            "the model with neuron_args={'v_threshold': ...}"
+        )

@@ -36,6 +36,8 @@ from torch import nn
 from torch.hub import HASH_REGEX
 from tqdm import tqdm
 
+from .training_files import with_kept_tensors
+
 _logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -92,16 +94,24 @@ def create(
         variant, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     )
     model_args = dict((tag_args or {}).get(f"{variant}.{cfg.tag}", {}), **kwargs)
-    with loading_weights(variant, cfg, kwargs.get("cache_dir")) if pretrained else nullcontext():
-        return build_model_with_cfg(
+    cache_dir, source = kwargs.get("cache_dir"), cfg
+    with loading_weights(variant, cfg, cache_dir) if pretrained else nullcontext():
+        if pretrained:
+            source = with_kept_tensors(cfg, cache_dir, _check_hub_hash)
+        model: ModelT = build_model_with_cfg(
             model_cls,
             variant,
             pretrained,
-            pretrained_cfg=cfg,  # timm resolves it once more, which changes nothing
+            pretrained_cfg=source,  # timm resolves it once more, which changes nothing
             pretrained_filter_fn=filter_fn,
             feature_cfg={"out_indices": tuple(range(stages)), "feature_cls": "getter"},
             **model_args,
         )
+    if source is not cfg:  # the model says where its weights come from, not where they are kept
+        for name in ("pretrained_cfg", "default_cfg"):
+            kept = getattr(model, name)
+            setattr(model, name, {k: v for k, v in kept.items() if k not in ("file", "state_dict")})
+    return model
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from typing import Any, Union
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import nn
 
-from .base import IMAGENET_CFG, Embedding, EmbedSpec, SpikingTransformer, hierarchy
+from .architecture import Embedding, EmbedSpec, hierarchy
+from .base import IMAGENET_CFG, SpikingTransformer
 from .checkpoints import MAXFORMER_CHECKPOINTS, StateDict, UnitNames, translate_release, unwrap_checkpoint
 from .loading import create
 

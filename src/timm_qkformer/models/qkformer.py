@@ -16,13 +16,15 @@ from typing import Any, Optional, Union
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import nn
 
-from .base import IMAGENET_CFG, Embedding, EmbedSpec, SpikingTransformer, hierarchy
+from ..layers import UnitSpec
+from .architecture import ChainSpec, Embedding, EmbedSpec, hierarchy
+from .base import CIFAR10_CFG, EVENTS_CFG, IMAGENET_CFG, SpikingTransformer
 from .checkpoints import (
     MAXFORMER_CHECKPOINTS,
     StateDict,
     UnitNames,
+    as_conv2d,
     check_against_model,
-    conv1d_to_conv2d,
     rename_tensors,
     translate_release,
     unwrap_checkpoint,
@@ -38,6 +40,15 @@ EMBEDDINGS = {
     "cifar": Embedding(False, (EmbedSpec((False,)), EmbedSpec((False, True)), EmbedSpec((False, True)))),
     # strides 1 | 2, 4, 8
     "small": Embedding(False, (EmbedSpec((True,)), EmbedSpec((True, False)), EmbedSpec((True, False)))),
+    # strides 1 | 1, 2, 4, without the shortcuts of SPEDS and pooling after the neurons, as SPS does
+    "sps": Embedding(
+        False,
+        (
+            ChainSpec((UnitSpec(0),)),
+            ChainSpec((UnitSpec(0), UnitSpec(0, "spikes"))),
+            ChainSpec((UnitSpec(0), UnitSpec(0, "spikes"))),
+        ),
+    ),
     # strides 1 | 2, 8, 16
     "events": Embedding(
         False,
@@ -57,8 +68,9 @@ class QKFormer(SpikingTransformer):
     Each forward pass starts from rest, and no sample sees its batch mates.
 
     Args:
-        patch_embed: Downsampling: "imagenet" (stride 16), "cifar" (stride 4), "events" (stride 16) or ours, "small"
-            (stride 8, for small images on little hardware).
+        patch_embed: Downsampling: "imagenet" (stride 16), "cifar" (stride 4), "events" (stride 16); "sps" (stride 4),
+            the convolutions of "cifar" as Spikformer's SPS has them, without shortcuts, in the paper's Table 4 (which
+            says no more: the form is ours); or ours, "small" (stride 8, for small images on little hardware).
         attn: Token mixer, a registered operator: "qkta", "qkca", "ssa", ...; one, one per stage, or for a stage one per
             block. "a+b" is a block of two.
         embed_dims: Width of each stage.
@@ -98,7 +110,6 @@ class QKFormer(SpikingTransformer):
             **kwargs,
         )
         self.embedding = patch_embed
-        self.membrane_shortcut = membrane_shortcut
 
 
 _RELEASE_EMBED = re.compile(r"patch_embed(\d)\.proj(\d*)_(conv|bn)\.(\w+)")
@@ -107,14 +118,14 @@ _RELEASE_ATTN = re.compile(r"stage(\d)\.(\d+)\.(?:tssa|ssa|attn)\.([qkv]|proj)_(
 _RELEASE_MLP = re.compile(r"stage(\d)\.(\d+)\.mlp\.(?:fc|mlp)([12])_(conv|bn)\.(\w+)")
 
 
-class _ReleaseNames:
+class ReleaseNames:
     """The release's tensor names in terms of ours: ImageNet, CIFAR and event spellings.
 
     The release numbers only the stages that have blocks, counts the event models' first pooling to the stem, and
     numbers convolutions within an embedding with gaps; so what counts is each one's position in the order.
     """
 
-    def __init__(self, names: Sequence[str], model: QKFormer) -> None:
+    def __init__(self, names: Sequence[str], model: SpikingTransformer) -> None:
         found = {m.group(1, 2) for m in map(_RELEASE_EMBED.fullmatch, names) if m}
         order = sorted(found, key=lambda found: (found[0], int(found[1] or 0)))
         convs = ["stem"]
@@ -142,7 +153,7 @@ class _ReleaseNames:
             return None
         return f"{unit}.{rest}" if unit else None
 
-    def spelling(self, names: Iterable[str], model: QKFormer) -> dict[str, str]:
+    def spelling(self, names: Iterable[str], model: SpikingTransformer) -> dict[str, str]:
         """The release's spelling of our names, also of those missing from `names` if any of their unit is there."""
         original = {self(name) or name: name for name in names}
         units = {}
@@ -179,8 +190,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
             "these are weights of MS-QKFormer, whose shortcuts join membrane potentials: create a qkformer_hst10_*_ms "
             "model, or any other with membrane_shortcut=True"
         )
-    names = _ReleaseNames(list(tensors), model)
-    renamed = conv1d_to_conv2d(rename_tensors(tensors, names))
+    return filter_by_names(tensors, model, ReleaseNames(list(tensors), model))
+
+
+def filter_by_names(tensors: StateDict, model: SpikingTransformer, names: ReleaseNames) -> StateDict:
+    """The tensors of a release as the model's, strictly by their names.
+
+    Raises:
+        ValueError: Naming every missing, extra or misshapen tensor.
+    """
+    renamed = as_conv2d(rename_tensors(tensors, names))
     original_names = names.spelling(tensors, model)
     check_against_model(
         renamed,
@@ -213,7 +232,7 @@ def _filter_membrane(tensors: StateDict, model: QKFormer) -> StateDict:
     """`checkpoint_filter_fn` for models with membrane shortcuts, whose tensors are shaped as those without."""
     if model.embedding != "imagenet":  # the release has none of the others
         return tensors
-    sew_names = _ReleaseNames(list(tensors), model)
+    sew_names = ReleaseNames(list(tensors), model)
     if all(sew_names(name) is not None for name in tensors):
         _logger.warning(
             "The checkpoint's names are those of QKFormer's release. If it was trained without membrane shortcuts, "
@@ -268,14 +287,6 @@ def _membrane_cfg(asset: str) -> dict[str, Any]:
     )
 
 
-_CIFAR10: dict[str, Any] = {
-    "num_classes": 10,
-    "input_size": (3, 32, 32),
-    "pool_size": (4, 4),
-    "crop_pct": 1.0,
-    "mean": (0.4914, 0.4822, 0.4465),
-    "std": (0.2470, 0.2435, 0.2616),
-}
 _CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 default_cfgs = generate_default_cfgs(
@@ -285,25 +296,15 @@ default_cfgs = generate_default_cfgs(
         "qkformer_hst10_768.in1k": _pending("qkformer_hst10_768.in1k"),
         "qkformer_hst10_768.ft288_in1k": _pending("qkformer_hst10_768.ft288_in1k", 288),
         "qkformer_hst10_768.ft384_in1k": _pending("qkformer_hst10_768.ft384_in1k", 384),
-        "qkformer_hst4_384.untrained": _cfg(**{**_CIFAR10, "pool_size": (8, 8)}),
-        "qkformer_hst3_192.cifar10": _shipped("qkformer_hst3_192.cifar10", label_names=_CIFAR10_CLASSES, **_CIFAR10),
+        "qkformer_hst4_384.untrained": _cfg(**CIFAR10_CFG),
+        "qkformer_hst3_192.cifar10": _shipped(
+            "qkformer_hst3_192.cifar10", label_names=_CIFAR10_CLASSES, **{**CIFAR10_CFG, "pool_size": (4, 4)}
+        ),
         "qkformer_hst3_128.nmnist": _shipped(
             "qkformer_hst3_128.nmnist",
-            num_classes=10,
-            input_size=(2, 34, 34),
-            pool_size=(3, 3),
-            crop_pct=1.0,
-            mean=(0.0, 0.0),
-            std=(1.0, 1.0),
+            **{**EVENTS_CFG, "input_size": (2, 34, 34), "pool_size": (3, 3)},
         ),
-        "qkformer_hst2_256.untrained": _cfg(
-            num_classes=10,
-            input_size=(2, 128, 128),
-            pool_size=(8, 8),
-            crop_pct=1.0,
-            mean=(0.0, 0.0),
-            std=(1.0, 1.0),
-        ),
+        "qkformer_hst2_256.untrained": _cfg(**EVENTS_CFG),
         "qkformer_hst10_384_ms.t4_in1k": _membrane_cfg("ms_qk_10-384_T4.pth.tar"),
         "qkformer_hst10_512_ms.untrained": _cfg(),
         "qkformer_hst10_768_ms.t1_in1k": _membrane_cfg("ms_qk_10-768_T1.pth.tar"),

@@ -13,9 +13,8 @@ docs/architecture.md has a worked example.
 """
 
 import linecache
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Optional, TypeVar
 
 import torch
 from timm.layers import register_notrace_function
@@ -98,16 +97,22 @@ class Operator(nn.Module):
 
     A subclass declares, as class attributes and methods:
 
-    inputs: Names of its projections, LIF(BN(W x)) of `dim` channels each, in the order of `attend`'s arguments. An
-        operator without any takes x itself through `output`.
+    inputs: Names of its projections, LIF(BN(W x)), in the order of `attend`'s arguments. An operator without any takes
+        x itself through `output`.
+    input_shape(name): Heads of one of them and channels of each head; by default `num_heads` that make up `dim`.
+    input_neuron(name, layer): Its neurons; by default those of the model.
+    fed: Inputs, the last ones, that also take the feedback of a `layers.FeedbackStage`, LIF(BN(W (x + f))).
     inner_neurons: Its other neurons and their arguments.
     output: Name of the unit that ends it.
     attend(*inputs): From spikes [T, B, heads, channels of a head, tokens] of each input to what the output projection
-        takes, of the same shape. Without random numbers.
+        takes, in all `dim` channels. Without random numbers.
+    needs_map: Whether `attend` and `operations` want to know where tokens are: both then take H and W, too, after the
+        inputs, and token number y * W + x is the one at (y, x).
     attended_range(*ranges): What `attend` puts out, from what its inputs hold.
     operations(*inputs): What it costs, from what `attend` is given.
     views(inputs, inner, attended): What pictures draw; tensors by the names of inputs and inner neurons.
-    kernel: Its kernel in C++, if there is one. Checked against `attend` by the contract suite.
+    kernel: Its kernel in C++, if there is one; `native_kernel` says so of this instance. Checked against `attend` by
+        the contract suite.
     tokens_are_independent: Whether `attend` treats each token on its own, so that deployment may run them in chunks.
     neuron_names, attended_name: What papers call its inner neurons and the result of `attend`.
     main_view, view_labels: The kind of view that says most, and what the numbers of each are, in words.
@@ -119,19 +124,25 @@ class Operator(nn.Module):
         dim: Channels of the stage.
         num_heads: Heads, a divisor of `dim`.
         proj_drop: Dropout at the end, one mask for all time steps.
+        qkv_bias: Give the inputs' projections a bias, which their batch norms make superfluous.
+        proj_bias: Give the output's projection one.
+        inner_args: Arguments of inner neurons, by their names, in place of those that the operator declares.
         neuron_layer: Factory of the neurons.
         membrane_shortcut: Return input currents instead of spikes.
         batch_coupled: Reproduce the release's coupling, where there is one.
         input_range: What x may hold.
 
     Raises:
-        ValueError: For heads that do not divide `dim`, or `batch_coupled` together with `membrane_shortcut`.
+        ValueError: For heads that do not divide `dim`, `inner_args` of no inner neuron, or `batch_coupled` together
+            with `membrane_shortcut`.
     """
 
     operator_name: str = ""
     inputs: ClassVar[tuple[str, ...]] = ()
+    fed: ClassVar[tuple[str, ...]] = ()
     inner_neurons: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     output: ClassVar[str] = "proj"
+    needs_map: ClassVar[bool] = False
     kernel: ClassVar[NativeKernel | None] = None
     tokens_are_independent: ClassVar[bool] = False
     neuron_names: ClassVar[Mapping[str, str]] = {}
@@ -149,6 +160,9 @@ class Operator(nn.Module):
         dim: int,
         num_heads: int = 8,
         proj_drop: float = 0.0,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        inner_args: Mapping[str, Mapping[str, Any]] | None = None,
         neuron_layer: NeuronLayer = LIF,
         membrane_shortcut: bool = False,
         batch_coupled: bool = False,
@@ -164,21 +178,31 @@ class Operator(nn.Module):
                 "batch_coupled=True couples the attention's last neuron, which membrane_shortcut=True leaves out: "
                 "use one of them"
             )
+        if inner_args and (unknown := [name for name in inner_args if name not in self.inner_neurons]):
+            raise ValueError(f"inner_args={inner_args!r}: {unknown[0]!r} is none of {list(self.inner_neurons)}")
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.input_range = input_range
-        unit: Any = partial(SpikingConv, dim, dim, input_range=input_range, neuron_layer=neuron_layer, **dd)
-        for name in self.inputs:
-            if name not in self.built_last:
-                setattr(self, name, unit())
+        layers = {name: self.input_neuron(name, neuron_layer) for name in self.inputs}
+        ranges = {name: input_range.plus(BINARY) if name in self.fed else input_range for name in self.inputs}
+
+        def build(names: Iterable[str]) -> None:
+            for name in names:
+                heads, head_dim = self.input_shape(name)
+                args: dict[str, Any] = {"bias": qkv_bias, "input_range": ranges[name], "neuron_layer": layers[name]}
+                setattr(self, f"{name}_heads", heads)
+                setattr(self, name, SpikingConv(dim, heads * head_dim, **args, **dd))
+
+        build(name for name in self.inputs if name not in self.built_last)
         for name, args in self.inner_neurons.items():
-            setattr(self, name, neuron_layer(**args, **dd))
+            setattr(self, name, neuron_layer(**{**args, **(inner_args or {}).get(name, {})}, **dd))
         last_layer = nn.Identity if membrane_shortcut else neuron_layer
         coupled = batch_coupled and self.couples_batch
-        setattr(self, self.output, self.output_unit(dim, neuron_layer=last_layer, batch_coupled=coupled, **dd))
-        for name in self.built_last:
-            setattr(self, name, unit())
+        held = self.attended_range(*(output_range(layer(**dd)) for layer in layers.values())) if layers else input_range
+        args = {"bias": proj_bias, "input_range": held, "neuron_layer": last_layer, "batch_coupled": coupled}
+        setattr(self, self.output, self.output_unit(dim, **args, **dd))
+        build(self.built_last)
         self.proj_drop = TimeDropout(proj_drop)
         self.output_range = output_range(getattr(self, self.output)).dropped(proj_drop > 0)
 
@@ -187,15 +211,33 @@ class Operator(nn.Module):
         if "forward" not in cls.__dict__:
             cls.forward = _forward(cls)
 
-    def output_unit(self, dim: int, **args: Any) -> SpikingConv:
-        """The unit that ends the operator: by default LIF(BN(W X')), 1x1 with bias."""
-        spikes: Range = getattr(self, self.inputs[0]).output_range  # all inputs have such neurons
-        held = self.attended_range(*[spikes] * len(self.inputs))
-        return SpikingConv(dim, dim, bias=True, input_range=held, **args)
+    def input_shape(self, name: str) -> tuple[int, int]:
+        """See the class's docstring."""
+        return self.num_heads, self.head_dim
 
-    def split(self, x: Tensor) -> Tensor:
+    def input_neuron(self, name: str, layer: NeuronLayer) -> NeuronLayer:
+        """See the class's docstring."""
+        return layer
+
+    def output_unit(self, dim: int, **args: Any) -> SpikingConv:
+        """The unit that ends the operator: by default LIF(BN(W X')), 1x1."""
+        return SpikingConv(dim, dim, **args)
+
+    def native_kernel(self) -> NativeKernel | None:
+        """See the class's docstring."""
+        return self.kernel
+
+    def split(self, x: Tensor, heads: int) -> Tensor:
         """[T, B, C, H, W] to [T, B, heads, C / heads, H * W]."""
-        return x.flatten(3).unflatten(2, [self.num_heads, self.head_dim])
+        return x.flatten(3).unflatten(2, [heads, x.shape[2] // heads])
+
+    def split_input(self, name: str, x: Tensor) -> Tensor:
+        """What the neurons of an input fire, [T, B, C, H, W], as `attend` takes it."""
+        return self.split(x, self.input_shape(name)[0])
+
+    def map_size(self, H: int, W: int) -> tuple[int, ...]:
+        """What `attend` and `operations` take after the inputs of a map of this size."""
+        return (H, W) if self.needs_map else ()
 
     def merge(self, x: Tensor, H: int, W: int) -> Tensor:
         """[T, B, heads, C / heads, H * W] to [T, B, C, H, W]."""
@@ -226,21 +268,24 @@ class Operator(nn.Module):
         outer = {*self.inputs, self.output, "proj_drop"}
         return {name: module for name, module in self.named_children() if name not in outer}
 
-    def run_packed(self, x: Tensor) -> Tensor:
+    def run_packed(self, x: Tensor, feedback: Tensor | None = None) -> Tensor:
         """The forward pass with packed activations: inputs are packed once, and `attend` runs again backwards."""
         if not self.inputs:
             return x
         _, _, _, H, W = x.shape
         shared = SharedInput(x, self.input_range)
+        fed = SharedInput(x if feedback is None else x + feedback, self.input_range.plus(BINARY))
         units = [getattr(self, name) for name in self.inputs]
-        spikes = [packed.run_unit(unit, shared) for unit in units]
+        takes = [fed if name in self.fed else shared for name in self.inputs]
+        spikes = [packed.run_unit(unit, taken) for unit, taken in zip(units, takes, strict=True)]
 
         def attend(*inputs: Tensor) -> Tensor:
-            return self.merge(self.attend(*map(self.split, inputs)), H, W)
+            split = map(self.split_input, self.inputs, inputs)
+            return self.merge(self.attend(*split, *self.map_size(H, W)), H, W)
 
         inner = list(self.inner_modules().values())
         kept = [SharedInput(s, output_range(unit)) for s, unit in zip(spikes, units, strict=True)]
-        if _may_run_again(inner) and all(part.packed is not None for part in kept):
+        if _may_run_again(inner) and any(part.packed is not None for part in kept):
             parameters = [p for module in inner for p in module.parameters() if p.requires_grad]
             return call_packed(attend, kept, parameters)
         return attend(*spikes)
@@ -257,20 +302,32 @@ def _may_run_again(inner: Sequence[nn.Module]) -> bool:
 
 def _forward(cls: type[Operator]) -> Callable[..., Tensor]:
     """`forward` of an operator, written out for its inputs: TorchScript compiles no loop over attributes."""
+    taken = {name: "fed" if name in cls.fed else "x" for name in cls.inputs}
     if cls.inputs:
-        spikes = ", ".join(f"self.split(self.{name}(x))" for name in cls.inputs)
-        attended = f"self.merge(self.attend({spikes}), x.shape[3], x.shape[4])"
+        spikes = ", ".join(f"self.split(self.{name}({what}), self.{name}_heads)" for name, what in taken.items())
+        size = ", x.shape[3], x.shape[4]"
+        attended = f"self.merge(self.attend({spikes}{size if cls.needs_map else ''}){size})"
     else:
         attended = "x"
-    source = f"""def forward(self, x: Tensor) -> Tensor:
+    more, given, feed = "", "", ""
+    if cls.fed:
+        more, given = ", feedback: Optional[Tensor] = None", ", feedback"
+        feed = "    fed = x if feedback is None else x + feedback\n"
+    source = f"""def forward(self, x: Tensor{more}) -> Tensor:
     if not torch.jit.is_scripting():
         if packed.is_active(self, x):
-            return self.proj_drop(self.{cls.output}(self.run_packed(x)))
-    return self.proj_drop(self.{cls.output}({attended}))
+            return self.proj_drop(self.{cls.output}(self.run_packed(x{given})))
+{feed}    return self.proj_drop(self.{cls.output}({attended}))
 """
     file = f"<forward of {cls.__module__}.{cls.__qualname__}>"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # where inspect finds it
-    scope: dict[str, Any] = {"torch": torch, "Tensor": Tensor, "packed": packed, "__name__": cls.__module__}
+    scope: dict[str, Any] = {
+        "torch": torch,
+        "Optional": Optional,
+        "Tensor": Tensor,
+        "packed": packed,
+        "__name__": cls.__module__,
+    }
     exec(compile(source, file, "exec"), scope)
     forward: Callable[..., Tensor] = scope["forward"]
     forward.__doc__ = "Spikes or spike sums [T, B, C, H, W] to spikes of the same shape, or input currents."

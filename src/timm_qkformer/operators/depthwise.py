@@ -40,7 +40,7 @@ class SpikingDepthwiseConv(Operator):
         super().__init__(dim, num_heads=1, **kwargs)
 
     def output_unit(self, dim: int, **args: Any) -> SpikingConv:
-        return SpikingConv(dim, dim, self.kernel_size, bias=True, groups=dim, input_range=self.input_range, **args)
+        return SpikingConv(dim, dim, self.kernel_size, groups=dim, **args)
 
     def operations(self, *inputs: Tensor) -> Sequence[Operation]:
         return []  # the convolution counts for itself, as all do

@@ -1,7 +1,7 @@
 """Spiking self-attention: Spikformer (arXiv 2209.15425), eq. 5 and 6."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ class SpikingSelfAttention(Operator):
         X' = LIF(0.125 * Q (K^T V)),  X'' = LIF(BN(proj X'))
 
     Spikes are non-negative, so K^T V comes first and the cost is linear in tokens.
+
+    Args:
+        dim: Channels of the stage.
+        scale: What stands as 0.125 above.
+        **kwargs: See `Operator`.
     """
 
     if TYPE_CHECKING:  # TorchScript would take it for a type of its own
@@ -38,7 +43,14 @@ class SpikingSelfAttention(Operator):
     couples_batch = True
     built_last = ("v",)
     kernel = NativeKernel(__package__, "ssa.cpp", "self_attention", SCALE)
-    scale: torch.jit.Final[float] = SCALE
+    scale: torch.jit.Final[float]
+
+    def __init__(self, dim: int, *args: Any, scale: float = SCALE, **kwargs: Any) -> None:
+        super().__init__(dim, *args, **kwargs)
+        self.scale = scale
+
+    def native_kernel(self) -> NativeKernel | None:
+        return self.kernel._replace(scale=self.scale) if self.kernel is not None else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Heads are stored [channels, tokens], so (Q (K^T V))^T = (V K^T) Q.

@@ -1,0 +1,237 @@
+"""What a model is made of, as a value: `Architecture`.
+
+Any number of stages, each an embedding and a list of blocks, each block a list of token mixers with their heads, and an
+MLP. Papers' files say how their arguments become one, most of them through `hierarchy` (several resolutions) or `flat`
+(one).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, List, NamedTuple, Optional, Tuple, Union
+
+from ..layers import FeedbackSpec, PositionSpec, UnitSpec, get_mlp
+from ..operators import get_operator
+
+
+class EmbedSpec(NamedTuple):
+    """A `SpikingPatchEmbed`: which of its convolutions halve the size, and what lies between and beside them."""
+
+    pools: Tuple[bool, ...]
+    hidden_ratio: float = 1.0
+    shortcut: bool = True
+    strided: bool = False
+    pool_shortcut: bool = False
+
+    @property
+    def stride(self) -> int:
+        return int(2 ** sum(self.pools))
+
+
+class ChainSpec(NamedTuple):
+    """A `SpikingChain`: its convolutions, what is added to the tokens, whether neurons come before all."""
+
+    units: Tuple[UnitSpec, ...]
+    position: Optional[PositionSpec] = None
+    fires_before: bool = False
+
+    @property
+    def stride(self) -> int:
+        return prod(unit.reduction for unit in self.units)
+
+
+class MixerSpec(NamedTuple):
+    """A token mixer: name of a registered operator, heads, further arguments of the operator."""
+
+    operator: str
+    num_heads: int = 8
+    options: Mapping[str, Any] = {}
+
+
+class BlockSpec(NamedTuple):
+    """A block: its token mixers, added one after the other, the MLP's width relative to the stage's, and its kind."""
+
+    mixers: Tuple[MixerSpec, ...]
+    mlp_ratio: float = 4.0
+    mlp: str = "mlp"
+
+
+class StageSpec(NamedTuple):
+    """A stage: its width, embedding and blocks."""
+
+    dim: int
+    embed: Union[EmbedSpec, ChainSpec]
+    blocks: Tuple[BlockSpec, ...]
+
+
+class Architecture(NamedTuple):
+    """What a model is made of.
+
+    Attributes:
+        stem, stages: Its parts, in their order.
+        membrane_shortcut: Whether blocks add up membrane potentials instead of spikes.
+        membrane_readout: Whether neurons stand in front of the classifier, see `MembraneReadout`.
+        feedback: How the last stage feeds back to itself, if it does.
+    """
+
+    stem: UnitSpec
+    stages: Tuple[StageSpec, ...]
+    membrane_shortcut: bool = False
+    membrane_readout: bool = False
+    feedback: Optional[FeedbackSpec] = None
+
+
+class Embedding(NamedTuple):
+    """How a hierarchical model goes from pixels to tokens; its stem has half the first stage's width."""
+
+    stem_pool: bool
+    stages: Tuple[Union[EmbedSpec, ChainSpec], ...]
+    stem_stride: int = 1
+
+
+def hierarchy(
+    embedding: Embedding,
+    embed_dims: Sequence[int],
+    depths: Sequence[int],
+    num_heads: Any,
+    mlp_ratio: Any,
+    operators: Tuple[str, Any],
+    options: Mapping[str, Any],
+    membrane_shortcut: bool,
+) -> Architecture:
+    """The architecture of a hierarchical model (HST) from the arguments that its paper gives by stage.
+
+    Args:
+        embedding: Downsampling, one entry for each stage.
+        embed_dims: Width of each stage.
+        depths: Blocks in each stage.
+        num_heads: Heads; one number, one per stage, or for a stage one per block.
+        mlp_ratio: MLP width relative to the stage's, likewise.
+        operators: Name of the argument, for errors, and names of token mixers, likewise; "a+b" is a block of two.
+        options: Further arguments of all operators.
+        membrane_shortcut: See `Architecture`.
+
+    Raises:
+        ValueError: For an argument outside its range.
+    """
+    widths = _per_stage("embed_dims", embed_dims, len(embedding.stages), minimum=2)
+    blocks = _blocks(widths, depths, num_heads, mlp_ratio, operators, lambda name: options)
+    embeds = [_of_width(embed, width, membrane_shortcut) for embed, width in zip(embedding.stages, widths, strict=True)]
+    stages = tuple(map(StageSpec, widths, embeds, blocks))
+    pool = "currents" if embedding.stem_pool else ""
+    stem = UnitSpec(widths[0] // 2, pool, not membrane_shortcut, embedding.stem_stride)
+    return Architecture(stem, stages, membrane_shortcut, membrane_shortcut)
+
+
+def _of_width(embed: Union[EmbedSpec, ChainSpec], width: int, membrane_shortcut: bool) -> Union[EmbedSpec, ChainSpec]:
+    """A stage's embedding; a chain's convolutions get the stage's width, and with membrane shortcuts neurons before all
+    in place of those behind the last."""
+    if isinstance(embed, EmbedSpec):
+        return embed
+    units = [unit._replace(dim=width) for unit in embed.units]
+    if membrane_shortcut:
+        units[-1] = units[-1]._replace(fires=False)
+    return embed._replace(units=tuple(units), fires_before=membrane_shortcut)
+
+
+def flat(
+    units: Sequence[UnitSpec],
+    position: Optional[PositionSpec],
+    depth: int,
+    num_heads: Any,
+    mlp_ratio: Any,
+    operators: Tuple[str, Any],
+    options: Mapping[str, Mapping[str, Any]],
+    membrane_shortcut: bool = False,
+    membrane_readout: bool = False,
+    mlp: str = "mlp",
+) -> Architecture:
+    """The architecture of a transformer of one resolution, from the arguments that its paper gives.
+
+    Args:
+        units: Its convolutions, from pixels on; the last one's channels are the width.
+        position: What is added to the tokens.
+        depth: Blocks.
+        num_heads: Heads; one number, or one per block.
+        mlp_ratio: MLP width relative to the model's, likewise.
+        operators: Name of the argument, for errors, and names of token mixers, likewise; "a+b" is a block of two.
+        options: Further arguments of operators: under "" of all, else by the name of the operator.
+        membrane_shortcut, membrane_readout: See `Architecture`.
+        mlp: Kind of MLP.
+
+    Raises:
+        ValueError: For an argument outside its range.
+    """
+    first, *others = units
+    width = units[-1].dim
+    if any(unit.dim < 1 for unit in units):
+        raise ValueError(f"embed_dim={width!r} leaves convolutions without channels: {[unit.dim for unit in units]}")
+
+    def options_of(name: str) -> Mapping[str, Any]:
+        return {**options.get("", {}), **options.get(name.lower(), {})}
+
+    def of_stage(value: Any) -> Any:
+        return value if isinstance(value, (int, float, str)) else [value]
+
+    values = (of_stage(num_heads), of_stage(mlp_ratio), (operators[0], of_stage(operators[1])))
+    (blocks,) = _blocks([width], [depth], *values, options_of, depth_name="depth", mlp=mlp)
+    stage = StageSpec(width, ChainSpec(tuple(others), position), blocks)
+    return Architecture(first, (stage,), membrane_shortcut, membrane_readout)
+
+
+def _blocks(
+    widths: Sequence[int],
+    depths: Sequence[int],
+    num_heads: Any,
+    mlp_ratio: Any,
+    operators: Tuple[str, Any],
+    options_of: Callable[[str], Mapping[str, Any]],
+    depth_name: str = "depths",
+    mlp: str = "mlp",
+) -> List[Tuple[BlockSpec, ...]]:
+    """The blocks of each stage; see `hierarchy`."""
+    counts = _per_stage(depth_name, depths, len(widths), minimum=0)
+    heads = _per_block("num_heads", num_heads, counts)
+    ratios = _per_block("mlp_ratio", mlp_ratio, counts)
+    names = _per_block(operators[0], operators[1], counts)
+    get_mlp(mlp)
+    if any(type(h) is not int or h < 1 for of_stage in heads for h in of_stage):
+        raise ValueError(f"num_heads={num_heads!r} must be whole numbers, none of them below 1")
+    for width, of_stage in zip(widths, ratios, strict=True):
+        if any(isinstance(r, str) or not 1 <= width * r < 2**31 for r in of_stage):
+            raise ValueError(f"mlp_ratio={mlp_ratio!r} leaves no MLP of 1 to 2**31 channels, embed_dims={widths!r}")
+    stages = []
+    for i in range(len(widths)):
+        blocks = []
+        for name, h, ratio in zip(names[i], heads[i], ratios[i], strict=True):
+            try:
+                mixers = tuple(MixerSpec(part, h, options_of(part)) for part in name.split("+"))
+                for mixer in mixers:
+                    get_operator(mixer.operator)
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{operators[0]}={operators[1]!r}: {error}") from error
+            blocks.append(BlockSpec(mixers, ratio, mlp))
+        stages.append(tuple(blocks))
+    return stages
+
+
+def _per_stage(name: str, value: Any, count: int, minimum: Optional[int] = None) -> List[Any]:
+    """One value per stage, from one for all or a sequence."""
+    values: List[Any] = [value] * count if isinstance(value, (int, float, str)) else list(value)
+    if len(values) != count:
+        raise ValueError(f"{name}={value!r} must have one entry for each of the {count} stages, not {len(values)}")
+    if minimum is not None and any(type(v) is not int or v < minimum for v in values):
+        raise ValueError(f"{name}={value!r} must be whole numbers, none of them below {minimum}")
+    return values
+
+
+def _per_block(name: str, value: Any, depths: Sequence[int]) -> List[List[Any]]:
+    """One value per block of each stage, from one for all, one per stage, or for a stage one per block."""
+    values = []
+    for of_stage, depth in zip(_per_stage(name, value, len(depths)), depths, strict=True):
+        of_blocks = [of_stage] * depth if isinstance(of_stage, (int, float, str)) else list(of_stage)
+        if len(of_blocks) != depth:
+            raise ValueError(
+                f"{name}={value!r}: {of_stage!r} must have one entry for each of the stage's {depth} blocks"
+            )
+        values.append(of_blocks)
+    return values

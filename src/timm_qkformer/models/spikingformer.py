@@ -1,0 +1,128 @@
+"""Spikingformer: Spike-driven Residual Learning for Transformer-based Spiking Neural Network; and with CML.
+
+Paper: https://arxiv.org/abs/2304.11954
+Authors' code: https://github.com/zhouchenlin2096/Spikingformer
+CML: https://arxiv.org/abs/2305.05889, https://github.com/zhouchenlin2096/Spikingformer-CML
+
+Spikformer with neurons in front of every weight layer and none after additions: shortcuts add membrane potentials, and
+no convolution but the first sees anything but spikes. The head sees their means. CML pools before the neurons.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Union
+
+from timm.models._registry import generate_default_cfgs
+from torch import nn
+
+from ..layers import UnitSpec
+from .architecture import flat
+from .base import SpikingTransformer
+from .checkpoints import StateDict, translate_flat
+from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, splitting
+from .variants import Variant, register_variants
+
+
+class Spikingformer(SpikingTransformer):
+    """Spikingformer: convolutions that split the picture into patches, then blocks that add membrane potentials.
+
+    Takes what `Spikformer` takes, and has its properties.
+
+    Args:
+        pools: Which of the first four convolutions halve the size: "1111" (ImageNet, events) or "0011" (CIFAR).
+        attn, embed_dim, depth, num_heads, mlp_ratio: See `Spikformer`.
+        cml: Pool before the neurons.
+        **kwargs: See `SpikingTransformer`.
+
+    Raises:
+        ValueError: For an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        pools: str = IMAGENET_POOLS,
+        attn: Union[str, Sequence[str]] = "ssa",
+        embed_dim: int = 512,
+        depth: int = 8,
+        num_heads: Union[int, Sequence[int]] = 8,
+        mlp_ratio: Union[float, Sequence[float]] = 4.0,
+        cml: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        units = (*splitting(embed_dim, pools, "currents" if cml else "spikes"), UnitSpec(embed_dim, fires=False))
+        architecture = flat(
+            units, None, depth, num_heads, mlp_ratio, ("attn", attn), options={}, membrane_shortcut=True
+        )
+        super().__init__(architecture, **kwargs)
+        self.stem_names = _CIFAR_STEM if pools == CIFAR_POOLS and not cml else _STEM
+
+
+_STEM = (("proj_{}",), *((f"proj{i}_{{}}",) for i in range(1, 5)))
+_CIFAR_STEM = tuple((f"block{i}_{{}}",) for i in range(5))  # of Spikingformer; CML's has the names of all others
+_UNUSED = r"block\.\d+\.norm[12]\.(weight|bias)"
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateDict:
+    """As `spikformer.checkpoint_filter_fn`, for the releases of Spikingformer and CML Spikingformer.
+
+    Raises:
+        ValueError: Naming every missing, extra or misshapen tensor.
+    """
+    assert isinstance(model, Spikingformer)
+    return translate_flat(state_dict, model, model.stem_names, _UNUSED)
+
+
+_CIFAR: Mapping[str, Any] = {"pools": CIFAR_POOLS, "num_heads": 12}
+_EVENTS = {"embed_dim": 256, "depth": 2, "num_heads": 16, "time_steps": 16}
+
+_PLAIN = {
+    "spikingformer_8_384": Variant("Spikingformer-8-384 for ImageNet: 16.82 M parameters, T = 4.", {"embed_dim": 384}),
+    "spikingformer_8_512": Variant("Spikingformer-8-512 for ImageNet: 29.69 M parameters, T = 4.", {}),
+    "spikingformer_8_768": Variant("Spikingformer-8-768 for ImageNet: 66.34 M parameters, T = 4.", {"embed_dim": 768}),
+    "spikingformer_4_384": Variant(
+        "Spikingformer-4-384 for CIFAR: 9.32 M parameters, T = 4. The release has 8 heads for CIFAR-100.",
+        {**_CIFAR, "embed_dim": 384, "depth": 4},
+    ),
+    "spikingformer_4_256": Variant(
+        "Spikingformer-4-256 for CIFAR: 4.15 M parameters, T = 4.",
+        {**_CIFAR, "embed_dim": 256, "depth": 4, "num_heads": 8},
+    ),
+    "spikingformer_2_384": Variant(
+        "Spikingformer-2-384 for CIFAR: 5.76 M parameters, T = 4.", {**_CIFAR, "embed_dim": 384, "depth": 2}
+    ),
+    "spikingformer_2_256_dvs": Variant(
+        "Spikingformer-2-256 for event cameras: 2.57 M parameters, T = 16, tau = 1.5.",
+        {**_EVENTS, "neuron_args": {"tau": 1.5}},
+    ),
+    "test_spikingformer": Variant(
+        "A tiny Spikingformer, for tests.", {**_CIFAR, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    ),
+}
+_CML = {
+    f"{name}_cml": Variant(variant.text.replace("Spikingformer", "CML Spikingformer", 1), {**variant.args, "cml": True})
+    for name, variant in _PLAIN.items()
+}
+_CML["spikingformer_2_256_dvs_cml"] = Variant(
+    "CML Spikingformer-2-256 for event cameras: 2.57 M parameters, T = 16, tau = 1.75.",
+    {**_EVENTS, "neuron_args": {"tau": 1.75}, "cml": True},
+)
+
+default_cfgs = generate_default_cfgs(
+    flat_cfgs(
+        {
+            "paper_ids": "arXiv:2304.11954",
+            "paper_name": "Spikingformer: Spike-driven Residual Learning for Transformer-based Spiking Neural Network",
+            "origin_url": "https://github.com/zhouchenlin2096/Spikingformer",
+        },
+        _PLAIN,
+    )
+    | flat_cfgs(
+        {
+            "paper_ids": ("arXiv:2304.11954", "arXiv:2305.05889"),
+            "paper_name": "Spikingformer with Convolution-based Max-pooling LIF",
+            "origin_url": "https://github.com/zhouchenlin2096/Spikingformer-CML",
+        },
+        _CML,
+    )
+)
+
+register_variants(__name__, Spikingformer, checkpoint_filter_fn, _PLAIN | _CML)
