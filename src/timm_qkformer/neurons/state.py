@@ -76,7 +76,7 @@ def run_with_state(module: nn.Module, *inputs: Any, state: State | None = None) 
         _carried.reset(token)
     if not carried.after:
         raise ValueError(
-            "no neuron of the module carries a state: what torch.export made of a model starts from rest at every call. "
+            "no neuron of the module carries a state: what torch.export made of a model starts from rest at each call. "
             "Give the module as it was before"
         )
     if state is not None and len(state) != len(carried.after):
