@@ -42,6 +42,11 @@ IMAGENET_CFG: dict[str, Any] = {
 }
 
 
+# Files and command lines may ask for more than can ever be built; without a limit the machine would try.
+MAX_BLOCKS = 1000
+MAX_TIME_STEPS = 10_000
+
+
 class StemSpec(NamedTuple):
     """The first convolution: its channels, and whether it halves the size by pooling or by stride."""
 
@@ -127,6 +132,8 @@ def hierarchy(
     count = len(embedding.stages)
     widths = _per_stage("embed_dims", embed_dims, count, minimum=2)
     blocks = _per_stage("depths", depths, count, minimum=0)
+    if sum(blocks) > MAX_BLOCKS:
+        raise ValueError(f"depths={depths!r} are {sum(blocks):,} blocks, at most {MAX_BLOCKS:,} can be built")
     heads = _per_block("num_heads", num_heads, blocks)
     ratios = _per_block("mlp_ratio", mlp_ratio, blocks)
     names = _per_block(operators[0], operators[1], blocks)
@@ -277,6 +284,8 @@ class SpikingTransformer(nn.Module):
         self._create_head(global_pool, **dd)
 
     def _create_head(self, global_pool: str, device: Any, dtype: Any) -> None:
+        if not isinstance(global_pool, str):
+            raise ValueError(f"global_pool={global_pool!r} must be the name of a pooling, such as 'avg', or ''")
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         if self.num_classes > 0:
@@ -292,6 +301,8 @@ class SpikingTransformer(nn.Module):
         """Show static images for this many time steps from now on; the weights do not depend on it."""
         if isinstance(time_steps, bool) or not isinstance(time_steps, int) or time_steps < 1:
             raise ValueError(f"time_steps={time_steps!r} must be an integer of at least 1")
+        if time_steps > MAX_TIME_STEPS:
+            raise ValueError(f"time_steps={time_steps!r} must be at most {MAX_TIME_STEPS:,}")
         self.time_steps = time_steps
         update_model_args(self, time_steps=time_steps)  # so that timm saves it with the model
 

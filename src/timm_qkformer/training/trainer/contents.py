@@ -197,6 +197,8 @@ def check_contents(content: Mapping[str, Any]) -> None:
     if trainer["consumed"] > trainer["batches"][0]:
         _fail("trainer.consumed", trainer["consumed"], f"at most the {trainer['batches'][0]} batches of an epoch")
     _maybe(_row)("trainer.trained", trainer.get("trained"))
+    _maybe(_dict_of(_anything))("trainer.data", trainer.get("data"))
+    _maybe(_list_of(_text))("trainer.class_names", trainer.get("class_names"))
     for rank, process in enumerate(trainer["processes"]):
         position = process["position"]
         if position["consumed"] and position["epoch"] is None:

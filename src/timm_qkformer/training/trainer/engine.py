@@ -1,6 +1,7 @@
 """`timm-qkformer train`: a run from its settings to its last epoch."""
 
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
@@ -35,9 +36,10 @@ from .checkpoint import (
 )
 from .config import plain_settings
 from .contents import loading
-from .data import check_classes, check_same_classes, create_eval_loader, create_train_loader, open_split
+from .data import check_classes, check_same_classes, class_names, create_eval_loader, create_train_loader, open_split
 from .distributed import Processes, join_processes
 from .evaluate import evaluate
+from .facts import contention, data_facts, differences, fingerprint
 from .folder import RunFolder
 from .log import Progress, RunLog, draw_curves, epoch_line, use_tensorboard, write_summary
 from .loop import Parts, Update, learning_rate, train_epoch
@@ -106,7 +108,8 @@ class _Run:
         if content is not None:
             check_same_model(content, Path(resume), model, settings.model)
         self.facts: dict[str, Any] = {
-            "model": {"num_classes": settings.num_classes, "time_steps": getattr(model, "time_steps", None)}
+            "model": {"num_classes": settings.num_classes, "time_steps": getattr(model, "time_steps", None)},
+            "threads": torch.get_num_threads(),
         }
         config = data_config(settings, model)
         folder = str(place.choose(resume, config["input_size"][-1])) if primary else None
@@ -156,16 +159,21 @@ class _Run:
             write_atomically(folder / "args.yaml", yaml.safe_dump(recipe, default_flow_style=False))
         self.folder = Path(self.processes.from_primary(str(folder)))
         self.saver.checkpoint_dir = self.saver.recovery_dir = str(self.folder)
+        if self.processes.primary and self.resumes_here and place.resumed and place.resumed.name.startswith("last"):
+            self.saver.forget_recovery()  # of before; a kill may have come first
 
     def _open_data(self, settings: Settings, config: dict[str, Any], time_steps: int) -> int:
         """Make the loaders; returns the number of training samples."""
         size = tuple(config["input_size"])
         train_data = open_split(settings, settings.train_split, True, size, time_steps)
+        self.facts["files"] = fingerprint(train_data) if self.processes.primary else None
         check_classes(train_data, settings.num_classes or 0, f"the split {settings.train_split!r}")
         eval_data = None
         if settings.val_split:
             eval_data = open_split(settings, settings.val_split, False, size, time_steps)
             check_same_classes(train_data, eval_data, settings.val_split)
+        self.facts["data"] = data_facts(settings, config, eval_data or train_data, time_steps)
+        self.facts["class_names"] = class_names(train_data)
         self.loader = create_train_loader(settings, self.processes, train_data, config)
         self.eval_loader = None
         if eval_data is not None:
@@ -212,6 +220,7 @@ class _Run:
             old, new = settings_in(content), self.saved_settings
             changed = [name for name in sorted(old.keys() & new.keys() - _FREE) if old[name] != new[name]]
             notes += [f"setting {name} is {new[name]!r}, it was {old[name]!r}" for name in changed]
+            notes += differences(trainer, self.facts, self.processes.device) if self.processes.primary else []
             self.state, more = resume_state(parts, trainer, path, self.eval_loader)
             notes += more
         if self.resumes_here and self.processes.primary:  # the saver deletes files; another run's are not its own
@@ -263,6 +272,9 @@ class _Run:
             say(f"resumed from {resume}: epoch {self.state.epoch}{batch}")
         elif settings.resume == "auto":
             say("nothing to resume, this is a new run")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes.distributed else 1
+        if hint := contention(local, self.processes.device):
+            say(hint)
         for note in notes:
             say(f"not an exact continuation: {note}")
 

@@ -78,9 +78,11 @@ class FolderLock:
         """Let others have the folder."""
         if self._descriptor in _held:
             _held.remove(self._descriptor)
-            if os.name != "nt":  # which deletes no open files
-                self._path.unlink(missing_ok=True)
-            os.close(self._descriptor)
+            try:
+                if os.name != "nt":  # which deletes no open files
+                    self._path.unlink(missing_ok=True)
+            finally:
+                os.close(self._descriptor)
 
 
 def _lock(descriptor: int) -> None:

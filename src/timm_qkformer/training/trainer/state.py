@@ -56,6 +56,7 @@ def state_to_save(parts: Parts, state: RunState, consumed: int, **facts: Any) ->
         "position": parts.loader.replayable.position(within),
         "fusion": execution.state_dict(),
         "losses": {"sum": state.losses.sum, "count": state.losses.count},
+        "optimizer": None if (generator := _generator(parts)) is None else generator.get_state(),
     }
     return {
         "epoch": state.epoch,
@@ -96,6 +97,9 @@ def resume_state(parts: Parts, trainer: Mapping[str, Any], path: Path, eval_load
     state.losses.avg = state.losses.sum / max(1, state.losses.count)
     with loading(path, "position in the epoch"):
         execution.load_state_dict(own["fusion"])
+        generator = _generator(parts)
+        if generator is not None and own.get("optimizer") is not None:
+            generator.set_state(own["optimizer"])
         parts.loader.replayable.resume(own["position"])
     state.eval_began = trainer["eval_began"]
     if state.eval_began and eval_loader is not None:
@@ -104,3 +108,10 @@ def resume_state(parts: Parts, trainer: Mapping[str, Any], path: Path, eval_load
             # Their seed was drawn once: see ReplayableLoader.resume.
             loader.generator = torch.Generator()
     return state, notes
+
+
+def _generator(parts: Parts) -> torch.Generator | None:
+    """An optimizer's own random numbers (adahessian)."""
+    optimizer = getattr(parts.optimizer, "_base_optimizer", parts.optimizer)
+    generator: torch.Generator | None = getattr(optimizer, "generator", None)
+    return generator
