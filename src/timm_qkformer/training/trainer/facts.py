@@ -34,8 +34,8 @@ def data_facts(settings: Settings, config: Mapping[str, Any], dataset: Any, time
         keys = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
         return {key: _plain(config[key]) for key in keys if key in config}
     channels, spec = settings.channels, getattr(dataset, "spec", None)
-    size = settings.input_size[1:] if settings.input_size else getattr(spec, "size", None)
-    camera = settings.event_sensor_size or getattr(dataset, "sensor_size", None)
+    size: Any = settings.input_size[1:] if settings.input_size else getattr(spec, "size", None)
+    camera: Any = settings.event_sensor_size or getattr(dataset, "sensor_size", None)
     return {
         "input_size": [channels, *(size or camera or config["input_size"][1:])],
         "mean": _channels(settings.mean or [0.0], channels),
@@ -44,7 +44,7 @@ def data_facts(settings: Settings, config: Mapping[str, Any], dataset: Any, time
             "name": settings.dataset.partition("/")[2],
             "time_steps": time_steps,
             "split_by": settings.event_split_by,
-            "size": _plain(settings.input_size[1:]) if settings.input_size else None,
+            "size": _plain(size),
             "sensor_size": _plain(camera),
         },
     }
@@ -100,9 +100,9 @@ def left_out(folder: Path, used: int) -> str:
         others.update(kind for kind in kinds if kind in known and kind not in read)
     if not others:
         return ""
-    kinds = ", ".join(f"{number} {kind}" for kind, number in others.most_common(5))
+    found = ", ".join(f"{number} {kind}" for kind, number in others.most_common(5))
     reads = ", ".join(sorted(read))
-    return f"{folder}: {used + others.total()} pictures, {used} used; left out are {kinds} (read: {reads})"
+    return f"{folder}: {used + others.total()} pictures, {used} used; left out are {found} (read: {reads})"
 
 
 def contention(processes: int, device: torch.device) -> str:

@@ -77,7 +77,8 @@ def resume_state(parts: Parts, trainer: Mapping[str, Any], path: Path, eval_load
 
     ValueError if the batches of the interrupted epoch are others.
     """
-    settings, processes, notes = parts.settings, parts.processes, []
+    settings, processes = parts.settings, parts.processes
+    notes: list[str] = []
     state = RunState(trainer["epoch"], trainer["consumed"], history=[dict(row) for row in trainer["history"]])
     if settings.start_epoch is not None:
         state.history = [row for row in state.history if row["epoch"] < settings.start_epoch]
