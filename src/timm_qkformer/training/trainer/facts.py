@@ -59,11 +59,13 @@ def _plain(value: Any) -> Any:
 
 
 def fingerprint(dataset: Any) -> str:
-    """Stands for a data set's files (names below their folder, sizes, the content of some) and labels, in their order.
+    """Stands for a data set's files (names below their folder, the content of 64) and labels, in their order.
 
     Moving the whole folder does not change it.
     """
-    samples = list(getattr(getattr(dataset, "reader", None), "samples", None) or getattr(dataset, "recordings", ()))
+    samples: list[Any] = list(
+        getattr(getattr(dataset, "reader", None), "samples", None) or getattr(dataset, "recordings", None) or ()
+    )
     digest = hashlib.sha256(str(len(dataset)).encode())
     paths = [str(file) for file, _ in samples if isinstance(file, (str, Path))]
     root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
