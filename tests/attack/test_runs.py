@@ -238,9 +238,25 @@ def laughs(depth):
 def test_recipes(tmp_path, tally):
     """Read, or refused in one line of at most a thousand characters, within a second."""
     rng, path = random.Random(25), tmp_path / "recipe.yaml"
-    pieces = ["lr: ", "model_kwargs: ", "[", "]", "{", "}", "&a ", "*a", "!!python/object:os.system ", "\n", "  ", "- ",
-              "1e400", ".nan", "9" * 400, "*b", "2020-99-99", "'", '"', "? ", ": ", "<<: *a", "epochs: 3", "\t", "|", "\x00",
-              "amp: true", "0x" + "f" * 99, "depths", ", ", "#", "%YAML 9.9", "---", "..."]  # fmt: skip
+    pieces = [
+        *(
+            "lr: ",
+            "model_kwargs: ",
+            "[",
+            "]",
+            "{",
+            "}",
+            "&a ",
+            "*a",
+            "*b",
+            "!!python/object:os.system ",
+            "\n",
+            "  ",
+            "- ",
+        ),
+        *("1e400", ".nan", "9" * 400, "2020-99-99", "'", '"', "? ", ": ", "<<: *a", "epochs: 3", "\t", "|", "\x00"),
+        *("amp: true", "0x" + "f" * 99, "depths", ", ", "#", "%YAML 9.9", "---", "..."),
+    ]
     bombs = [laughs(depth) for depth in (3, 8, 20)]
     bombs += ["lr: " + bracket * depth for bracket in "[{-" for depth in (50, 500, 5000)]
     for number in range(500):
