@@ -1,5 +1,6 @@
 """Checkpoints of runs: saved whole or not at all, found, and resumed from."""
 
+import argparse
 import os
 import shutil
 import tempfile
@@ -226,7 +227,9 @@ def read_run(path: Path, mmap: bool = False) -> dict[str, Any]:
 def settings_in(content: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the run that wrote a checkpoint, under the names that they have now."""
     args = content.get("args")
-    return current_names(args if isinstance(args, Mapping) else vars(args) if args is not None else {})
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    return current_names(args if isinstance(args, Mapping) else {})
 
 
 def check_same_model(content: Mapping[str, Any], path: Path, model: nn.Module, name: str) -> None:
