@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,16 @@ from .settings import Settings, current_names
 
 FORMAT = 3  # of the "trainer" entry
 # Of a parameter group, what the command line sets and no optimizer changes. A schedule sets the learning rate.
-_SETTINGS = ("weight_decay", "momentum", "betas", "eps", "lr_scale")
+_SETTINGS = ("weight_decay", "momentum", "betas", "eps", "lr_scale", "amsgrad", "maximize", "nesterov", "dampening",
+             "foreach", "fused", "capturable", "differentiable")  # fmt: skip
 _RATES = ("lr", "initial_lr")
+# Kinds of its values that stand for each other.
+_KINDS: dict[type, tuple[type, ...]] = {
+    int: (int, float),
+    float: (int, float),
+    list: (list, tuple),
+    tuple: (list, tuple),
+}
 # Of an optimizer's state, what has the shape of its parameter.
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 
@@ -272,7 +280,8 @@ def resume_optimizer(
     With a schedule that `follows` the metric the learning rate is part of the state. ValueError for other parameters.
     """
     names = {*_SETTINGS, *settings.opt_kwargs, *(() if follows else _RATES)}
-    own = [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
+    new = [dict(group) for group in optimizer.param_groups]
+    own = [{name: group[name] for name in names & group.keys()} for group in new]
     try:
         optimizer.load_state_dict(content["optimizer"])
     except (KeyError, ValueError) as error:
@@ -283,27 +292,40 @@ def resume_optimizer(
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path}: its optimizer's state cannot be loaded ({first_line(error)})") from error
     _check_state(optimizer, path)
+    _check_groups(optimizer, new, path)
     for group, kept in zip(optimizer.param_groups, own, strict=True):
         group.update(kept)
 
 
 def _check_state(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Refuse a state that PyTorch takes and the first update would stumble over (CheckpointError)."""
-    for number, group in enumerate(optimizer.param_groups):
-        states = [(p, optimizer.state[p]) for p in group["params"] if optimizer.state.get(p)]
-        # Factored moments of matrices have other names than those of vectors.
-        usual = {p.ndim: Counter(frozenset(s) for q, s in states if q.ndim == p.ndim) for p, _ in states}
-        for p, state in states:
-            where = f"{path}: its optimizer's state of a parameter {list(p.shape)} in group {number}"
-            names = usual[p.ndim].most_common(1)[0][0]
-            if lacking := sorted(map(str, names - state.keys())):
-                raise CheckpointError(f"{where} lacks {', '.join(lacking)}")
-            for name, value in state.items():
-                is_tensor = isinstance(value, Tensor)
-                if is_tensor and name in _MOMENTS and value.shape != p.shape:
-                    raise CheckpointError(f"{where} has {name} of shape {list(value.shape)}")
-                if value is None and any(other.get(name) is not None for _, other in states):
-                    raise CheckpointError(f"{where} has no {name}")
+    states = [(p, optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
+    states = [(p, state) for p, state in states if state]
+    # Factored moments of matrices have other names than those of vectors.
+    names = {p.ndim: Counter(frozenset(s) for q, s in states if q.ndim == p.ndim) for p, _ in states}
+    kinds: dict[str, Counter[type]] = {}
+    for _, state in states:
+        for name, value in state.items():
+            kinds.setdefault(name, Counter())[type(value)] += 1
+    for p, state in states:
+        where = f"{path}: its optimizer's state of a parameter {list(p.shape)}"
+        if lacking := sorted(map(str, names[p.ndim].most_common(1)[0][0] - state.keys())):
+            raise CheckpointError(f"{where} lacks {', '.join(lacking)}")
+        for name, value in state.items():
+            if type(value) is not kinds[name].most_common(1)[0][0]:
+                raise CheckpointError(f"{where} has {name} of type {type(value).__name__}")
+            wanted = p.shape if name in _MOMENTS else torch.Size([])
+            if isinstance(value, Tensor) and name in (*_MOMENTS, "step") and value.shape != wanted:
+                raise CheckpointError(f"{where} has {name} of shape {list(value.shape)}")
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, own: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Refuse options of another kind than a new optimizer's (CheckpointError)."""
+    for number, (group, new) in enumerate(zip(optimizer.param_groups, own, strict=True)):
+        for name, value in new.items():
+            loaded, kinds = group.get(name), _KINDS.get(type(value), type(value))
+            if name != "params" and value is not None and not isinstance(loaded, kinds):
+                raise CheckpointError(f"{path}: its optimizer's group {number} has {name} of {type(loaded).__name__}")
 
 
 def schedule_state(scheduler: Any) -> dict[str, Any] | None:

@@ -142,7 +142,7 @@ _trainer = _record(
     eval_began=_flag,
     history=_list_of(_row),
     schedule=_maybe(_schedule),
-    model=_dict_of(_anything),
+    model=_dict_of(_maybe(_count)),
 )
 
 
