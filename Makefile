@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint timm-suite clean
+.PHONY: demo test test-all attack lint timm-suite clean
 
 demo: $(STAMP)
 	$(BIN)/timm-qkformer demo
@@ -17,6 +17,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) -m ''
+
+# Fuzzers with fixed seeds, see docs/reliability.md. One process, so that the counts are in one table.
+attack: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m attack tests/attack
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

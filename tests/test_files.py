@@ -48,3 +48,17 @@ def test_existing_files_are_named(tmp_path):
         name.touch()
     with pytest.raises(FileExistsError, match=r"1\.png.*2\.png.*3\.png and 1 more exist"):
         refuse_existing(*names)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "no", "x/.file.a1.tmp")])
+def test_the_system_s_errors_name_the_file(tmp_path, error):
+    with pytest.raises(type(error)) as raised, replacing(tmp_path / "file"):
+        raise error
+    assert raised.value.filename == str(tmp_path / "file")
+    with pytest.raises(FileNotFoundError, match=r"nowhere/args\.yaml"):
+        write_atomically(tmp_path / "nowhere" / "args.yaml", "a: 1")
+
+
+def test_errors_of_another_file_keep_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="other"), replacing(tmp_path / "file"):
+        (tmp_path / "other").read_bytes()

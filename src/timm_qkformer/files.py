@@ -9,19 +9,34 @@ from typing import IO
 
 
 @contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let the system's errors about no file, or about a temporary one, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        named = str(error.filename or "")
+        if error.errno is None or (named and Path(named).name[:1] + Path(named).suffix != "..tmp"):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A temporary file beside `path`, open for writing, that becomes `path` when the block ends without an error.
 
     A reader finds the former file or the whole new one, whoever else writes it. After an error, or when the disk is
     full, the former file is as it was and the temporary one is gone; one that a killed process left ends in ".tmp".
+    OSError names `path`.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    with _naming(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        temporary.chmod(0o644)  # mkstemp's are private
-        temporary.replace(path)
+        with _naming(path):
+            with os.fdopen(handle, "wb") as file:
+                yield file
+            temporary.chmod(0o644)  # mkstemp's are private
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

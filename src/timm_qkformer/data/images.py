@@ -71,6 +71,12 @@ def readable(batches: Any) -> Iterator[Any]:
     except (ValueError, RuntimeError) as error:
         names = f"{UnreadableImageError.__name__}|{EventFileError.__name__}"
         found = re.search(rf"(?:{names}): (.+)\s*\Z", str(error))
-        if found is None:
+        if found is not None:
+            raise ValueError(found[1]) from None
+        if "DataLoader worker" not in str(error):
             raise
-        raise ValueError(found[1]) from None
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"a process that loads data was ended from outside ({reason}), often for want of memory: fewer --workers "
+            f"or a smaller batch need less"
+        ) from None

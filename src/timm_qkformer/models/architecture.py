@@ -12,6 +12,9 @@ from typing import Any, List, NamedTuple, Optional, Tuple, Union
 from ..layers import FeedbackSpec, PositionSpec, UnitSpec, get_mlp
 from ..operators import get_operator
 
+# Files and command lines may ask for more than can ever be built; without a limit the machine would try.
+MAX_BLOCKS = 1000
+
 
 class EmbedSpec(NamedTuple):
     """A `SpikingPatchEmbed`: which of its convolutions halve the size, and what lies between and beside them."""
@@ -190,6 +193,8 @@ def _blocks(
 ) -> List[Tuple[BlockSpec, ...]]:
     """The blocks of each stage; see `hierarchy`."""
     counts = _per_stage(depth_name, depths, len(widths), minimum=0)
+    if sum(counts) > MAX_BLOCKS:
+        raise ValueError(f"{depth_name}={depths!r}: at most {MAX_BLOCKS:,} blocks can be built")
     heads = _per_block("num_heads", num_heads, counts)
     ratios = _per_block("mlp_ratio", mlp_ratio, counts)
     names = _per_block(operators[0], operators[1], counts)

@@ -68,6 +68,9 @@ EVENTS_CFG: dict[str, Any] = {
     "std": (1.0, 1.0),
 }
 
+# Files and command lines may ask for more than can ever be simulated; without a limit the machine would try.
+MAX_TIME_STEPS = 10_000
+
 
 class SpikingTransformer(nn.Module):
     """Stem, stages, readout and classifier, with timm's model interface. Papers' models derive from it.
@@ -166,6 +169,8 @@ class SpikingTransformer(nn.Module):
         self._create_head(global_pool, **dd)
 
     def _create_head(self, global_pool: str, device: Any, dtype: Any) -> None:
+        if not isinstance(global_pool, str):
+            raise ValueError(f"global_pool={global_pool!r} must be the name of a pooling, such as 'avg', or ''")
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         if self.num_classes > 0:
@@ -181,6 +186,8 @@ class SpikingTransformer(nn.Module):
         """Show static images for this many time steps from now on; the weights do not depend on it."""
         if isinstance(time_steps, bool) or not isinstance(time_steps, int) or time_steps < 1:
             raise ValueError(f"time_steps={time_steps!r} must be an integer of at least 1")
+        if time_steps > MAX_TIME_STEPS:
+            raise ValueError(f"time_steps={time_steps!r} must be at most {MAX_TIME_STEPS:,}")
         self.time_steps = time_steps
         update_model_args(self, time_steps=time_steps)  # so that timm saves it with the model
 

@@ -49,6 +49,18 @@ def test_resumed_run_ends_with_the_same_weights(workers, recordings, tmp_path):
     assert 0 < whole.history[-1]["firing_rate"] < 1
 
 
+def test_the_default_split_and_flags_in_errors(recordings, tmp_path):
+    facts = run(
+        recordings, tmp_path, "run", **{**CHANGES, "val_split": "validation", "epochs": 1, "input_size": [2, 32, 24]}
+    )
+    data = torch.load(facts.folder / "last.pth.tar", weights_only=True)["trainer"]["data"]
+    assert data["input_size"] == [2, 32, 24]
+    assert data["events"] == {"name": "folder", "time_steps": 2, "split_by": "number", "size": [32, 24],
+                              "sensor_size": [34, 34]}  # fmt: skip
+    with pytest.raises(ValueError, match=r"^--train-split: split='trian' needs to be one of"):
+        run(recordings, tmp_path, "x", **CHANGES, train_split="trian")
+
+
 def test_validation_agrees_and_does_not_depend_on_batches(recordings, tmp_path):
     result = run(recordings, tmp_path, "run", **CHANGES)
     row = result.history[-1]

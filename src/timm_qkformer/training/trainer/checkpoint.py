@@ -1,27 +1,40 @@
 """Checkpoints of runs: saved whole or not at all, found, and resumed from."""
 
+import argparse
 import os
 import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping
-from datetime import datetime
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import clean_state_dict, safe_model_name
+from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 
 from ...errors import first_line
 from ...hub.checkpoints import CheckpointError, read_content
+from .contents import check_contents
 from .network import describe_misfit
 from .settings import Settings, current_names
 
 FORMAT = 3  # of the "trainer" entry
 # Of a parameter group, what the command line sets and no optimizer changes. A schedule sets the learning rate.
-_SETTINGS = ("weight_decay", "momentum", "betas", "eps", "lr_scale")
+_SETTINGS = ("weight_decay", "momentum", "betas", "eps", "lr_scale", "amsgrad", "maximize", "nesterov", "dampening",
+             "foreach", "fused", "capturable", "differentiable")  # fmt: skip
 _RATES = ("lr", "initial_lr")
+# Kinds of its values that stand for each other.
+_KINDS: dict[type, tuple[type, ...]] = {
+    int: (int, float),
+    float: (int, float),
+    list: (list, tuple),
+    tuple: (list, tuple),
+}
+# Of an optimizer's state, what has the shape of its parameter.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 
 
 class DivergedError(ValueError):
@@ -34,10 +47,11 @@ class RunSaver(CheckpointSaver):
     The files have timm's names and entries (`state_dict`, `state_dict_ema`, `arch`, `epoch`, `optimizer`, ...), so
     that timm's `load_checkpoint` and `--initial-checkpoint` take them. Settings are a plain dict in them; the entry
     "trainer" holds what else is needed to resume exactly. torch.load(weights_only=True) reads them without exceptions.
-    A file is written under another name and flushed to the disk before it is renamed.
+    A file is written under a name of its own and flushed to the disk before it is renamed.
     """
 
     trainer_state: dict[str, Any]
+    _written = ""  # the file that the next renaming is of
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
         state: dict[str, Any] = {"epoch": epoch, "arch": self.args["model"], "args": self.args, "version": 2}
@@ -52,21 +66,26 @@ class RunSaver(CheckpointSaver):
         state["saver"] = self.state_dict(epoch if metric is not None else None, metric)
         state["trainer"] = {"format": FORMAT, **_without_bytes(self.trainer_state)}
         _require_finite(state["state_dict"])
+        self._written = ""
         try:
-            with open(save_path, "wb") as file:
+            # Not timm's name, which is the same in every process.
+            handle, self._written = tempfile.mkstemp(dir=Path(save_path).parent, prefix=".checkpoint.", suffix=".tmp")
+            with os.fdopen(handle, "wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
+            os.chmod(self._written, 0o644)  # mkstemp's are private
         except (OSError, RuntimeError) as error:
-            Path(save_path).unlink(missing_ok=True)
+            if self._written:
+                Path(self._written).unlink(missing_ok=True)
             raise OSError(
-                f"the checkpoint {save_path} could not be written ({_reason(error)}); those before it are intact, "
-                f"--resume auto resumes the newest"
+                f"a checkpoint in {Path(save_path).parent} could not be written ({_reason(error)}); those before it "
+                f"are intact, --resume auto resumes the newest"
             ) from error
 
     def _replace(self, src: str, dst: str) -> None:
-        os.replace(src, dst)
-        _flush_folder(dst)
+        """Give what `_save` wrote, timm says as `src`, its name."""
+        _rename(self._written, dst)
 
     def _duplicate(self, src: str, dst: str) -> None:
         temporary = f"{dst}.new"
@@ -76,10 +95,32 @@ class RunSaver(CheckpointSaver):
                 os.link(src, temporary)
             except OSError:  # file systems without links
                 shutil.copy2(src, temporary)
-            self._replace(temporary, dst)
+            _rename(temporary, dst)
         except OSError as error:
             Path(temporary).unlink(missing_ok=True)
             raise OSError(f"the checkpoint {dst} could not be written ({_reason(error)}); {src} is complete") from error
+
+    def restore(self, state: Mapping[str, Any], path: Path) -> None:
+        """Continue from a checkpoint's entry "saver"; what a kill kept from being written after `path` is written.
+
+        After last.pth.tar come checkpoint-N, if it is among the best, and model_best, which are copies.
+        """
+        self.load_state_dict(dict(state))
+        epoch, metric = state.get("pending") or (None, None)
+        if epoch is not None and path.name == f"last{self.extension}":
+            ranked = self._checkpoint_path(epoch)
+            is_known = ranked in [file for file, _ in self.checkpoint_files]
+            worst = self.checkpoint_files[-1][1] if self.checkpoint_files else None
+            has_room = len(self.checkpoint_files) < self.max_history
+            if not is_known and (has_room or worst is None or (metric is not None and self.cmp(metric, worst))):
+                if not has_room:
+                    self._cleanup_checkpoints(1)
+                self._duplicate(str(path), ranked)
+                self._track_checkpoint(ranked, epoch, metric)
+        best = Path(self.checkpoint_dir) / f"model_best{self.extension}"
+        source = "" if self.best_epoch is None else self._checkpoint_path(self.best_epoch)
+        if os.path.exists(source) and not (best.exists() and best.samefile(source)):
+            self._duplicate(source, str(best))
 
     def forget_recovery(self) -> None:
         """Delete the checkpoints within epochs, when that of a finished epoch is there."""
@@ -116,6 +157,11 @@ def _reason(error: BaseException) -> str:
     return first_line(error)
 
 
+def _rename(src: str, dst: str) -> None:
+    os.replace(src, dst)
+    _flush_folder(dst)
+
+
 def _flush_folder(path: str) -> None:
     """Bring a renaming to the disk, where folders can be opened."""
     try:
@@ -135,15 +181,18 @@ def recovery_checkpoints(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("recovery-*.pth.tar")) if path.is_file()]
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
+def newest_checkpoint(folder: Path, without: Collection[Path] = ()) -> Path | None:
     """The checkpoint of a run's folder that is furthest; one that cannot be read is passed over with a warning.
 
-    Those of the best epochs are looked at only where no newer one can be read. ValueError if all are unreadable.
+    So are those in `without`. Those of the best epochs are looked at only where no newer one can be read. ValueError if
+    all are unreadable.
     """
     newest = [path for path in [folder / "last.pth.tar", *recovery_checkpoints(folder)] if path.is_file()]
     ranked = sorted(folder.glob("checkpoint-*.pth.tar"))
+    there = newest + ranked
+    newest, ranked = ([path for path in paths if path not in without] for paths in (newest, ranked))
     found = _furthest(newest) or _furthest(ranked)
-    if found is None and newest + ranked:
+    if found is None and there:
         raise ValueError(f"{folder} has checkpoints, but none that can be read")
     return found
 
@@ -174,15 +223,21 @@ def read_run(path: Path, mmap: bool = False) -> dict[str, Any]:
             f"{path}: not a checkpoint of a training run; --initial-checkpoint starts from weights alone"
         )
     trainer = content.get("trainer")
-    if trainer is not None and trainer.get("format") != FORMAT:
+    if isinstance(trainer, Mapping) and trainer.get("format") != FORMAT:
         raise CheckpointError(f"{path}: it has format {trainer.get('format')}, this version reads {FORMAT}")
+    try:
+        check_contents(content)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     return content
 
 
 def settings_in(content: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the run that wrote a checkpoint, under the names that they have now."""
     args = content.get("args")
-    return current_names(args if isinstance(args, Mapping) else vars(args) if args is not None else {})
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    return current_names(args if isinstance(args, Mapping) else {})
 
 
 def check_same_model(content: Mapping[str, Any], path: Path, model: nn.Module, name: str) -> None:
@@ -198,40 +253,6 @@ def check_same_model(content: Mapping[str, Any], path: Path, model: nn.Module, n
     misfit = describe_misfit(model, clean_state_dict(content["state_dict"]))
     if misfit:
         raise ValueError(f"checkpoint {path} of {arch or 'a model'} does not fit this run's {name}: {misfit}")
-
-
-def checkpoint_to_resume(settings: Settings) -> str | None:
-    """The checkpoint that `resume` names, or finds where it is "auto"; None for a new run."""
-    if settings.resume != "auto":
-        return settings.resume or None
-    runs = Path(settings.output or "output/train")
-    if settings.experiment:
-        folders = [runs / settings.experiment]
-    else:
-        found = runs.glob("*/*.pth.tar")
-        folders = sorted({path.parent for path in found}, key=lambda p: p.stat().st_mtime)[-1:]
-    newest = newest_checkpoint(folders[0]) if folders else None
-    return str(newest) if newest else None
-
-
-def choose_folder(settings: Settings, resume: str | None, size: int) -> Path:
-    """The run's folder: the checkpoint's, if it is this run's, else a new one; FileExistsError if another has it."""
-    runs = Path(settings.output or "output/train")
-    own = settings.experiment and resume and Path(resume).parent.resolve() == (runs / settings.experiment).resolve()
-    if resume and (settings.resume == "auto" or own):
-        return Path(resume).parent
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = runs / (settings.experiment or "-".join([stamp, safe_model_name(settings.model), str(size)]))
-    may_restart = settings.resume == "auto" and folder.exists() and _before_first_checkpoint(folder)
-    if folder.exists() and not may_restart and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds a run already; --resume auto resumes it, or choose another name")
-    return folder
-
-
-def _before_first_checkpoint(folder: Path) -> bool:
-    """Whether this is a run that was stopped before its first checkpoint, so that it may start again."""
-    begun = ("args.yaml", "events.out.tfevents.*", ".*.tmp", "tmp.pth.tar", "recovery_tmp.pth.tar")
-    return all(any(path.match(pattern) for pattern in begun) for path in folder.iterdir())
 
 
 def check_optimizer(content: Mapping[str, Any], path: Path, settings: Settings) -> None:
@@ -259,7 +280,8 @@ def resume_optimizer(
     With a schedule that `follows` the metric the learning rate is part of the state. ValueError for other parameters.
     """
     names = {*_SETTINGS, *settings.opt_kwargs, *(() if follows else _RATES)}
-    own = [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
+    new = [dict(group) for group in optimizer.param_groups]
+    own = [{name: group[name] for name in names & group.keys()} for group in new]
     try:
         optimizer.load_state_dict(content["optimizer"])
     except (KeyError, ValueError) as error:
@@ -267,8 +289,43 @@ def resume_optimizer(
             f"checkpoint {path}: the optimizer's state is of other parameters ({error}); "
             f"--no-resume-opt continues with a new optimizer"
         ) from error
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path}: its optimizer's state cannot be loaded ({first_line(error)})") from error
+    _check_state(optimizer, path)
+    _check_groups(optimizer, new, path)
     for group, kept in zip(optimizer.param_groups, own, strict=True):
         group.update(kept)
+
+
+def _check_state(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Refuse a state that PyTorch takes and the first update would stumble over (CheckpointError)."""
+    states = [(p, optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
+    states = [(p, state) for p, state in states if state]
+    # Factored moments of matrices have other names than those of vectors.
+    names = {p.ndim: Counter(frozenset(s) for q, s in states if q.ndim == p.ndim) for p, _ in states}
+    kinds: dict[str, Counter[type]] = {}
+    for _, state in states:
+        for name, value in state.items():
+            kinds.setdefault(name, Counter())[type(value)] += 1
+    for p, state in states:
+        where = f"{path}: its optimizer's state of a parameter {list(p.shape)}"
+        if lacking := sorted(map(str, names[p.ndim].most_common(1)[0][0] - state.keys())):
+            raise CheckpointError(f"{where} lacks {', '.join(lacking)}")
+        for name, value in state.items():
+            if type(value) is not kinds[name].most_common(1)[0][0]:
+                raise CheckpointError(f"{where} has {name} of type {type(value).__name__}")
+            wanted = p.shape if name in _MOMENTS else torch.Size([])
+            if isinstance(value, Tensor) and name in (*_MOMENTS, "step") and value.shape != wanted:
+                raise CheckpointError(f"{where} has {name} of shape {list(value.shape)}")
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, own: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Refuse options of another kind than a new optimizer's (CheckpointError)."""
+    for number, (group, new) in enumerate(zip(optimizer.param_groups, own, strict=True)):
+        for name, value in new.items():
+            loaded, kinds = group.get(name), _KINDS.get(type(value), type(value))
+            if name != "params" and value is not None and not isinstance(loaded, kinds):
+                raise CheckpointError(f"{path}: its optimizer's group {number} has {name} of {type(loaded).__name__}")
 
 
 def schedule_state(scheduler: Any) -> dict[str, Any] | None:

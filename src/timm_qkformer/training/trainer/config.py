@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..recipes import list_recipes, recipe_path
+from ..recipes import list_recipes, read_yaml, recipe_path
 from .settings import ALIASES, LOADED, OPTIONS, UNSUPPORTED, Option, Settings, current_names
 
 _RECIPE = "recipe: a YAML file, or a name such as cpu_cifar10"
@@ -28,6 +29,13 @@ _LEAST = {
     **dict.fromkeys(("workers", "recovery_interval", "warmup_epochs", "cooldown_epochs", "mixup_off_epoch"), 0),
     **{"start_epoch": 0, "validation_batch_size": 1, "num_classes": 1},
 }
+# Probabilities and shares.
+_SHARES = (
+    "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "drop", "drop_path", "drop_block", "model_ema_decay",
+    "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "momentum", "bn_momentum",
+)  # fmt: skip
+# More would have the machine stand still before an error came.
+_MOST = {"workers": 1024, "weight_decay": 1e6, "epochs": 10**7, "warmup_epochs": 10**7, "cooldown_epochs": 10**7}
 
 
 def parse_train(argv: Sequence[str]) -> Settings:
@@ -93,10 +101,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
         if recipe not in names:
             raise FileNotFoundError(f"recipe {recipe!r} is neither a file nor one of {', '.join(names)}")
         path = recipe_path(recipe)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"recipe {path} needs to hold 'key: value' lines, got {type(content).__name__}")
     return current_names({key: _checked(path, key, value) for key, value in content.items()})
@@ -108,7 +113,9 @@ def _checked(path: Path, key: Any, value: Any) -> Any:
         return value
     if key not in OPTIONS and key not in ALIASES:
         close = difflib.get_close_matches(str(key), [*OPTIONS, *UNSUPPORTED], n=1)
-        raise ValueError(f"recipe {path}: key {key!r} is unknown" + (f"; did you mean {close[0]!r}?" if close else ""))
+        raise ValueError(
+            f"recipe {path}: key {_shown(key)} is unknown" + (f"; did you mean {close[0]!r}?" if close else "")
+        )
     option = OPTIONS[ALIASES.get(key, key)]
     try:
         return _converted(option, value)
@@ -117,7 +124,7 @@ def _checked(path: Path, key: Any, value: Any) -> Any:
         wanted = {bool: "true or false", dict: "a mapping"}.get(option.type, option.type.__name__)
         if option.choices:
             wanted = " or ".join(repr(choice) for choice in option.choices)
-        raise ValueError(f"recipe {path}: {key} needs to be {wanted}{several}, got {value!r}") from None
+        raise ValueError(f"recipe {path}: {key} needs to be {wanted}{several}, got {_shown(value)}") from None
 
 
 def _converted(option: Option, value: Any) -> Any:
@@ -156,10 +163,15 @@ def _from_command_line(words: Any) -> Any:
     return True if not values else values[0] if len(values) == 1 else values
 
 
+def _shown(value: Any) -> str:
+    """A value for a message, which YAML's aliases may have made longer than any memory."""
+    return reprlib.repr(value) if isinstance(value, (list, dict)) else repr(value)[:200]
+
+
 def _refuse(name: str, value: Any, where: str) -> None:
     default, reason = UNSUPPORTED[name]
     if value not in (default, [default]) and [value] != default:
-        raise ValueError(f"{where} {value!r} is not supported: {reason}")
+        raise ValueError(f"{where} {_shown(value)} is not supported: {reason}")
 
 
 def _check_train(settings: Settings) -> None:
@@ -173,6 +185,20 @@ def _check_train(settings: Settings) -> None:
     for name in ("lr", "lr_base"):
         value = getattr(settings, name)
         need(value is None or (math.isfinite(value) and value > 0), name, "above 0")
+    for option in OPTIONS.values():
+        value = getattr(settings, option.name)
+        if option.type is float and value is not None:
+            need(all(map(math.isfinite, value if option.is_list else [value])), option.name, "finite")
+    for name in _SHARES:
+        value = getattr(settings, name)
+        need(value is None or 0 <= value <= 1, name, "from 0 to 1")
+    for name, most in _MOST.items():
+        need(getattr(settings, name) <= most, name, f"at most {most}")
+    _check_name(settings.experiment)
+    if settings.class_weights is not None:
+        need(all(w > 0 for w in settings.class_weights), "class_weights", "above 0, one for each class")
+        if settings.bce_loss:
+            raise ValueError("class_weights are those of cross-entropy; with bce_loss there is --bce-pos-weight")
     need(settings.lr_base_scale in ("", "linear", "sqrt"), "lr_base_scale", "'linear', 'sqrt' or ''")
     need(0 <= settings.smoothing < 1, "smoothing", "from 0 to below 1")
     if settings.uses_mixup:
@@ -191,6 +217,15 @@ def _check_train(settings: Settings) -> None:
         raise ValueError(f"dataset={settings.dataset!r} is streamed, which cannot be resumed in the middle of an epoch")
     if prefix == "events":
         _check_events(settings)
+
+
+def _check_name(name: str) -> None:
+    """The run's folder lies in `output`, and its name can be shown."""
+    if name in (".", "..") or "/" in name or "\\" in name or Path(name).name != name or not name.isprintable():
+        raise ValueError(
+            f"experiment={name!r} needs to be the name of one folder, without separators and control characters; "
+            f"--output says where it is made"
+        )
 
 
 def _check_events(settings: Settings) -> None:

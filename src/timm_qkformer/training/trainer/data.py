@@ -3,9 +3,12 @@
 Images come through timm's loaders, events through this package's.
 """
 
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -25,8 +28,9 @@ from ...data import (
     create_event_loader,
 )
 from ...data.images import ImageDataset
-from ...errors import naming_settings
+from ...errors import first_line, naming_settings
 from .distributed import Processes
+from .facts import left_out
 from .replay import ReplayableLoader, random_state, restore_random_state
 from .settings import Settings
 
@@ -39,6 +43,13 @@ _AUGMENTATION = {
         "no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter", "color_jitter_prob",
         "grayscale_prob", "gaussian_blur_prob",
     )},
+}  # fmt: skip
+
+
+# Arguments of `create_event_dataset`, and the flags that set them.
+_EVENT_FLAGS = {
+    "name": "--dataset", "root": "--data-dir", "time_steps": "--model-kwargs time_steps=T",
+    "split_by": "--event-split-by", "size": "--input-size", "sensor_size": "--event-sensor-size",
 }  # fmt: skip
 
 
@@ -65,7 +76,17 @@ def open_split(
             input_img_mode=mode,
             **{name: getattr(settings, name) for name in own},
         )
-    except (RuntimeError, AssertionError, ImportError) as error:
+    except FileNotFoundError:
+        raise
+    except (ArithmeticError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+            AttributeError, EOFError, UnpicklingError) as error:  # fmt: skip
+        if settings.class_map:
+            raise ValueError(
+                f"class_map={settings.class_map!r} with the data in {settings.data_dir}: {first_line(error)}; it needs "
+                f"to be a text file with the name of a class in each line, or name and index"
+            ) from error
+        if isinstance(error, (OSError, ValueError)):
+            raise
         can_download = settings.dataset.startswith("torch/") and not settings.dataset_download
         reason = " ".join(str(error).split()) + ("; --dataset-download gets it" if can_download else "")
         raise ValueError(f"dataset {settings.dataset!r} in {settings.data_dir}: {reason}") from error
@@ -85,18 +106,25 @@ def _open_events(settings: Settings, split: str, is_training: bool, time_steps: 
         mean, std = (np.broadcast_to(value, 2).tolist() for value in (settings.mean or [0.0], settings.std or [1.0]))
         if (mean, std) != ([0.0] * 2, [1.0] * 2):
             transforms.append(Normalize(mean, std))
-    return create_event_dataset(
-        settings.dataset.partition("/")[2],
-        settings.data_dir or "",
-        split,
-        time_steps=time_steps,
-        split_by=settings.event_split_by,
-        size=to_2tuple(settings.input_size[1:]) if settings.input_size else None,
-        sensor_size=to_2tuple(settings.event_sensor_size) if settings.event_sensor_size else None,
-        on_error=settings.on_error,
-        cache_dir=settings.event_cache,
-        transform=Compose(transforms) if transforms else None,
-    )
+    try:
+        return create_event_dataset(
+            settings.dataset.partition("/")[2],
+            settings.data_dir or "",
+            "test" if split in ("val", "validation") else split,  # train.py's default name
+            time_steps=time_steps,
+            split_by=settings.event_split_by,
+            size=to_2tuple(settings.input_size[1:]) if settings.input_size else None,
+            sensor_size=to_2tuple(settings.event_sensor_size) if settings.event_sensor_size else None,
+            on_error=settings.on_error,
+            cache_dir=settings.event_cache,
+            transform=Compose(transforms) if transforms else None,
+        )
+    except ValueError as error:
+        flags = _EVENT_FLAGS | {"split": "--train-split" if is_training else "--val-split"}
+        named = [flag for name, flag in flags.items() if re.search(rf"\b{name}=", str(error))]
+        if not named:
+            raise
+        raise ValueError(f"{', '.join(named)}: {error}") from error
 
 
 def _check_folder(root: Path, found: Path, split: str, class_map: str, reader: ReaderImageFolder) -> None:
@@ -111,11 +139,13 @@ def _check_folder(root: Path, found: Path, split: str, class_map: str, reader: R
     empty = sorted(set(folders) - used)
     if empty:
         raise ValueError(f"{found}: no images in the class folders {_some(empty)}")
+    if note := left_out(found, len(reader.samples)):
+        warnings.warn(note, stacklevel=3)
 
 
 def check_classes(dataset: Any, num_classes: int, where: str) -> None:
     """Compare the data's classes with the model's; ValueError if their numbers differ, where the data's is known."""
-    names = _class_names(dataset)
+    names = class_names(dataset)
     if names is not None and len(names) != num_classes:
         raise ValueError(
             f"{where} has {len(names)} classes ({_some(names)}), but the model has num_classes={num_classes}; "
@@ -125,7 +155,7 @@ def check_classes(dataset: Any, num_classes: int, where: str) -> None:
 
 def check_same_classes(train: Any, other: Any, split: str) -> None:
     """Refuse splits of different classes (ValueError): timm gives indices by the order of the names in each of them."""
-    names = [_class_names(dataset) for dataset in (train, other)]
+    names = [class_names(dataset) for dataset in (train, other)]
     if None not in names and names[0] != names[1]:
         missing, extra = sorted(set(names[0]) - set(names[1])), sorted(set(names[1]) - set(names[0]))  # type: ignore[arg-type]
         lacks = f" lacks {_some(missing)}" if missing else ""
@@ -133,7 +163,7 @@ def check_same_classes(train: Any, other: Any, split: str) -> None:
         raise ValueError(f"the split {split!r}{lacks}{' and' if lacks and has else ''}{has}, unlike the training split")
 
 
-def _class_names(dataset: Any) -> list[str] | None:
+def class_names(dataset: Any) -> list[str] | None:
     """Names in the order of their indices."""
     mapping: Mapping[str, int] | None = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     if mapping:

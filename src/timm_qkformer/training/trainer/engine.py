@@ -1,9 +1,11 @@
 """`timm-qkformer train`: a run from its settings to its last epoch."""
 
 import math
-import time
+import os
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,15 @@ from timm.task import ClassificationTask
 from timm.utils import AverageMeter, NativeScaler, distribute_bn, random_seed
 from torch import nn
 
-from ... import execution
 from ...errors import naming_settings
 from ...files import write_atomically
+from ...hub.checkpoints import CheckpointError
 from ...hub.evaluate import Evaluation
 from .checkpoint import (
     DivergedError,
     RunSaver,
     check_optimizer,
     check_same_model,
-    checkpoint_to_resume,
-    choose_folder,
     newest_checkpoint,
     read_run,
     resume_optimizer,
@@ -35,13 +35,17 @@ from .checkpoint import (
     settings_in,
 )
 from .config import plain_settings
-from .data import check_classes, check_same_classes, create_eval_loader, create_train_loader, open_split
+from .contents import loading
+from .data import check_classes, check_same_classes, class_names, create_eval_loader, create_train_loader, open_split
 from .distributed import Processes, join_processes
 from .evaluate import evaluate
+from .facts import contention, data_facts, differences, fingerprint
+from .folder import RunFolder
 from .log import Progress, RunLog, draw_curves, epoch_line, use_tensorboard, write_summary
 from .loop import Parts, Update, learning_rate, train_epoch
 from .network import autocast, build_model, build_task, compiling, data_config, forward_weights
 from .settings import Settings
+from .state import RunState, resume_state, state_to_save
 
 # What a run's settings have besides those of the command line: where the process stands among the others.
 _OF_PROCESS = {"distributed", "rank", "world_size"}
@@ -63,17 +67,6 @@ class TrainResult:
     history: list[dict[str, Any]]  # rows of summary.csv
 
 
-@dataclass
-class _State:
-    """Where the run is."""
-
-    epoch: int = 0
-    consumed: int = 0
-    losses: AverageMeter = field(default_factory=AverageMeter)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    eval_began: bool = False
-
-
 def train(settings: Settings) -> TrainResult:
     """Train a model with settings of `resolve_train`.
 
@@ -84,14 +77,25 @@ def train(settings: Settings) -> TrainResult:
         if processes.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
-        return _Run(settings, processes, tensorboard).train()
+        with closing(RunFolder(settings)) as place:
+            while True:
+                try:
+                    run = _Run(settings, processes, tensorboard, place)
+                    break
+                except CheckpointError as error:
+                    if settings.resume != "auto" or place.resumed is None:
+                        raise
+                    place.passed_over.add(place.resumed)
+                    warnings.warn(f"passed over: {error}", stacklevel=2)
+            return run.train()
 
 
 class _Run:
-    def __init__(self, settings: Settings, processes: Processes, tensorboard: bool) -> None:
+    def __init__(self, settings: Settings, processes: Processes, tensorboard: bool, place: RunFolder) -> None:
         self.processes = processes
         primary = processes.primary
-        resume = processes.from_primary(checkpoint_to_resume(settings) if primary else None)
+        resume = processes.from_primary(place.checkpoint() if primary else None)
+        place.resumed = Path(resume) if resume else None
         content = read_run(Path(resume)) if resume else None
         if content is not None:
             check_optimizer(content, Path(resume), settings)
@@ -103,9 +107,12 @@ class _Run:
         self.saved_settings = plain_settings(settings) | processes.facts()
         if content is not None:
             check_same_model(content, Path(resume), model, settings.model)
-        self.facts = {"num_classes": settings.num_classes, "time_steps": getattr(model, "time_steps", None)}
+        self.facts: dict[str, Any] = {
+            "model": {"num_classes": settings.num_classes, "time_steps": getattr(model, "time_steps", None)},
+            "threads": torch.get_num_threads(),
+        }
         config = data_config(settings, model)
-        folder = str(choose_folder(settings, resume, config["input_size"][-1])) if primary else None
+        folder = str(place.choose(resume, config["input_size"][-1])) if primary else None
         self.folder = Path(processes.from_primary(folder))
         self.resumes_here = bool(resume) and Path(resume).parent.resolve() == self.folder.resolve()
         parameters = sum(p.numel() for p in model.parameters())
@@ -124,36 +131,49 @@ class _Run:
             max_history=settings.checkpoint_hist,
             task=task,
         )
-        self.state = _State()
+        self.state = RunState()
         notes = self._resume(content, Path(resume), model) if content is not None else []
         if settings.start_epoch is not None:
             self.state.epoch, self.state.consumed = settings.start_epoch, 0
         written = (content or {}).get("trainer") or {}
-        done = self.parts.updates(self.state.epoch, self.state.consumed)
-        resume_schedule(self.parts.scheduler, written.get("schedule"), self.state.epoch, done)
-        self._set_up_average(content)
+        done = self.parts.updates(self.state.epoch + (self.state.trained is not None), self.state.consumed)
+        with loading(Path(resume), "schedule or moving average") if resume else nullcontext():
+            resume_schedule(self.parts.scheduler, written.get("schedule"), self.state.epoch, done)
+            self._set_up_average(content)
         self._wrap(task)
-        if primary and not self.resumes_here:  # not earlier: what could not begin leaves nothing behind
-            self._make_folder()
+        self._make_folder(place)  # not earlier: what could not begin leaves nothing behind
         self.log = RunLog(primary, self.folder if tensorboard else None, purge_step=done + 1)
         self._introduce(parameters, resume, notes)
 
     # ---- setting up
 
-    def _make_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        recipe = {name: value for name, value in self.saved_settings.items() if name not in _OF_PROCESS}
-        write_atomically(self.folder / "args.yaml", yaml.safe_dump(recipe, default_flow_style=False))
+    def _make_folder(self, place: RunFolder) -> None:
+        folder = self.folder
+        if self.processes.primary and self.resumes_here:
+            place.tidy(folder)
+            if self.state.history:
+                write_summary(folder / "summary.csv", self.state.history)
+        elif self.processes.primary:
+            folder = place.begin(folder)
+            recipe = {name: value for name, value in self.saved_settings.items() if name not in _OF_PROCESS}
+            write_atomically(folder / "args.yaml", yaml.safe_dump(recipe, default_flow_style=False))
+        self.folder = Path(self.processes.from_primary(str(folder)))
+        self.saver.checkpoint_dir = self.saver.recovery_dir = str(self.folder)
+        if self.processes.primary and self.resumes_here and place.resumed and place.resumed.name.startswith("last"):
+            self.saver.forget_recovery()  # of before; a kill may have come first
 
     def _open_data(self, settings: Settings, config: dict[str, Any], time_steps: int) -> int:
         """Make the loaders; returns the number of training samples."""
         size = tuple(config["input_size"])
         train_data = open_split(settings, settings.train_split, True, size, time_steps)
+        self.facts["files"] = fingerprint(train_data) if self.processes.primary else None
         check_classes(train_data, settings.num_classes or 0, f"the split {settings.train_split!r}")
         eval_data = None
         if settings.val_split:
             eval_data = open_split(settings, settings.val_split, False, size, time_steps)
             check_same_classes(train_data, eval_data, settings.val_split)
+        self.facts["data"] = data_facts(settings, config, eval_data or train_data, time_steps)
+        self.facts["class_names"] = class_names(train_data)
         self.loader = create_train_loader(settings, self.processes, train_data, config)
         self.eval_loader = None
         if eval_data is not None:
@@ -185,12 +205,14 @@ class _Run:
         """Resume where the checkpoint was written; returns what makes it something else than the same run."""
         settings, parts, notes = self.settings, self.parts, []
         trainer = content.get("trainer")
-        model.load_state_dict(clean_state_dict(content["state_dict"]))
+        with loading(path, "weights"):
+            model.load_state_dict(clean_state_dict(content["state_dict"]))
         if not settings.no_resume_opt:
             follows = schedule_state(parts.scheduler) is not None
             resume_optimizer(parts.optimizer, content, path, settings, follows)
             if parts.scaler is not None and NativeScaler.state_dict_key in content:
-                parts.scaler.load_state_dict(content[NativeScaler.state_dict_key])
+                with loading(path, "gradient scaler"):
+                    parts.scaler.load_state_dict(content[NativeScaler.state_dict_key])
         if trainer is None:
             self.state.epoch = int(content.get("epoch", -1)) + 1
             notes.append("the checkpoint is not of this trainer: random numbers begin anew")
@@ -198,40 +220,16 @@ class _Run:
             old, new = settings_in(content), self.saved_settings
             changed = [name for name in sorted(old.keys() & new.keys() - _FREE) if old[name] != new[name]]
             notes += [f"setting {name} is {new[name]!r}, it was {old[name]!r}" for name in changed]
-            self._resume_state(trainer, path, notes)
-        if self.resumes_here:  # the saver deletes what it knows; another run's files are not its own
-            if "saver" in content:
-                self.saver.load_state_dict(content["saver"])
+            notes += differences(trainer, self.facts, self.processes.device) if self.processes.primary else []
+            self.state, more = resume_state(parts, trainer, path, self.eval_loader)
+            notes += more
+        if self.resumes_here and self.processes.primary:  # the saver deletes files; another run's are not its own
+            if content.get("saver"):
+                with loading(path, "list of the best checkpoints"):
+                    self.saver.restore(content["saver"], path)
             if path.name.startswith("recovery-"):
                 self.saver.curr_recovery_file = str(path)
         return notes
-
-    def _resume_state(self, trainer: Mapping[str, Any], path: Path, notes: list[str]) -> None:
-        settings, processes, state = self.settings, self.processes, self.state
-        state.epoch, state.consumed = trainer["epoch"], trainer["consumed"]
-        state.history = [dict(row) for row in trainer["history"]]
-        if settings.start_epoch is not None:
-            state.history = [row for row in state.history if row["epoch"] < settings.start_epoch]
-            return
-        if state.consumed and trainer["batches"] != self._batches():
-            raise ValueError(
-                f"checkpoint {path} is from within an epoch; [batches, batch_size, grad_accum_steps, processes] were "
-                f"{trainer['batches']} and are {self._batches()}. Resume with the same, or from last.pth.tar"
-            )
-        if len(trainer["processes"]) != processes.world_size:
-            notes.append(f"{processes.world_size} processes instead of {len(trainer['processes'])}: new random numbers")
-            return
-        own = trainer["processes"][processes.rank]
-        state.losses.sum, state.losses.count = own["losses"]["sum"], own["losses"]["count"]
-        state.losses.avg = state.losses.sum / max(1, state.losses.count)
-        self.loader.replayable.resume(own["position"])
-        execution.load_state_dict(own["fusion"])
-        state.eval_began = trainer["eval_began"]
-        if state.eval_began and self.eval_loader is not None:
-            loader = getattr(self.eval_loader, "loader", self.eval_loader)
-            if loader.num_workers and loader.persistent_workers:
-                # Their seed was drawn once: see ReplayableLoader.resume.
-                loader.generator = torch.Generator()
 
     def _set_up_average(self, content: Mapping[str, Any] | None) -> None:
         settings, task = self.settings, self.parts.task
@@ -270,9 +268,13 @@ class _Run:
         )
         if resume:
             batch = f", batch {self.state.consumed}" if self.state.consumed else ""
+            batch = ", to be validated" if self.state.trained else batch
             say(f"resumed from {resume}: epoch {self.state.epoch}{batch}")
         elif settings.resume == "auto":
             say("nothing to resume, this is a new run")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes.distributed else 1
+        if hint := contention(local, self.processes.device):
+            say(hint)
         for note in notes:
             say(f"not an exact continuation: {note}")
 
@@ -283,8 +285,13 @@ class _Run:
         try:
             for epoch in range(state.epoch, self.epochs):
                 state.epoch = epoch
-                row = self._train_epoch()
-                self._finish_epoch(row, validate=(epoch + 1) % interval == 0 or epoch + 1 == self.epochs)
+                validate = (epoch + 1) % interval == 0 or epoch + 1 == self.epochs
+                row = state.trained or self._train_epoch()
+                if state.trained is None and not (validate and self.eval_loader is None):
+                    state.trained = row
+                    self._save_within_epoch(len(self.loader))  # a validation may take long, or not come for long
+                state.trained = None
+                self._finish_epoch(dict(row), validate)
         except DivergedError as error:
             if not self.processes.primary:
                 raise
@@ -310,9 +317,9 @@ class _Run:
 
         def on_update(update: Update) -> None:
             progress.update(update, state.losses.avg)
-            number = math.ceil(update.consumed / settings.grad_accum_steps)
-            if settings.recovery_interval and number % settings.recovery_interval == 0:
-                self._save_within_epoch(update)
+            is_last = update.consumed == len(self.loader)  # the epoch's own checkpoint follows
+            if settings.recovery_interval and update.updates % settings.recovery_interval == 0 and not is_last:
+                self._save_within_epoch(update.consumed)
 
         try:
             loss = train_epoch(parts, state.epoch, state.consumed, state.losses, on_update)
@@ -338,7 +345,7 @@ class _Run:
             parts.scheduler.step(row["epoch"] + 1, metric if validate else None)
         state.epoch = row["epoch"] + 1
         if validate:
-            trainer = self._trainer_state(0)
+            trainer = state_to_save(parts, state, 0, **self.facts)
             if self.processes.primary:
                 self.saver.trainer_state = trainer
                 self.saver.save_checkpoint(row["epoch"], metric=metric)
@@ -368,37 +375,11 @@ class _Run:
         with forward_weights(self.settings, model):
             return evaluate(self.settings, model, self.eval_loader, self.processes)
 
-    def _batches(self) -> list[int]:
-        settings = self.settings
-        return [len(self.loader), settings.batch_size, settings.grad_accum_steps, self.processes.world_size]
-
-    def _trainer_state(self, consumed: int) -> dict[str, Any]:
-        """The checkpoint's entry "trainer"; every process has to call this."""
-        state = self.state
-        own = {
-            "position": self.loader.replayable.position(consumed),
-            "fusion": execution.state_dict(),
-            "losses": {"sum": state.losses.sum, "count": state.losses.count},
-        }
-        return {
-            "epoch": state.epoch,
-            "consumed": consumed,
-            "batches": self._batches(),
-            "processes": self.processes.of_all(own),
-            "eval_began": state.eval_began,
-            "history": state.history,
-            "schedule": schedule_state(self.parts.scheduler),
-            "model": self.facts,
-            "written": time.time(),
-        }
-
-    def _save_within_epoch(self, update: Update) -> None:
-        if update.consumed == len(self.loader):
-            return  # the epoch's own checkpoint follows
-        trainer = self._trainer_state(update.consumed)
+    def _save_within_epoch(self, consumed: int) -> None:
+        trainer = state_to_save(self.parts, self.state, consumed, **self.facts)
         if self.processes.primary:
             self.saver.trainer_state = trainer
-            self.saver.save_recovery(self.state.epoch, batch_idx=update.consumed)
+            self.saver.save_recovery(self.state.epoch, batch_idx=consumed)
 
     def _conclude(self) -> None:
         if self.state.history:

@@ -12,10 +12,11 @@ from timm.utils import AverageMeter, NativeScaler, dispatch_clip_grad
 from torch import Tensor
 
 from ...data.images import readable
+from ...execution import execution_policy
 from .checkpoint import DivergedError
 from .data import TrainLoader
 from .distributed import Processes
-from .network import forward_weights, model_dtype
+from .network import forward_weights, model_dtype, train_mode
 from .settings import Settings
 
 
@@ -74,10 +75,22 @@ def train_epoch(
     Raises:
         DivergedError: If a loss is not finite, before it gets to the weights.
     """
+    with execution_policy(packed=False) if needs_second_derivatives(parts.optimizer) else nullcontext():
+        return _train_epoch(parts, epoch, consumed, losses, on_update)
+
+
+def needs_second_derivatives(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer differentiates gradients (adahessian), which packed activations have no formula for."""
+    return bool(getattr(optimizer, "is_second_order", False))
+
+
+def _train_epoch(
+    parts: Parts, epoch: int, consumed: int, losses: AverageMeter, on_update: Callable[[Update], None]
+) -> float:
     settings, processes, task = parts.settings, parts.processes, parts.task
     parts.loader.begin(epoch, mixup=not (settings.mixup_off_epoch and epoch >= settings.mixup_off_epoch))
     model = task.get_trainable_module()
-    model.train()
+    train_mode(model, settings.freeze or ())
     total = len(parts.loader)
     last_accum = total % settings.grad_accum_steps
     updates = parts.updates(epoch, consumed)
@@ -135,7 +148,7 @@ def _require_finite(loss: float, parts: Parts, epoch: int, updates: int) -> None
 
 def _backward(parts: Parts, loss: Tensor, need_update: bool) -> None:
     settings = parts.settings
-    second_order = getattr(parts.optimizer, "is_second_order", False)
+    second_order = needs_second_derivatives(parts.optimizer)
     clipped = None
     if settings.clip_grad is not None:
         clipped = parts.task.get_clip_parameters(exclude_head="agc" in settings.clip_mode)

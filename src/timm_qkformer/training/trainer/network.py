@@ -1,7 +1,7 @@
 """The model, its task, and the contexts that they run in."""
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from ...errors import first_line, naming_settings
+from ...torch_files import DamagedFileError, check_file, namespaces_allowed
 from .distributed import Processes, synchronize_batch_norm
 from .quantize import quantized_weights, require_quantizable
 from .settings import Settings
@@ -57,16 +58,48 @@ def build_model(settings: Settings) -> nn.Module:
             **overlay,
             **settings.model_kwargs,
         )
-    except (AssertionError, LookupError, NotImplementedError, TypeError) as error:
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+    ) as error:
+        if isinstance(error, OSError):  # of pretrained weights
+            raise
         raise ValueError(f"model {settings.model} does not take these arguments: {error}") from error
     if settings.quantize_weights:
         require_quantizable(model, settings.model)
     if settings.initial_checkpoint:
         load_weights(model, settings.initial_checkpoint, settings.model)
     _initialize_head(model, settings.head_init_scale, settings.head_init_bias)
+    _freeze(model, settings.freeze or ())
     if settings.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
     return model
+
+
+def _freeze(model: nn.Module, names: Sequence[str]) -> None:
+    for name in names:
+        parameters = [p for own, p in model.named_parameters() if own == name or own.startswith(f"{name}.")]
+        if not parameters:
+            known = [child for child, _ in model.named_children()]
+            raise ValueError(f"freeze={name!r} names no parameters; the model's modules are {', '.join(known)}")
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    if names and not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"freeze={list(names)} leaves nothing to train")
+
+
+def train_mode(model: nn.Module, frozen: Sequence[str]) -> None:
+    """Set a model to train, but for its frozen modules, whose batch norms keep their statistics."""
+    model.train()
+    for name, module in model.named_modules():
+        own = name.replace("_orig_mod.", "").removeprefix("module.")  # of compiled and distributed models
+        if own in frozen:
+            module.eval()
 
 
 def _initialize_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
@@ -82,10 +115,15 @@ def _initialize_head(model: nn.Module, scale: float | None, bias: float | None) 
 def load_weights(model: nn.Module, path: str, name: str, use_ema: bool = True) -> None:
     """Load a checkpoint's weights, the moving average if it has one; ValueError if it is none or not this model's."""
     try:
-        load_checkpoint(model, path, use_ema=use_ema)
-    except RuntimeError as error:
+        check_file(Path(path))
+        with namespaces_allowed():
+            load_checkpoint(model, path, use_ema=use_ema)
+    except DamagedFileError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         try:
-            misfit = describe_misfit(model, load_state_dict(path, use_ema=use_ema))
+            with namespaces_allowed():
+                misfit = describe_misfit(model, load_state_dict(path, use_ema=use_ema))
         except Exception:
             raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
         raise ValueError(f"checkpoint {path} does not fit the model {name}: {misfit}") from error
@@ -138,7 +176,7 @@ def build_task(settings: Settings, processes: Processes, model: nn.Module) -> Cl
     if processes.distributed and settings.sync_bn:
         model = synchronize_batch_norm(model, device)
     return ClassificationTask(
-        model=model, criterion=_loss(settings), device=device, dtype=model_dtype(settings), verbose=False
+        model=model, criterion=_loss(settings).to(device), device=device, dtype=model_dtype(settings), verbose=False
     )
 
 
@@ -150,6 +188,14 @@ def _loss(settings: Settings) -> nn.Module:
             sum_classes=settings.bce_sum,
             pos_weight=settings.bce_pos_weight,
         )
+    if settings.class_weights is not None:
+        if len(settings.class_weights) != settings.num_classes:
+            raise ValueError(
+                f"class_weights are {len(settings.class_weights)}, the model has num_classes={settings.num_classes}"
+            )
+        # Targets after mixup are smooth already.
+        smoothing = 0.0 if settings.uses_mixup else settings.smoothing
+        return nn.CrossEntropyLoss(torch.tensor(settings.class_weights), label_smoothing=smoothing)
     if settings.uses_mixup:
         return SoftTargetCrossEntropy()  # targets after mixup are smooth already
     return LabelSmoothingCrossEntropy(smoothing=settings.smoothing) if settings.smoothing else nn.CrossEntropyLoss()
