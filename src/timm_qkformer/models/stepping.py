@@ -211,12 +211,12 @@ class _Part(nn.Module):
 def describe(model: Any, frame: Tensor) -> str:
     """A model and its input, as states remember them: class, arithmetic, width and depth, size and dtype of frames."""
     shapes = [tuple(t.shape) for part in (model.stem, model.stages) for t in part.state_dict().values()]
+    neurons = sum(hasattr(part, "spec") for part in model.modules())
     precision = getattr(model, "precision", None)
     kind = type(model).__name__ if precision is None else f"deployed in {precision}"
     size = "x".join(str(side) for side in frame.shape[1:])
-    return f"{kind}, {len(shapes)} tensors ({crc32(repr(shapes).encode()):08x}), frames {size}, {frame.dtype}".replace(
-        "torch.", ""
-    )
+    parts = f"{neurons} layers of neurons, {len(shapes)} tensors ({crc32(repr(shapes).encode()):08x})"
+    return f"{kind}, {parts}, frames {size}, {str(frame.dtype).removeprefix('torch.')}"
 
 
 def _check(model: Any, frame: Tensor | None, state: StreamState | None) -> None:

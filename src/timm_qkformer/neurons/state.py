@@ -64,8 +64,8 @@ def run_with_state(module: nn.Module, *inputs: Any, state: State | None = None) 
         The module's result, and the potentials after it.
 
     Raises:
-        ValueError: For a state of another module or batch, or a module that cannot run in pieces or has no neurons
-            that keep a potential.
+        ValueError: For a state of another module or batch, or a module that cannot run in pieces, such as what
+            torch.export gives.
     """
     _refuse_compiled_parts(module)
     carried = Carried(state)
@@ -74,7 +74,7 @@ def run_with_state(module: nn.Module, *inputs: Any, state: State | None = None) 
         result = module(*inputs)
     finally:
         _carried.reset(token)
-    if not carried.after:
+    if not carried.after and _is_graph(module):
         raise ValueError(
             "no neuron of the module carries a state: what torch.export made of a model starts from rest at each call. "
             "Give the module as it was before"
@@ -85,6 +85,10 @@ def run_with_state(module: nn.Module, *inputs: Any, state: State | None = None) 
             "to another module"
         )
     return result, tuple(carried.after)
+
+
+def _is_graph(module: Any) -> bool:
+    return isinstance(module, nn.Module) and any(isinstance(part, torch.fx.GraphModule) for part in module.modules())
 
 
 def _refuse_compiled_parts(module: Any) -> None:
