@@ -21,7 +21,7 @@ NEURONS = {
 }
 TYPES = list(kernels._TYPES)
 STEPS = [1, 4, 19]
-OPERATORS = [name for name in operator_names() if get_operator(name)(8).kernel is not None]
+OPERATORS = [name for name in operator_names() if get_operator(name)(16).kernel is not None]
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +140,7 @@ def deployed(name, dim, heads, *neurons):
 @pytest.mark.parametrize("types", TYPES, ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators(name, types, steps, tokens):
-    count = len(get_operator(name)(8).inputs)
+    count = len(get_operator(name)(16).inputs)
     neurons = [LIF(), LIF(3.0, v_threshold=0.7, v_reset=None), IF(v_reset=None)][:count]
     operator = deployed(name, 42, 3, *neurons, LIF(v_threshold=0.1 if tokens * steps < 100 else 3.0))
     x = currents(steps, 2, tokens, count * 42, dtype=types[0]) + 0.5
