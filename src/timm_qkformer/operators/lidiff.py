@@ -1,20 +1,19 @@
 """Attention with lateral inhibition, feedforward and feedback: SpiLiFormer (arXiv 2503.15986)."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from ..execution.packing import Range
-from ..neurons import SpikingNeuron
-from .base import CHANNELS, TOKENS, Operation, Operator, Views, register_operator, sum_channels
+from .base import Operation, register_operator, sum_channels
+from .qk_token import QKTokenAttention
 from .ssa import SpikingSelfAttention
 
 __all__ = ["FeedbackLateralAttention", "FeedforwardLateralAttention"]
 
 
 @register_operator("ff_lidiff")
-class FeedforwardLateralAttention(Operator):
+class FeedforwardLateralAttention(QKTokenAttention):
     """Q-K token attention in which two groups of queries inhibit each other (FF-LiDiff).
 
     The channels of Q are split into two halves and each half into heads of d / 2 channels. Per head, a token is kept
@@ -26,14 +25,7 @@ class FeedforwardLateralAttention(Operator):
         ValueError: For heads of an odd number of channels, besides what `Operator` raises.
     """
 
-    if TYPE_CHECKING:  # TorchScript would take it for a type of its own
-        attn_neuron: SpikingNeuron
-
-    inputs = ("q", "k")
-    inner_neurons = {"attn_neuron": {"v_threshold": 0.5}}
-    neuron_names = {"attn_neuron": "A_t"}
-    view_labels = {**Operator.view_labels, "tokens": "token mask $A_t$: 1 keeps the token"}
-    tokens_are_independent = True
+    kernel = None
 
     def __init__(self, dim: int, num_heads: int = 8, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, **kwargs)
@@ -48,14 +40,8 @@ class FeedforwardLateralAttention(Operator):
         mask = self.attn_neuron(sum_channels(halves[:, :, 0]) - sum_channels(halves[:, :, 1]))
         return mask.to(k.dtype) * k
 
-    def attended_range(self, q: Range, k: Range) -> Range:
-        return self.attn_neuron.output_range.times(k)
-
     def operations(self, q: Tensor, k: Tensor) -> Sequence[Operation]:
         return [Operation("difference of sums of Q", q, 1), Operation("mask of K", k, 1)]
-
-    def views(self, inputs: Mapping[str, Tensor], inner: Mapping[str, Tensor], attended: Tensor) -> Views:
-        return Views(tokens=inner["attn_neuron"].squeeze(CHANNELS), channels=attended.float().mean(TOKENS))
 
     def release_names(self, unit: str) -> tuple[str, str]:
         return f"tssa.{unit}_conv", f"tssa.{unit}_bn"

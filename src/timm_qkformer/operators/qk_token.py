@@ -1,7 +1,7 @@
 """Q-K token attention: QKFormer (arXiv 2403.16552), section 3.2, Fig. 1, eq. 7 and 8. Linear in tokens and channels."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ class QKTokenAttention(Operator):
     neuron_names = {"attn_neuron": "A_t"}
     view_labels = {**Operator.view_labels, "tokens": "token mask $A_t$: 1 keeps the token"}
     tokens_are_independent = True
-    kernel = NativeKernel(__package__, "qk_token.cpp", "token_attention")
+    kernel: ClassVar[NativeKernel | None] = NativeKernel(__package__, "qk_token.cpp", "token_attention")
 
     def attend(self, q: Tensor, k: Tensor) -> Tensor:
         mask = self.attn_neuron(sum_channels(q))
