@@ -29,6 +29,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors import SafetensorError
 from timm.models import _builder as timm_builder
+from timm.models import get_arch_pretrained_cfgs, is_model
 from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, get_cache_dir, hf_split
 from timm.models._pretrained import PretrainedCfg
@@ -62,6 +63,16 @@ class WeightsError(OSError, RuntimeError):
 
 class _DamagedError(Exception):
     """A file did not arrive as it was sent."""
+
+
+def check_tag(name: str) -> None:
+    """Refuse a registered model's name with a tag that it does not have (ValueError, with those that it has)."""
+    model, dot, tag = name.partition(".")
+    if dot and is_model(model):
+        tags = [cfg.tag for cfg in get_arch_pretrained_cfgs(model).values()]
+        if tag not in tags:
+            known = ", ".join(f"{model}.{one}" for one in tags if one) or "none"
+            raise ValueError(f"{name!r}: the model {model} has no pretrained tag {tag!r}; those that it has: {known}")
 
 
 def create(

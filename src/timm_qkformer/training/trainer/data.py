@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from ...data import (
 )
 from ...data.images import ImageDataset
 from ...errors import naming_settings
+from ...models.loading import explain
 from .distributed import Processes
 from .replay import ReplayableLoader, random_state, restore_random_state
 from .settings import Settings
@@ -65,6 +67,11 @@ def open_split(
             input_img_mode=mode,
             **{name: getattr(settings, name) for name in own},
         )
+    except URLError as error:
+        raise ValueError(
+            f"dataset {settings.dataset!r} cannot be downloaded to {settings.data_dir}: {explain(error, 'url')} "
+            "Or put it there yourself and leave out --dataset-download."
+        ) from error
     except (RuntimeError, AssertionError, ImportError) as error:
         can_download = settings.dataset.startswith("torch/") and not settings.dataset_download
         reason = " ".join(str(error).split()) + ("; --dataset-download gets it" if can_download else "")
@@ -72,9 +79,10 @@ def open_split(
     reader = getattr(dataset, "reader", None)
     if isinstance(reader, ReaderImageFolder):
         _check_folder(Path(settings.data_dir or "."), Path(reader.root), split, settings.class_map, reader)
-    if reader is None or settings.on_error == "skip":
+    if reader is None:
         return dataset
-    return ImageDataset(reader, mode, hint="; on_error=skip takes another")
+    skip = settings.on_error == "skip"
+    return ImageDataset(reader, mode, hint="" if skip else "; on_error=skip takes another", skip=skip)
 
 
 def _open_events(settings: Settings, split: str, is_training: bool, time_steps: int) -> Any:
@@ -115,7 +123,7 @@ def _check_folder(root: Path, found: Path, split: str, class_map: str, reader: R
 
 def check_classes(dataset: Any, num_classes: int, where: str) -> None:
     """Compare the data's classes with the model's; ValueError if their numbers differ, where the data's is known."""
-    names = _class_names(dataset)
+    names = class_names(dataset)
     if names is not None and len(names) != num_classes:
         raise ValueError(
             f"{where} has {len(names)} classes ({_some(names)}), but the model has num_classes={num_classes}; "
@@ -125,7 +133,7 @@ def check_classes(dataset: Any, num_classes: int, where: str) -> None:
 
 def check_same_classes(train: Any, other: Any, split: str) -> None:
     """Refuse splits of different classes (ValueError): timm gives indices by the order of the names in each of them."""
-    names = [_class_names(dataset) for dataset in (train, other)]
+    names = [class_names(dataset) for dataset in (train, other)]
     if None not in names and names[0] != names[1]:
         missing, extra = sorted(set(names[0]) - set(names[1])), sorted(set(names[1]) - set(names[0]))  # type: ignore[arg-type]
         lacks = f" lacks {_some(missing)}" if missing else ""
@@ -133,7 +141,7 @@ def check_same_classes(train: Any, other: Any, split: str) -> None:
         raise ValueError(f"the split {split!r}{lacks}{' and' if lacks and has else ''}{has}, unlike the training split")
 
 
-def _class_names(dataset: Any) -> list[str] | None:
+def class_names(dataset: Any) -> list[str] | None:
     """Names in the order of their indices."""
     mapping: Mapping[str, int] | None = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     if mapping:

@@ -35,7 +35,7 @@ from .checkpoint import (
     settings_in,
 )
 from .config import plain_settings
-from .data import check_classes, check_same_classes, create_eval_loader, create_train_loader, open_split
+from .data import check_classes, check_same_classes, class_names, create_eval_loader, create_train_loader, open_split
 from .distributed import Processes, join_processes
 from .evaluate import evaluate
 from .log import Progress, RunLog, draw_curves, epoch_line, use_tensorboard, write_summary
@@ -150,6 +150,7 @@ class _Run:
         size = tuple(config["input_size"])
         train_data = open_split(settings, settings.train_split, True, size, time_steps)
         check_classes(train_data, settings.num_classes or 0, f"the split {settings.train_split!r}")
+        self.class_names = class_names(train_data)
         eval_data = None
         if settings.val_split:
             eval_data = open_split(settings, settings.val_split, False, size, time_steps)
@@ -389,6 +390,7 @@ class _Run:
             "history": state.history,
             "schedule": schedule_state(self.parts.scheduler),
             "model": self.facts,
+            "class_names": self.class_names,
             "written": time.time(),
         }
 
