@@ -1,15 +1,16 @@
 """Reading checkpoints that may come from anyone: nothing in them runs, and nothing is read before its size is known.
 
 Two containers are read: safetensors, and the zip that `torch.save` writes since PyTorch 1.6. A zip is looked through
-first. Its records must be stored, not compressed, and so cannot be larger than the file; its pickle is read opcode by
-opcode, and only names on `_ALLOWED_GLOBALS` may stand in it. Only then does torch's own restricted unpickler
-(`weights_only=True`) run, with the records mapped from the file instead of read.
+first. Its records must be stored, not compressed, and so cannot be larger than the file; each must match its checksum;
+its pickle is read opcode by opcode, and only names on `_ALLOWED_GLOBALS` may stand in it. Only then does torch's own
+restricted unpickler (`weights_only=True`) run, with the records mapped from the file instead of read.
 """
 
 import argparse
 import hashlib
 import pickletools
 import re
+import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from ..errors import first_line, printable
+from ..torch_files import DamagedFileError, check_records, load_restricted
 
 MAX_FILE_BYTES = 8 << 30  # the largest known checkpoint, with optimizer state, is a tenth of it
 MAX_PICKLE_BYTES = 8 << 20  # the pickle holds names, shapes and options; the tensors are records of their own
@@ -164,12 +166,15 @@ def _read_zip(path: Path, size: int, mmap: bool) -> Any:
                     f"its pickle has {pickles[0].file_size:,} bytes, more than names and shapes need "
                     f"(limit {MAX_PICKLE_BYTES:,})"
                 )
+            check_records(archive)
             _check_pickle(archive.read(pickles[0]))
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, UnicodeError) as error:
+    except CheckpointError:
+        raise
+    except (zipfile.BadZipFile, DamagedFileError, NotImplementedError, EOFError, OSError, RuntimeError, ValueError,
+            LookupError, struct.error) as error:  # fmt: skip
         raise CheckpointError(f"damaged or cut off ({first_line(error)})") from error
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return load_restricted(path, mmap)
     except Exception as error:  # a crafted pickle may fail in any way
         raise CheckpointError(f"PyTorch cannot read it ({first_line(error)})") from error
 

@@ -77,7 +77,9 @@ class InferredModel:
     def ambiguity(self) -> str:
         """In words, that other models have the same tensors."""
         others = ", ".join(self.also_fits)
-        return f"the same tensors fit {others}, and no model is named; {self.model} is taken, name the right one if it is not"
+        return (
+            f"the same tensors fit {others}, and no model is named: {self.model} is taken, which may be wrong; name it"
+        )
 
 
 def infer_architecture(

@@ -6,7 +6,6 @@ the Hugging Face Hub with the hash that the server announced; it lets `argparse.
 carry, through torch's restricted unpickler; and it turns every failure into a `WeightsError`.
 """
 
-import argparse
 import hashlib
 import http.client
 import logging
@@ -23,7 +22,6 @@ from urllib.error import HTTPError
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
-import torch
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import OfflineModeIsEnabled
@@ -36,6 +34,8 @@ from timm.models._pretrained import PretrainedCfg
 from torch import nn
 from torch.hub import HASH_REGEX
 from tqdm import tqdm
+
+from ..torch_files import DamagedFileError, check_file, namespaces_allowed
 
 _logger = logging.getLogger(__name__)
 
@@ -139,8 +139,10 @@ def loading_weights(variant: str, cfg: PretrainedCfg, cache_dir: Any = None) -> 
             fetched = _url_cache_file(location, cache_dir)
         elif source == "hf-hub":
             hub_files = _hub_cache_files(location, cache_dir)
+        for path in _local_files(source, location, cache_dir, hub_files):
+            check_file(path)
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with namespaces_allowed():
                 yield
         finally:
             for path in _new_files(hub_files, location, cache_dir):
@@ -277,6 +279,16 @@ def _new_files(before: dict[str, Path | None], location: Any, cache_dir: Any) ->
     return [path for name, path in after.items() if path is not None and path != before[name]]
 
 
+def _local_files(source: str, location: Any, cache_dir: Any, hub_files: Mapping[str, Path | None]) -> list[Path]:
+    """The weights that are on this disk already, where bits may have rotted since they were written."""
+    paths: list[Path | None] = list(hub_files.values())
+    if source == "url":
+        paths = [_url_cache_file(location, cache_dir)]
+    elif source == "file":
+        paths = [Path(location)]
+    return [path for path in paths if path is not None and path.is_file()]
+
+
 def _name(variant: str, cfg: PretrainedCfg) -> str:
     return f"{variant}.{cfg.tag}" if cfg.tag else variant
 
@@ -388,7 +400,7 @@ def _is(error: BaseException, *fragments: str) -> bool:
 
 
 def _is_unreadable(error: BaseException) -> bool:
-    if isinstance(error, (pickle.UnpicklingError, SafetensorError, EOFError)):
+    if isinstance(error, (pickle.UnpicklingError, SafetensorError, EOFError, DamagedFileError)):
         return True
     words = str(error)
     return isinstance(error, RuntimeError) and ("PytorchStreamReader" in words or "weights_only" in words)

@@ -19,6 +19,7 @@ from torch import nn
 from ...errors import first_line, naming_settings
 from ...hub.folder import check_folder
 from ...models.loading import check_tag
+from ...torch_files import DamagedFileError, check_file, namespaces_allowed
 from .distributed import Processes, synchronize_batch_norm
 from .quantize import quantized_weights, require_quantizable
 from .settings import Settings
@@ -87,10 +88,15 @@ def _initialize_head(model: nn.Module, scale: float | None, bias: float | None) 
 def load_weights(model: nn.Module, path: str, name: str, use_ema: bool = True) -> None:
     """Load a checkpoint's weights, the moving average if it has one; ValueError if it is none or not this model's."""
     try:
-        load_checkpoint(model, path, use_ema=use_ema)
-    except RuntimeError as error:
+        check_file(Path(path))
+        with namespaces_allowed():
+            load_checkpoint(model, path, use_ema=use_ema)
+    except DamagedFileError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         try:
-            misfit = describe_misfit(model, load_state_dict(path, use_ema=use_ema))
+            with namespaces_allowed():
+                misfit = describe_misfit(model, load_state_dict(path, use_ema=use_ema))
         except Exception:
             raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
         raise ValueError(f"checkpoint {path} does not fit the model {name}: {misfit}") from error
