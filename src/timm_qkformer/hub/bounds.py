@@ -26,8 +26,13 @@ _NOT_FOR_FILES = {
 }  # fmt: skip
 
 
-def check_model_args(args: Any) -> dict[str, Any]:
-    """A model's arguments as a file states them, if they are within bounds; ValueError naming the one that is not."""
+def check_model_args(args: Any, tensors: int) -> dict[str, Any]:
+    """A model's arguments as a file states them, if they are within bounds; ValueError naming the one that is not.
+
+    Args:
+        args: What the file states.
+        tensors: How many the file holds: there cannot be more blocks.
+    """
     if not isinstance(args, Mapping):
         raise ValueError(f"its arguments need to be a mapping, got {shown(args)}")
     if len(args) > MAX_ENTRIES:
@@ -42,8 +47,9 @@ def check_model_args(args: Any) -> dict[str, Any]:
                 reason = f"a whole number from 1 to {MAX_TIME_STEPS} is needed"
         if reason is None and "depth" in key:
             numbers = [n for n in (value if isinstance(value, Sequence) else [value]) if isinstance(n, (int, float))]
-            if sum(numbers) > MAX_BLOCKS or min(numbers, default=0) < 0:
-                reason = f"0 to {MAX_BLOCKS} blocks are possible"
+            most = min(MAX_BLOCKS, tensors)
+            if sum(numbers) > most or min(numbers, default=0) < 0:
+                reason = f"0 to {most} blocks are possible in a file of {tensors} tensors"
         if reason is not None:
             raise ValueError(f"it states {key}={shown(value)}: {reason}")
     return dict(args)

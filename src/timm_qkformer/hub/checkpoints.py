@@ -40,7 +40,7 @@ _ALLOWED_GLOBALS = re.compile(
 _WIDENED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _EMA_KEYS = ("state_dict_ema", "model_ema")
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net")
-# What wraps a model and stands before all its names: DDP and AveragedModel, torch.compile, Lightning, a net of one's own.
+# What wraps a model and stands before all its names: DDP and AveragedModel, torch.compile, Lightning, one's own.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")
 _MAX_CLASSES = 100_000
 

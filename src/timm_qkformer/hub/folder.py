@@ -87,8 +87,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         config = _read(path)
-        args = _check(config)
-        _compare(folder / WEIGHTS, config, args)
+        found = _shapes(folder / WEIGHTS)
+        _compare(found, config, _check(config, len(found)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error.__cause__
     return config
@@ -109,7 +109,7 @@ def _read(path: Path) -> dict[str, Any]:
     return config
 
 
-def _check(config: dict[str, Any]) -> dict[str, Any]:
+def _check(config: dict[str, Any], tensors: int) -> dict[str, Any]:
     """The model's arguments, when all entries that timm reads are what they need to be."""
     name = config.get("architecture")
     if not isinstance(name, str) or not is_model(name):
@@ -124,7 +124,7 @@ def _check(config: dict[str, Any]) -> dict[str, Any]:
         _check_entry(f"pretrained_cfg.{key}", key, value)
     for key in ("num_classes", "label_names", "label_descriptions"):
         _check_entry(key, key, config.get(key))
-    args = check_model_args(config.get("model_args") or {})
+    args = check_model_args(config.get("model_args") or {}, tensors)
     for key in ("in_chans", "num_classes"):
         if key in args and not _whole(args[key], 0, MAX_NUMBER):
             raise ValueError(f"model_args.{key}={shown(args[key])} needs to be a whole number")
@@ -137,29 +137,31 @@ def _check_entry(where: str, key: str, value: Any) -> None:
         raise ValueError(f"{where}={shown(value)} needs to be {wanted}")
 
 
-def _compare(path: Path, config: dict[str, Any], args: dict[str, Any]) -> None:
-    """See that the weights have the names and shapes of the model's, before memory is spent on it."""
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Names and shapes of the weights, from the file's header."""
     if not path.is_file():
         raise ValueError(f"there is no {path.name} beside it")
-    classes = config.get("num_classes", config["pretrained_cfg"].get("num_classes"))
-    try:
-        skeleton: Any = timm.create_model(config["architecture"], device="meta", **{"num_classes": classes, **args})
-    except Exception as error:  # what a file states may be wrong in any way
-        raise ValueError(
-            f"{config['architecture']} cannot be made with its model_args ({first_line(error)})"
-        ) from error
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             if len(names) > MAX_TENSORS:
                 raise ValueError(f"{path.name} has {len(names):,} tensors, none of these models has as many")
-            found = {name: list(file.get_slice(name).get_shape()) for name in names}
+            return {name: list(file.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name} is damaged or cut off ({first_line(error)})") from error
-    wanted = {name: list(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
+
+
+def _compare(found: dict[str, list[int]], config: dict[str, Any], args: dict[str, Any]) -> None:
+    """See that the weights have the names and shapes of the model's, before memory is spent on it."""
+    name, classes = config["architecture"], config.get("num_classes", config["pretrained_cfg"].get("num_classes"))
+    try:
+        skeleton: Any = timm.create_model(name, device="meta", **{"num_classes": classes, **args})
+    except Exception as error:  # what a file states may be wrong in any way
+        raise ValueError(f"{name} cannot be made with its model_args ({first_line(error)})") from error
+    wanted = {key: list(tensor.shape) for key, tensor in skeleton.state_dict().items()}
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
             raise ValueError(
-                f"{path.name} is not of the model that it describes: {shown(name)} has the shape {found.get(name)}, "
-                f"the model's {wanted.get(name)}"
+                f"{WEIGHTS} is not of the model that it describes: {shown(key)} has the shape {found.get(key)}, "
+                f"the model's {wanted.get(key)}"
             )

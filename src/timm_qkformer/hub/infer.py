@@ -160,7 +160,7 @@ def stated_args(checkpoint: Checkpoint) -> dict[str, Any]:
             raise CheckpointError(
                 f"{checkpoint.path}: its training states depths={shown(depths)}, but it has {tensors} tensors"
             )
-        return check_model_args(stated)
+        return check_model_args(stated, tensors)
     except CheckpointError:
         raise
     except ValueError as error:
