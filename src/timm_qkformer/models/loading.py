@@ -23,8 +23,9 @@ from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
 from huggingface_hub import constants as hub_constants
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import build_hf_headers, get_session
 from safetensors import SafetensorError
 from timm.models import _builder as timm_builder
 from timm.models import get_arch_pretrained_cfgs, is_model
@@ -139,6 +140,8 @@ def loading_weights(variant: str, cfg: PretrainedCfg, cache_dir: Any = None) -> 
             fetched = _url_cache_file(location, cache_dir)
         elif source == "hf-hub":
             hub_files = _hub_cache_files(location, cache_dir)
+            if not any(hub_files.values()) and not hub_constants.HF_HUB_OFFLINE:
+                _ask_hub(location, next(iter(hub_files)))
         for path in _local_files(source, location, cache_dir, hub_files):
             check_file(path)
         try:
@@ -270,6 +273,16 @@ def _hub_cache_files(location: Any, cache_dir: Any) -> dict[str, Path | None]:
         found = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision)
         files[name] = Path(found) if isinstance(found, str) else None
     return files
+
+
+def _ask_hub(location: Any, name: str) -> None:
+    """One request, for a Hub that cannot be reached to be an error at once: huggingface_hub asks for half a minute."""
+    repo_id, revision = hf_split(location if isinstance(location, str) else location[0])
+    get_session().head(
+        hf_hub_url(repo_id, name, revision=revision),
+        headers=build_hf_headers(),
+        timeout=hub_constants.HF_HUB_ETAG_TIMEOUT,
+    )
 
 
 def _new_files(before: dict[str, Path | None], location: Any, cache_dir: Any) -> list[Path]:

@@ -135,8 +135,9 @@ def test_a_folder_is_shown_what_the_training_was(data, tmp_path):
     convert(last, tmp_path / "out")
     expected = measure(data, checkpoint=str(last))
     for model in (str(tmp_path / "out"), f"local-dir:{tmp_path / 'out'}"):
-        found = measure(data, model=model)
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        found = measure(data, model=model, split="test")
+        for key in ("loss", "firing_rate"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-6)
         assert (found["top1"], found["input_size"]) == (expected["top1"], [3, 33, 47])
     classes = sorted(path.name for path in (data / "train").iterdir())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == classes
