@@ -1,6 +1,5 @@
 """What a checkpoint's model is shown, going by its training: one place for `convert` and for all that loads a file."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,7 +74,7 @@ def _numbers(values: Any, channels: int) -> tuple[float, ...] | None:
     """One number for each channel, if these are that."""
     if not isinstance(values, (list, tuple)) or len(values) not in (1, channels):
         return None
-    if not all(isinstance(value, (int, float)) and math.isfinite(value) and 0 <= value <= 255 for value in values):
+    if not all(isinstance(value, (int, float)) and 0 <= value <= 255 for value in values):
         return None
     return tuple(map(float, values)) * (channels if len(values) == 1 else 1)
 
@@ -88,8 +87,9 @@ def _trained_size(args: Mapping[str, Any]) -> tuple[int, int] | None:
         known = EVENT_DATASETS.get(str(args["dataset"]).partition("/")[2])
         camera, side = camera if camera is not None or known is None else known[0], None
     for value in (args.get("input_size"), side, camera):
-        sides = list(value) if isinstance(value, (list, tuple)) else [value]
+        sides: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
         sides = sides[-2:] if len(sides) in (2, 3) else sides * 2
         if len(sides) == 2 and all(type(side) is int and side in _SIZES for side in sides):
-            return sides[0], sides[1]
+            height, width = sides
+            return height, width
     return None

@@ -24,7 +24,9 @@ Check = Callable[[Any], bool]
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if type(value) is float:
+        return math.isfinite(value)
+    return type(value) is int and abs(value) <= MAX_NUMBER
 
 
 def _whole(value: Any, least: int, most: int) -> bool:
