@@ -75,8 +75,7 @@ def attack(trials, seed, attempt):
             attempt(rng)
             taken += 1
         except (ValueError, OSError) as error:
-            assert "\x1b" not in str(error), trial
-            refused += 1
+            refused += 1 if "\x1b" not in str(error) else -trials
         except Exception as error:
             raise AssertionError(f"trial {trial}: {type(error).__name__}: {error}") from error
         assert time.monotonic() - start < MOST_SECONDS, trial
@@ -109,10 +108,9 @@ def test_config_json(tmp_path):
 
 def test_what_a_checkpoint_states(tmp_path):
     model = honest_model()
-    args = {
-        "model": "test_qkformer", "num_classes": 3, "in_chans": 3, "input_size": [3, 32, 32], "crop_pct": 0.9,
-        "gp": "avg",        "mean": [0.5], "std": [0.5], "interpolation": "bicubic", "T": 2, "dataset": "", "model_kwargs": dict(SMALL),
-    }  # fmt: skip
+    args = {"model": "test_qkformer", "num_classes": 3, "in_chans": 3, "input_size": [3, 32, 32], "crop_pct": 0.9}
+    args |= {"gp": "avg", "mean": [0.5], "std": [0.5], "interpolation": "bicubic", "T": 2, "dataset": ""}
+    args |= {"model_kwargs": dict(SMALL)}
     path = tmp_path / "x.pth"
 
     def attempt(rng):
