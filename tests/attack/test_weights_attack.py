@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 
 SMALL = {"embed_dims": [8, 16, 32], "depths": [1, 1, 1], "time_steps": 2}
 ODD = (
-    None, True, -1, 0, 3, 7, 2**31, 2**70, 10**9, 10**400, 0.5, -0.0, float("inf"), float("nan"), "", "x", "lif", "qkca",
+    None, True, -1, 0, 3, 7, 2**31, 2**70, 10**9, 10**400, 0.5, -0.0, float("inf"), float("nan"), "", "x", "lif",
+    "qkca",
     "\x1b[2J", "a" * 10**5, "../..", [], [1], [0, 0, 0], [10**6, 1, 1], [-1, 1, 1], ["x"], [[1]], {}, {"a": 1},
     {"v_threshold": "x"}, {"v_threshold": 1e400}, [None] * 70,
 )  # fmt: skip
