@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,8 @@ def convert(
     if (own is None or own != tag) and not (release and release.tag == tag and not quantize_weights):
         cfg |= dict.fromkeys(_OF_THE_FILE)  # what is known of another file of the same model
     names = checkpoint.class_names
-    if names is not None and len(names) == _class_count(found):
-        cfg["label_names"] = names
+    if names is not None and len(names) != _class_count(found):
+        names = None
     built = _build(found, cfg, batch_coupled, _DTYPES[dtype], quantize_weights)
     source_facts = _source_facts(checkpoint, release)
     if quantize_weights:
@@ -119,7 +119,7 @@ def convert(
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         save_for_hf(built, str(staging), safe_serialization=True)
-        config = _tidied(staging / "config.json")
+        config = _tidied(staging / "config.json", names)
         measured = measure(staging) if measure is not None else None
         params = sum(p.numel() for p in built.parameters())
         write_card(staging, config, source_facts, params, None if quantize_weights else release, measured)
@@ -213,12 +213,13 @@ def _build(
     return built
 
 
-def _tidied(path: Path) -> dict[str, Any]:
+def _tidied(path: Path, names: Sequence[str] | None) -> dict[str, Any]:
     """Take the class count out of `model_args`: transformers would hand the model it and the one that stands above.
     The names of the classes go to the top, where transformers looks for them."""
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     config["model_args"].pop("num_classes", None)
-    names = config["pretrained_cfg"].pop("label_names", None)
+    of_the_tag = config["pretrained_cfg"].pop("label_names", None)
+    names = names or of_the_tag
     if names is not None:
         config["label_names"] = list(names)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
