@@ -5,10 +5,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .commands import analysis, reproduction, search
+from .errors import printable
 from .training.trainer.config import add_train_arguments, add_validate_arguments, resolve_train
 
 
@@ -55,8 +57,9 @@ def _convert(args: argparse.Namespace) -> None:
     own = ("model", "time_steps", "tag", "input_size", "batch_coupled", "ema", "dtype", "quantize_weights", "force")
     options = {name: getattr(args, name) for name in own}
     done = convert(args.source, args.folder, **options, measure=measure if args.verify else None)
-    print("\n".join(done.report))
-    print(f"wrote {done.folder}; load it with timm.create_model('local-dir:{done.folder}', pretrained=True)")
+    print("\n".join(map(printable, done.report)))
+    folder = printable(str(done.folder))
+    print(f"wrote {folder}; load it with timm.create_model('local-dir:{folder}', pretrained=True)")
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +161,7 @@ ALIASES = {"reproduce": ["paper"]}  # what commands were called before
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; errors that the user can act on are one line and exit status 2."""
     parser = argparse.ArgumentParser(prog="timm-qkformer", description="QKFormer spiking transformers for timm")
+    parser.add_argument("--version", action=_Version, help="versions of the package and of what it builds on")
     parser.add_argument(
         "--import",
         dest="imports",
@@ -190,6 +194,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Version(argparse.Action):
+    """Print versions without importing what has them, and end."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parts = [f"timm-qkformer {_version_of('timm-qkformer')}", f"Python {sys.version.split()[0]}"]
+        parts[1:1] = [f"{name} {_version_of(name)}" for name in ("timm", "torch")]
+        print(", ".join(parts))
+        parser.exit()
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def _import(modules: Sequence[str]) -> None:
     """Import what the command line names. Files (recipes, checkpoints) can name no module."""
     if modules:
@@ -202,7 +226,7 @@ def _import(modules: Sequence[str]) -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"timm-qkformer: error: {message}", file=sys.stderr)
+    print(f"timm-qkformer: error: {printable(message, keep=chr(10))}", file=sys.stderr)
     return 2
 
 

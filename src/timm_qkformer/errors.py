@@ -5,10 +5,22 @@ from contextlib import contextmanager
 from typing import Any
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Text with control characters spelled out (`\\x1b`), so that no file can write to the terminal as it likes.
+
+    Args:
+        text: What may come from a file or its name.
+        keep: Control characters to leave as they are, such as a line break.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says first; its kind where it says nothing."""
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
+    return printable((lines[0] if lines else type(error).__name__)[:200])
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class Client:
             os.environ.update(before)
 
     def load(self, name: str, **kwargs: Any) -> dict[str, Any]:
-        """{"logits": ...} of `logits_of`, or {"error", "type", "cause"}."""
+        """{"logits": ...} of `logits_of`, or {"error", "type", "cause", "naps": how often the client waited}."""
         return self._pool.submit(_load, name, kwargs).result()
 
     def transformers_logits(self, name: str) -> list[list[float]]:
@@ -41,8 +41,11 @@ class Client:
         self._pool.shutdown()
 
 
+_naps: list[float] = []
+
+
 def _impatient() -> None:
-    time.sleep = lambda seconds: None  # the client waits between its retries
+    time.sleep = _naps.append  # the client waits between its retries
 
 
 def logits_of(model: Any) -> list[list[float]]:
@@ -56,10 +59,12 @@ def logits_of(model: Any) -> list[list[float]]:
 def _load(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     import timm
 
+    _naps.clear()
     try:
         return {"logits": logits_of(timm.create_model(name, pretrained=True, **kwargs).eval())}
     except Exception as error:
-        return {"error": str(error), "type": type(error).__name__, "cause": type(error.__cause__).__name__}
+        kinds = {"type": type(error).__name__, "cause": type(error.__cause__).__name__}
+        return {"error": str(error), **kinds, "naps": len(_naps)}
 
 
 def _transformers_logits(name: str) -> list[list[float]]:

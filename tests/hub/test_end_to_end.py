@@ -1,6 +1,7 @@
 """From a server to logits, with the real clients: by url, by hub id, from the cache, through faults, offline."""
 
 import hashlib
+import socket
 
 import pytest
 import timm
@@ -170,6 +171,21 @@ class TestHub:
         ours = "timm-qkformer/qkformer_hst10_384.in1k"
         for words in (ours, "(404)", "not been uploaded yet", "timm-qkformer publish"):
             assert words in outcome["error"]
+
+    def test_a_hub_that_cannot_be_reached_is_asked_once(self, server, tmp_path):
+        """huggingface_hub's own retries, which another request would begin, take half a minute."""
+        with socket.socket() as taken:  # not listening: connections are refused
+            taken.bind(("127.0.0.1", 0))
+            address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+            alone = Client(HF_ENDPOINT=address, HF_HOME=str(tmp_path), HF_HUB_DISABLE_XET="1")
+            try:
+                outcome = alone.load("qkformer_hst10_384.in1k")
+            finally:
+                alone.close()
+        assert outcome["type"] == "WeightsError"
+        assert "no connection" in outcome["error"]
+        assert "not been uploaded yet" in outcome["error"]
+        assert outcome["naps"] == 0
 
     def test_offline(self, server, client, on_hub, expected, tmp_path):
         assert client.load("test_qkformer", cache_dir=tmp_path / "warm", **on_hub) == {"logits": expected}

@@ -82,7 +82,7 @@ def test_a_training_checkpoint_says_what_it_is_of(tmp_path):
 
     written.model_kwargs = dict(args, embed_dims=[10**6, 10**6, 10**6])
     torch.save({"state_dict": trained.state_dict(), "args": written}, path)
-    with pytest.raises(ValueError, match="not the test_qkformer that its training's arguments describe"):
+    with pytest.raises(ValueError, match="names the model test_qkformer, which it does not fit"):
         load_model(str(path))
 
 

@@ -497,3 +497,12 @@ def test_deploy_is_imported_when_it_is_used():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split("\n")[:3] == ["False", "True True", "module 'timm_qkformer' has no attribute 'nothing'"]
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("bf16", "int8"), ("int8", "bf16"), ("int8", "fp32"), ("fp32", "int8")])
+def test_the_state_of_another_precision_is_refused(saved, loaded):
+    model = tiny("test_qkformer")
+    state = timm_qkformer.deploy(model, saved).state_dict()
+    other = timm_qkformer.deploy(model, loaded)
+    with pytest.raises(RuntimeError, match=r"weight is torch\.\w+, this model was deployed with torch\.\w+"):
+        other.load_state_dict(state, strict=False)

@@ -144,9 +144,10 @@ def test_operators(name, types, steps, tokens):
     neurons = [LIF(), LIF(3.0, v_threshold=0.7, v_reset=None), IF(v_reset=None)][:count]
     operator = deployed(name, 42, 3, *neurons, LIF(v_threshold=0.1 if tokens * steps < 100 else 3.0))
     x = currents(steps, 2, tokens, count * 42, dtype=types[0]) + 0.5
-    found = both(operator, x, types[1])
-    assert torch.equal(operator(x[:, 1:], types[1]), found[:, 1:])  # no sample sees another
-    assert operator(x[:, :0], types[1]).shape == (steps, 0, tokens, 42)
+    size = (1, tokens)
+    found = both(lambda x, spikes: operator(x, spikes, size), x, types[1])
+    assert torch.equal(operator(x[:, 1:], types[1], size), found[:, 1:])  # no sample sees another
+    assert operator(x[:, :0], types[1], size).shape == (steps, 0, tokens, 42)
 
 
 def test_self_attention_counts_beyond_16_bits():
@@ -156,7 +157,7 @@ def test_self_attention_counts_beyond_16_bits():
     most = 0.5 * tokens * channels * 0.125
     for threshold, fires in ((most, 1), (most + 1, 0)):
         layers = [LIF(), LIF(), LIF(), LIF(v_threshold=threshold)]
-        out = deployed("ssa", channels, 1, *layers)(x, torch.uint8)
+        out = deployed("ssa", channels, 1, *layers)(x, torch.uint8, (1, tokens))
         assert torch.equal(out, torch.full_like(out, fires))
 
 

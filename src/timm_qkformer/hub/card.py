@@ -1,11 +1,15 @@
 """Model cards: README.md of a converted checkpoint."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from .infer import Release
+
+_SHOWN = 20  # classes
+_PLAIN = re.compile(r"[^\w .,'()-]")
 
 _CITATIONS = {
     "2403.16552": """@inproceedings{zhou2024qkformer,
@@ -68,10 +72,11 @@ def write_card(
         "Architecture": f"{architecture}, {params / 1e6:.2f} M parameters, needs `pip install timm-qkformer`",
         "Time steps": config["model_args"]["time_steps"],
         "Input": f"{cfg['input_size'][0]} channels, {size}, {cfg['interpolation']}, crop {cfg['crop_pct']:g}",
-        "Classes": config["num_classes"],
+        "Classes": _classes(config),
         "Paper": f"{cfg.get('paper_name')}, {cfg.get('paper_ids')}",
         "Authors' code": cfg.get("origin_url"),
-        "Licence": cfg.get("license") or "none stated by the authors",
+        "Licence": cfg.get("license")
+        or ("none stated by the authors" if cfg.get("tag") not in (None, "custom") else "none stated"),
     }
     coupled = "batch_coupled" in config["model_args"]
     sections = [
@@ -85,6 +90,14 @@ def write_card(
         "## Citation\n\n" + "\n".join(f"```bibtex\n{entry}\n```" for entry in _citations(cfg)),
     ]
     ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(sections) + "\n").save(folder / "README.md")
+
+
+def _classes(config: dict[str, Any]) -> str:
+    """Their number, and the names of the first ones, with nothing in them that Markdown acts on."""
+    names = config.get("label_names") or []
+    first = ", ".join(_PLAIN.sub("_", str(name))[:40] for name in names[:_SHOWN])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{config['num_classes']}" + (f" ({first}{more})" if names else "")
 
 
 def _list(facts: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from ..errors import first_line
+from ..errors import first_line, printable
 from ..torch_files import DamagedFileError, check_records, load_restricted
 
 MAX_FILE_BYTES = 8 << 30  # the largest known checkpoint, with optimizer state, is a tenth of it
@@ -39,7 +39,11 @@ _ALLOWED_GLOBALS = re.compile(
 )
 _WIDENED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _EMA_KEYS = ("state_dict_ema", "model_ema")
-_MODEL_KEYS = ("model", "state_dict", "module")
+_MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net")
+# What wraps a model and stands before all its names: DDP and AveragedModel, torch.compile, Lightning, one's own.
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")
+_MAX_CLASSES = 100_000
+_SAMPLES = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")  # of trainer.data
 
 
 class CheckpointError(ValueError):
@@ -56,6 +60,9 @@ class Checkpoint:
     weights: str  # which of the file's weights these are, for messages
     args: dict[str, Any] = field(default_factory=dict)  # the training's command line
     epoch: int | None = None
+    arch: str | None = None  # the model's name, in timm's checkpoints
+    class_names: tuple[str, ...] | None = None  # of the training's data, in the order of the classifier's outputs
+    unclear: tuple[str, ...] = ()  # names of arguments that are nothing which can be written down
 
 
 def read_checkpoint(path: Path, ema: bool | None = None) -> Checkpoint:
@@ -78,8 +85,19 @@ def read_checkpoint(path: Path, ema: bool | None = None) -> Checkpoint:
         _check_tensors(tensors, path.stat().st_size)
     if weights == _PLAIN:
         return Checkpoint(path, md5, tensors, weights)
-    epoch = content.get("epoch")
-    return Checkpoint(path, md5, tensors, weights, _arguments(content), epoch if isinstance(epoch, int) else None)
+    epoch, arch = content.get("epoch"), content.get("arch")
+    args, unclear = _arguments(content)
+    return Checkpoint(
+        path,
+        md5,
+        tensors,
+        weights,
+        args,
+        epoch if isinstance(epoch, int) else None,
+        arch if isinstance(arch, str) else None,
+        _class_names(content),
+        unclear,
+    )
 
 
 def read_content(path: Path, mmap: bool = True) -> Any:
@@ -217,7 +235,20 @@ def _choose(content: Any, ema: bool | None) -> tuple[dict[str, Tensor], str]:
     if strangers or not all(isinstance(name, str) for name in tensors):
         raise CheckpointError(f"not a state dict: {_listing(strangers or map(str, tensors))} is not a named tensor")
     _check_count(tensors)
-    return clean_state_dict(dict(tensors)), words
+    odd = [name for name in tensors if not name.isprintable()]
+    if odd:
+        raise CheckpointError(f"{_listing(odd)} has control characters in its name, which no tensor of a model has")
+    return _unwrapped(clean_state_dict(dict(tensors))), words
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what wrapped their model: a prefix of all names, AveragedModel's counter."""
+    counter = tensors.get("n_averaged")
+    if counter is not None and counter.ndim == 0 and len(tensors) > 1:
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
+    while prefix := next((p for p in _WRAPPERS if all(n.startswith(p) and n != p for n in tensors)), None):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _first_dict(content: Mapping[str, Any], keys: Iterable[str]) -> str | None:
@@ -251,30 +282,46 @@ def _check_tensors(tensors: dict[str, Tensor], size: int) -> None:
             raise CheckpointError(f"{shown} has negative variances")
 
 
-def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
-    args = content.get("args")
+def _arguments(content: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The training's arguments that are plain, with how this package's trainer says that it made its samples, and the
+    names of those that are not plain."""
+    args, trainer = content.get("args"), content.get("trainer")
     values = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(values, Mapping):
-        return {}
-    return {str(key): value for key, value in values.items() if _is_plain(value)}
+        return {}, ()
+    stated = {str(key): value for key, value in values.items() if value is not None}
+    made = trainer.get("data") if isinstance(trainer, Mapping) else None
+    if isinstance(made, Mapping):
+        stated |= {key: made[key] for key in _SAMPLES if made.get(key) is not None}
+    plain = {key: value for key, value in stated.items() if _is_plain(value)}
+    return plain, tuple(stated.keys() - plain.keys())
 
 
-def _is_plain(value: Any, depth: int = 2) -> bool:
+def _is_plain(value: Any, depth: int = 4) -> bool:
     """A number, a word, a short row of them, such as a mean, or some of these by name, such as a model's arguments and
     those of its neurons."""
     if isinstance(value, Mapping):
         return (
             depth > 0
-            and len(value) <= 32
+            and len(value) <= 64
             and all(isinstance(key, str) and _is_plain(item, depth - 1) for key, item in value.items())
         )
     if isinstance(value, (list, tuple)):
-        return len(value) <= 16 and all(isinstance(item, (str, int, float)) for item in value)
-    return isinstance(value, (str, int, float))
+        return depth > 0 and len(value) <= 64 and all(_is_plain(item, depth - 1) for item in value)
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _class_names(content: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Names of the classes, as this package's trainer writes them; None for anything else."""
+    trainer = content.get("trainer")
+    names = trainer.get("class_names") if isinstance(trainer, Mapping) else None
+    if not isinstance(names, (list, tuple)) or not 0 < len(names) <= _MAX_CLASSES:
+        return None
+    return tuple(printable(name)[:200] for name in names) if all(isinstance(name, str) for name in names) else None
 
 
 def _listing(names: Iterable[str], shown: int = 3) -> str:
     names = list(names)
-    return ", ".join(name[:80] for name in names[:shown]) + (
+    return ", ".join(printable(name[:80]) for name in names[:shown]) + (
         f" and {len(names) - shown} more" if len(names) > shown else ""
     )

@@ -1,9 +1,11 @@
 """Upstream checkpoint in, timm folder out."""
 
+import hashlib
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,21 @@ from timm.models._hub import save_for_hf
 from torch import nn
 
 from .. import inference
+from ..errors import printable
 from .card import write_card
 from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
+from .data_config import pretrained_overlay
 from .infer import RELEASES, InferredModel, Release, architectures, find_asset, find_release, infer_architecture
 from .publish import FILES
 from .verify import coupled_layers
 
+# Of a pretrained config: what is true of its file alone.
+_OF_THE_FILE = (
+    "url", "file", "hf_hub_id", "hf_hub_filename", "label_names", "label_descriptions", "label_offset", "license",
+    "description", "notes",
+)  # fmt: skip
 _DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _QUANTIZED = "weights rounded to 8 bits, one step per output channel"
 
 
@@ -62,7 +72,9 @@ def convert(
         folder: Where the result goes; must be new or empty unless `force`.
         model: Registered name, if the tensors alone should not decide.
         time_steps: Time steps T that images are shown for. None: what the checkpoint says, else the model's default.
-        tag: Pretrained tag to write down. None: the one of the file that it is by md5 or name, else "custom".
+        tag: Pretrained tag to write down, of letters, digits, "_", "-" and ".". None: the one of the file that it is by
+            md5 or name, else "custom". The names of the classes and the licence of a registered tag are written down
+            only for that tag's own file.
         input_size: Pixels per side that the weights were trained for. None: what is known of the file.
         batch_coupled: Let the folder's model be created with coupled neurons, also if its training does not say so.
         ema: Take the moving average (True), the weights themselves (False), or the former where there is one (None).
@@ -82,14 +94,22 @@ def convert(
         raise ValueError(f"dtype={dtype!r} is unknown, choose one of {sorted(_DTYPES)}")
     if input_size is not None and input_size < 1:
         raise ValueError(f"input_size={input_size} must be a number of pixels")
+    if tag is not None and not _TAG.fullmatch(tag):
+        raise ValueError(f"tag={tag!r} needs to be up to 64 letters, digits, '_', '-' and '.'")
     _check_target(folder, force)
     checkpoint = read_checkpoint(source, ema)
     release = find_release(checkpoint.md5)
     found = infer_architecture(checkpoint, model or (release.model if release else None), time_steps)
     asset = find_asset(source.name)
+    own = None if release or quantize_weights else _shipped_tag(found.model, checkpoint)
     if tag is None and not quantize_weights:
-        tag = release.tag if release else asset[1] if asset and asset[0] == found.model else None
-    cfg = _pretrained_cfg(found, checkpoint, release, tag or "custom", input_size)
+        tag = release.tag if release else own or (asset[1] if asset and asset[0] == found.model else None)
+    cfg = {"tag": tag or "custom", **pretrained_overlay(found, checkpoint, release, tag, input_size)}
+    if (own is None or own != tag) and not (release and release.tag == tag and not quantize_weights):
+        cfg |= dict.fromkeys(_OF_THE_FILE)  # what is known of another file of the same model
+    names = checkpoint.class_names
+    if names is not None and len(names) != _class_count(found):
+        names = None
     built = _build(found, cfg, batch_coupled, _DTYPES[dtype], quantize_weights)
     source_facts = _source_facts(checkpoint, release)
     if quantize_weights:
@@ -99,7 +119,7 @@ def convert(
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         save_for_hf(built, str(staging), safe_serialization=True)
-        config = _without_duplicates(staging / "config.json")
+        config = _tidied(staging / "config.json", names)
         measured = measure(staging) if measure is not None else None
         params = sum(p.numel() for p in built.parameters())
         write_card(staging, config, source_facts, params, None if quantize_weights else release, measured)
@@ -153,39 +173,19 @@ def _put(staging: Path, folder: Path) -> None:
     shutil.rmtree(former)
 
 
-def _pretrained_cfg(
-    found: InferredModel, checkpoint: Checkpoint, release: Release | None, tag: str, input_size: int | None
-) -> dict[str, Any]:
-    """What differs from the model's own pretrained config: size and normalisation as they were in training, or as the
-    tag has them, and the crop that the releases evaluate with at that size."""
-    registered: dict[str, Any] = get_arch_pretrained_cfgs(found.model)
-    default: Any = registered.get(f"{found.model}.{tag}") or timm.get_pretrained_cfg(found.model)
-    channels = found.model_args.get("in_chans", default.input_size[0])
-    overlay: dict[str, Any] = {key: getattr(default, key) for key in ("pool_size", "crop_pct")}
-    overlay |= {"input_size": (channels, *default.input_size[1:]), "tag": tag}
-    size = input_size or (release.input_size if release else None) or _trained_size(checkpoint)
-    if size is not None and size != default.input_size[-1]:
-        overlay["input_size"] = (channels, size, size)
-        overlay["pool_size"] = None
-        if default.crop_pct < 1.0 and size > 224:
-            overlay["crop_pct"] = 1.0
-    for key in ("mean", "std"):
-        values = checkpoint.args.get(key)
-        if not isinstance(values, (list, tuple)) or len(values) not in (1, channels):
-            continue
-        numbers = all(isinstance(value, (int, float)) and 0 <= value <= 255 for value in values)
-        if numbers and (key == "mean" or min(values) > 0):
-            overlay[key] = tuple(map(float, values)) * (channels if len(values) == 1 else 1)
-    return overlay
+def _class_count(found: InferredModel) -> int:
+    default: Any = timm.get_pretrained_cfg(found.model)
+    return int(found.model_args.get("num_classes", default.num_classes))
 
 
-def _trained_size(checkpoint: Checkpoint) -> int | None:
-    """Pixels per side in the training's arguments: the ImageNet code's name for it, or timm's two."""
-    for key in ("input_size", "img_size"):
-        size = checkpoint.args.get(key)
-        size = size[-1] if isinstance(size, (list, tuple)) and size else size
-        if isinstance(size, int) and 16 <= size <= 4096:
-            return size
+def _shipped_tag(model: str, checkpoint: Checkpoint) -> str | None:
+    """The tag whose weights come with the package in this very file."""
+    for cfg in get_arch_pretrained_cfgs(model).values():
+        path = Path(cfg.file) if cfg.file else None
+        if path is not None and path.is_file():
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "md5").hexdigest() == checkpoint.md5:
+                    return str(cfg.tag)
     return None
 
 
@@ -213,16 +213,22 @@ def _build(
     return built
 
 
-def _without_duplicates(path: Path) -> dict[str, Any]:
-    """Take the class count out of `model_args`: transformers would hand the model it and the one that stands above."""
-    config: dict[str, Any] = json.loads(path.read_text())
+def _tidied(path: Path, names: Sequence[str] | None) -> dict[str, Any]:
+    """Take the class count out of `model_args`: transformers would hand the model it and the one that stands above.
+    The names of the classes go to the top, where transformers looks for them."""
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     config["model_args"].pop("num_classes", None)
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    of_the_tag = config["pretrained_cfg"].pop("label_names", None)
+    names = names or of_the_tag
+    if names is not None:
+        config["label_names"] = list(names)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return config
 
 
 def _source_facts(checkpoint: Checkpoint, release: Release | None) -> dict[str, str]:
-    facts = {"File": f"`{checkpoint.path.name}`, {checkpoint.weights}"}
+    name = printable(checkpoint.path.name).replace("`", "'")
+    facts = {"File": f"`{name}`, {checkpoint.weights}"}
     if checkpoint.epoch is not None:
         facts["Epoch"] = str(checkpoint.epoch)
     known = f"the authors' {release.name}" if release else "not one of the authors' known files"
@@ -236,7 +242,7 @@ def _report(
     tag = config["pretrained_cfg"]["tag"]
     args = ", ".join(f"{k}={v}" for k, v in {"num_classes": config["num_classes"], **config["model_args"]}.items())
     lines = [
-        f"{checkpoint.path.name}: {checkpoint.weights}, {len(checkpoint.tensors)} tensors",
+        f"{printable(checkpoint.path.name)}: {checkpoint.weights}, {len(checkpoint.tensors)} tensors",
         f"md5 {checkpoint.md5}: "
         + (
             f"the authors' {release.name}, {release.top1:.2f} % top-1 as published (coupled neurons)"
@@ -251,7 +257,7 @@ def _report(
             f"the authors' {wanted.name} has the md5 {wanted.md5}; this file is another, its card has no accuracy"
         )
     if found.also_fits:
-        lines.append(f"the same tensors fit {', '.join(found.also_fits)}; if it is that, say so with --model")
+        lines.append(f"warning: {found.ambiguity} (--model)")
     narrowed = {str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values() if t.is_floating_point()}
     if narrowed != {dtype}:
         lines.append(f"tensors were {', '.join(sorted(narrowed))}, written as {dtype}")

@@ -10,19 +10,19 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import timm
-from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, list_models, model_entrypoint
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model, list_models, model_entrypoint
 from torch import Tensor, nn
 
+from ..errors import first_line
 from ..models.checkpoints import check_against_model
+from .bounds import MAX_TIME_STEPS, check_model_args, shown
 from .checkpoints import Checkpoint, CheckpointError
 
-# Of a training's `model_kwargs`, those that make another model of the registered one. `gp` is an argument, too.
-_MODEL_ARGS = (
-    "alpha", "attn", "batch_coupled", "cml", "depth", "depths", "dvs_mode", "dw_bias", "embed_dim", "embed_dims",
-    "expert_dim", "feedback", "global_pool", "membrane_shortcut", "mixer", "mlp_ratio", "neuron", "neuron_args", "norm",
-    "num_heads", "operator_args", "patch_embed", "pools", "qkv_bias", "router_misread", "scale", "thresholds",
-    "time_steps", "tokens",
-)  # fmt: skip
+# Of a training's `model_kwargs`, those that change nothing outside of training, or that the tensors show.
+_NOT_STATED = {
+    "attn_drop_rate", "bn_momentum", "drop_block_rate", "drop_path_rate", "drop_rate", "in_chans", "num_classes",
+    "proj_drop_rate",
+}  # fmt: skip
 _FIRST_STAGE = re.compile(r"(patch_embed1?|stem)\..*weight")
 _MLP = re.compile(r".*mlp\.(?:fc|mlp)1[_.](?:conv|linear)\.weight")
 _SHOWN = 800  # characters of a reason; names of tensors may have any length
@@ -73,11 +73,21 @@ class InferredModel:
     time_steps_from: str
     also_fits: list[str] = field(default_factory=list)
 
+    @property
+    def ambiguity(self) -> str:
+        """In words, that other models have the same tensors."""
+        others = ", ".join(self.also_fits)
+        return (
+            f"the same tensors fit {others}, and no model is named: {self.model} is taken, which may be wrong; name it"
+        )
+
 
 def infer_architecture(
     checkpoint: Checkpoint, model: str | None = None, time_steps: int | None = None
 ) -> InferredModel:
     """Find the registered model that a checkpoint's tensors fit, all of them and exactly.
+
+    A model that the checkpoint names is never exchanged for another one: it fits, or the checkpoint is refused.
 
     Args:
         checkpoint: What was read.
@@ -93,13 +103,14 @@ def infer_architecture(
     if model is not None and model not in known:
         raise ValueError(f"model={model!r} is unknown, choose one of {', '.join(known)}")
     shapes = {name: list(tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    likely = model or _named_model(checkpoint, known)
+    named = model or named_model(checkpoint, known)
+    likely = named or _likely_model(checkpoint)
     width, args = _sizes(checkpoint, shapes, any_names=likely is not None)
     fits: dict[str, InferredModel] = {}
     reasons = []
-    candidates = [model] if model else sorted(known, key=lambda name: name != likely)
+    candidates = [named] if named else sorted(known, key=lambda name: name != likely)
     for name in candidates:
-        stated = stated_args(checkpoint) if name == checkpoint.args.get("model") else {}
+        stated = stated_args(checkpoint) if name in stated_names(checkpoint) else {}
         if not stated and _width(name) != width:
             continue
         try:
@@ -117,6 +128,9 @@ def infer_architecture(
     if not fits:
         reasons = reasons or [f"its classifier takes {width} features, the width of none of {', '.join(candidates)}"]
         listed = "\n".join(f"- {textwrap.shorten(reason, _SHOWN)}" for reason in reasons)
+        if named and not model:
+            named_but = f"its training names the model {named}, which it does not fit; another one has to be named"
+            raise CheckpointError(f"{checkpoint.path}: {named_but} (--model)\n{listed}")
         raise CheckpointError(f"{checkpoint.path}: no model fits\n{listed}")
     found = fits.pop(likely if likely in fits else next(iter(fits)))
     found.also_fits = list(fits)
@@ -125,17 +139,32 @@ def infer_architecture(
 
 
 def stated_args(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a training says that its model was created with, as timm's train.py and this package's write it."""
-    kwargs = checkpoint.args.get("model_kwargs")
-    stated = {key: kwargs[key] for key in _MODEL_ARGS if key in kwargs} if isinstance(kwargs, Mapping) else {}
-    if checkpoint.args.get("gp") is not None:
-        stated["global_pool"] = checkpoint.args["gp"]
-    depths, tensors = stated.get("depths", ()), len(checkpoint.tensors)
-    blocks = depths if isinstance(depths, (list, tuple)) else [depths]
-    if any(isinstance(count, int) and count > tensors for count in blocks):
-        # A model on the meta device takes no memory for its weights, but for each block some, and time.
-        raise CheckpointError(f"{checkpoint.path}: its training states depths={depths}, but it has {tensors} tensors")
-    return stated
+    """What a training says that its model was created with, as timm's train.py and this package's write it.
+
+    Raises:
+        CheckpointError: If it is more than a file may ask for, or nothing that can be written down.
+    """
+    kwargs = checkpoint.args.get("model_kwargs") or {}
+    try:
+        if "model_kwargs" in checkpoint.unclear:
+            raise ValueError("it states model_kwargs that are no numbers, words, or short rows of them by name")
+        if not isinstance(kwargs, Mapping):
+            raise ValueError(f"it states model_kwargs={shown(kwargs)}, which is no mapping")
+        stated = {key: value for key, value in kwargs.items() if key not in _NOT_STATED and value is not None}
+        if checkpoint.args.get("gp") is not None:
+            stated["global_pool"] = checkpoint.args["gp"]
+        depths, tensors = stated.get("depths", ()), len(checkpoint.tensors)
+        blocks = depths if isinstance(depths, (list, tuple)) else [depths]
+        if any(isinstance(count, int) and count > tensors for count in blocks):
+            # A model on the meta device takes no memory for its weights, but for each block some, and time.
+            raise CheckpointError(
+                f"{checkpoint.path}: its training states depths={shown(depths)}, but it has {tensors} tensors"
+            )
+        return check_model_args(stated, tensors)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: the arguments of its training cannot be used: {error}") from error
 
 
 def architectures() -> list[str]:
@@ -176,19 +205,26 @@ def _fit(
     model_args: dict[str, Any] = {key: value for key, value in stated.items() if key != "time_steps"}
     model_args |= {key: value for key, value in args.items() if value != defaults[key]}
     args = {**stated, **args}
-    try:
-        model: Any = timm.create_model(name, device="meta", **args)
-    except (TypeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"not with the arguments that its training states: {error}") from error
+    model = _skeleton(name, args)
     ratio = _mlp_ratio(shapes)
     if ratio is not None and ratio != _mlp_ratio({key: list(value.shape) for key, value in model.state_dict().items()}):
         model_args["mlp_ratio"] = ratio
-        model = timm.create_model(name, device="meta", **{**args, "mlp_ratio": ratio})
+        model = _skeleton(name, {**args, "mlp_ratio": ratio})
     before = dict(model._model_args)
     state_dict = fit_tensors(name, tensors, model)
     # A filter may have found arguments in the file, such as thresholds.
     model_args |= {key: value for key, value in model._model_args.items() if before.get(key) != value}
     return InferredModel(name, model_args, state_dict, model.time_steps, "by default, the file does not say")
+
+
+def _skeleton(name: str, args: dict[str, Any]) -> Any:
+    """The model on the meta device; ValueError for arguments that it does not take."""
+    try:
+        return timm.create_model(name, device="meta", **args)
+    except ValueError:
+        raise
+    except Exception as error:  # what a file states may be wrong in any way
+        raise ValueError(f"not with the arguments that its training states: {first_line(error)}") from error
 
 
 def fit_tensors(name: str, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -223,13 +259,32 @@ def _by_position(found: InferredModel, tensors: dict[str, Tensor]) -> bool:
     return any(again[name].data_ptr() != tensor.data_ptr() for name, tensor in found.state_dict.items())
 
 
-def _named_model(checkpoint: Checkpoint, known: list[str]) -> str | None:
-    """The model that a checkpoint is of going by its training's arguments, its md5 or its public file's name."""
+def stated_names(checkpoint: Checkpoint) -> list[str]:
+    """What a checkpoint calls its model, without tags: train.py's argument, the entry of timm's checkpoints."""
+    words = (checkpoint.args.get("model"), checkpoint.arch)
+    return [word.partition(".")[0] for word in words if isinstance(word, str)]
+
+
+def named_model(checkpoint: Checkpoint, known: list[str]) -> str | None:
+    """The model that a checkpoint names; None if it names none, or has a word for it that nobody knows.
+
+    CheckpointError for a model of timm that is none of this package's.
+    """
+    for word in stated_names(checkpoint):
+        if word in known:
+            return word
+        if is_model(word):
+            raise CheckpointError(
+                f"{checkpoint.path}: its training names the model {word}, which is none of this package's"
+            )
+    return None
+
+
+def _likely_model(checkpoint: Checkpoint) -> str | None:
+    """The model that a checkpoint is of going by its md5 or its public file's name."""
     release = find_release(checkpoint.md5)
     if release is not None:
         return release.model
-    if checkpoint.args.get("model") in known:
-        return str(checkpoint.args["model"])
     asset = find_asset(checkpoint.path.name)
     return asset[0] if asset else None
 
@@ -254,6 +309,10 @@ def _find_time_steps(found: InferredModel, checkpoint: Checkpoint, time_steps: i
     for key in ("time_step", "time_steps", "T"):
         value = args.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            if value > MAX_TIME_STEPS:
+                raise CheckpointError(
+                    f"{checkpoint.path}: its training states {key}={shown(value)}, 1 to {MAX_TIME_STEPS} are possible"
+                )
             found.time_steps, found.time_steps_from = value, f"from the training's arguments, {key}={value}"
             return
     in_name = _TIME_STEPS_IN_NAME.search(checkpoint.path.name)

@@ -1,19 +1,21 @@
 """A model with its weights, from whatever a user can name on the command line."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_data_config
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 
-from .checkpoints import Checkpoint, read_checkpoint
-from .infer import architectures, fit_tensors, infer_architecture, stated_args
+from ..models.loading import check_tag
+from .checkpoints import read_checkpoint
+from .data_config import pretrained_overlay
+from .folder import check_folder
+from .infer import architectures, find_release, fit_tensors, infer_architecture
 
-# Of a training's arguments, those that prepare the model's input.
-_DATA_ARGS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ def load_model(
     Args:
         source: A registered name, with or without a tag: its pretrained weights where the tag has any, else random
             ones. A folder that `convert` wrote, or "local-dir:FOLDER" or "hf-hub:REPOSITORY". A checkpoint file: of a
-            training by timm's train.py or this package, which says what it is of; else the model is inferred from its
-            tensors.
+            training by timm's train.py or this package, which says what it is of and what it was shown; else the
+            model is inferred from its tensors, with a warning where several fit.
         checkpoint: File with the weights for a registered name, for models that cannot be inferred because they
             have arguments of their own.
         random: Random weights, even where there are others.
@@ -70,6 +72,8 @@ def load_model(
             raise ValueError(
                 f"checkpoint={str(checkpoint)!r} is for a registered name; {source} has weights of its own"
             )
+        if source.startswith("local-dir:"):
+            check_folder(Path(source.removeprefix("local-dir:")))
         return _create(source, random, seed, args, source.partition(":")[2].rstrip("/").rpartition("/")[2])
     if path.is_file():
         if random or checkpoint is not None or model_args:
@@ -79,6 +83,7 @@ def load_model(
         raise ValueError(
             f"{source!r} is neither a registered model (timm.list_models('*former*')), nor a folder or file that exists"
         )
+    check_tag(source)
     if checkpoint is not None:
         return _with_checkpoint(source, checkpoint, args)
     cfg: Any = get_pretrained_cfg(source)
@@ -105,32 +110,17 @@ def _with_arguments(name: str, args: dict[str, Any]) -> str:
 
 def _inferred(path: Path, time_steps: int | None) -> LoadedModel:
     read = read_checkpoint(path)
-    if read.args.get("model") in architectures() and "num_classes" in read.args:
-        return _trained(read, time_steps)
-    found = infer_architecture(read, time_steps=time_steps)
-    model: Any = timm.create_model(found.model, time_steps=found.time_steps, **found.model_args)
+    release = find_release(read.md5)
+    # Before memory is spent on sizes that only the file states, they are found to be those of its tensors.
+    found = infer_architecture(read, release.model if release else None, time_steps)
+    if found.also_fits:
+        _logger.warning("%s: %s", path, found.ambiguity)
+    overlay = pretrained_overlay(found, read, release)
+    model: Any = timm.create_model(
+        found.model, pretrained_cfg_overlay=overlay, time_steps=found.time_steps, **found.model_args
+    )
     model.load_state_dict(found.state_dict)
     return LoadedModel(model.eval(), found.model, f"weights of {path.name}", False)
-
-
-def _trained(read: Checkpoint, time_steps: int | None) -> LoadedModel:
-    """The model of a training checkpoint that says what it was created with, as timm's train.py writes it."""
-    name, args = read.args["model"], stated_args(read)
-    args |= {key: read.args[key] for key in ("num_classes", "in_chans") if key in read.args}
-    if "in_chans" not in args and read.args.get("input_size"):
-        args["in_chans"] = read.args["input_size"][0]
-    args |= {} if time_steps is None else {"time_steps": time_steps}
-    try:
-        # Before memory is spent on sizes that only the file states, they must be those of its tensors.
-        skeleton: Any = timm.create_model(name, device="meta", **args)
-        tensors = fit_tensors(name, read.tensors, skeleton)
-        config = resolve_data_config({key: read.args[key] for key in _DATA_ARGS if key in read.args}, model=skeleton)
-        overlay = {key: config[key] for key in _DATA_ARGS if key in config}
-        model: Any = timm.create_model(name, pretrained_cfg_overlay=overlay, **args)
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"{read.path}: not the {name} that its training's arguments describe: {error}") from error
-    model.load_state_dict(tensors)
-    return LoadedModel(model.eval(), name, f"weights of {read.path.name}", False)
 
 
 def _with_checkpoint(source: str, path: Path, args: dict[str, Any]) -> LoadedModel:

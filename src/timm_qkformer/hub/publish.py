@@ -12,6 +12,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils.sha import git_hash
 
 from ..models.loading import explain, sha256_of
+from .folder import check_folder
 from .infer import architectures
 
 FILES = ("model.safetensors", "config.json", "README.md")
@@ -75,7 +76,12 @@ def _local_files(folder: Path) -> list[_File]:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise PublishError(f"{folder} has no {', '.join(missing)}; `timm-qkformer convert` writes such folders")
+    home = folder.resolve()
+    for path in (folder / name for name in FILES):
+        if path.resolve() != home / path.name:
+            raise PublishError(f"{path} is a link to {path.resolve()}; only files of the folder itself are published")
     try:
+        check_folder(folder)
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:
         raise PublishError(f"{folder} does not load with timm: {error}") from error

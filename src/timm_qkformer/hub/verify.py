@@ -22,8 +22,10 @@ from ..data.images import ImageDataset
 from ..data.sampling import draw
 from ..files import write_atomically
 from ..layers import SpikingConv
+from ..models.loading import check_tag
 from ..operators import Operator
 from .evaluate import Evaluation, classify_batches, report
+from .folder import check_folder
 
 Sample = tuple[str, int]  # path and class index
 
@@ -98,11 +100,18 @@ def verify(
         pass alone.
 
     Raises:
-        ValueError: For an argument outside its range, images without a known class or a broken image.
+        ValueError: For an argument outside its range, images without a known class or a broken image, a model of
+            neither 1 nor 3 channels.
     """
     _check_arguments(neurons, batch_size, limit, workers)
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     net: Any = _load(model, time_steps).to(on).eval()
+    modes_of_images = {1: "L", 3: "RGB"}
+    if net.in_chans not in modes_of_images:
+        raise ValueError(
+            f"{model} takes {net.in_chans} channels, images have 1 or 3"
+            + ("; `timm-qkformer validate` measures models of event data" if net.in_chans == 2 else "")
+        )
     samples = draw(find_samples(data, net.num_classes), limit)
     config = resolve_model_data_config(net)
     modes = _modes(net, neurons)
@@ -111,7 +120,7 @@ def verify(
     passes = {name: _Pass(net, coupled, done, sums[name]) for name, coupled in modes.items()}
 
     loader = create_loader(
-        cast(Any, ImageDataset(samples[done:], "L" if net.in_chans == 1 else "RGB")),
+        cast(Any, ImageDataset(samples[done:], modes_of_images[net.in_chans])),
         **config,
         batch_size=batch_size,
         num_workers=workers,
@@ -152,8 +161,11 @@ def _load(model: str, time_steps: int | None) -> nn.Module:
         name = f"local-dir:{model}"
     elif ":" in model or timm.is_model(model.split(".")[0]):
         name = model
+        check_tag(name)
     else:
         raise ValueError(f"{model} is neither a folder with a config.json nor a model that timm knows")
+    if name.startswith("local-dir:"):
+        check_folder(Path(name.removeprefix("local-dir:")))
     net: nn.Module = timm.create_model(name, pretrained=True, time_steps=time_steps)
     return net
 

@@ -60,6 +60,26 @@ class Projection(DerivedState):
         self.register_buffer("bias", bias.to(torch.float64 if dtype == torch.float64 else torch.float32))
         self.register_buffer("scale", scale)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        found = state_dict.get(f"{prefix}weight")
+        coded = (torch.int8, torch.bfloat16)  # with a scale that makes numbers of them; copying would round them anew
+        if found is not None and found.dtype != self.weight.dtype and {found.dtype, self.weight.dtype} & {*coded}:
+            errors.append(
+                f"{prefix}weight is {found.dtype}, this model was deployed with {self.weight.dtype}: a state dict fits "
+                "the precision that it was saved in. Load it into such a model, or deploy the original again."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
     @property
     def in_channels(self) -> int:
         return self.weight.shape[1] * self.groups

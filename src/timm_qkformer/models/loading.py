@@ -23,10 +23,12 @@ from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
 from huggingface_hub import constants as hub_constants
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import build_hf_headers, get_session
 from safetensors import SafetensorError
 from timm.models import _builder as timm_builder
+from timm.models import get_arch_pretrained_cfgs, is_model
 from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, get_cache_dir, hf_split
 from timm.models._pretrained import PretrainedCfg
@@ -63,6 +65,16 @@ class WeightsError(OSError, RuntimeError):
 
 class _DamagedError(Exception):
     """A file did not arrive as it was sent."""
+
+
+def check_tag(name: str) -> None:
+    """Refuse a registered model's name with a tag that it does not have (ValueError, with those that it has)."""
+    model, dot, tag = name.partition(".")
+    if dot and is_model(model):
+        tags = [cfg.tag for cfg in get_arch_pretrained_cfgs(model).values()]
+        if tag not in tags:
+            known = ", ".join(f"{model}.{one}" for one in tags if one) or "none"
+            raise ValueError(f"{name!r}: the model {model} has no pretrained tag {tag!r}; those that it has: {known}")
 
 
 def create(
@@ -137,6 +149,8 @@ def loading_weights(variant: str, cfg: PretrainedCfg, cache_dir: Any = None) -> 
             fetched = _url_cache_file(location, cache_dir)
         elif source == "hf-hub":
             hub_files = _hub_cache_files(location, cache_dir)
+            if not any(hub_files.values()) and not hub_constants.HF_HUB_OFFLINE:
+                _ask_hub(location, next(iter(hub_files)))
         for path in _local_files(source, location, cache_dir, hub_files):
             check_file(path)
         try:
@@ -268,6 +282,16 @@ def _hub_cache_files(location: Any, cache_dir: Any) -> dict[str, Path | None]:
         found = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision)
         files[name] = Path(found) if isinstance(found, str) else None
     return files
+
+
+def _ask_hub(location: Any, name: str) -> None:
+    """One request, for a Hub that cannot be reached to be an error at once: huggingface_hub asks for half a minute."""
+    repo_id, revision = hf_split(location if isinstance(location, str) else location[0])
+    get_session().head(
+        hf_hub_url(repo_id, name, revision=revision),
+        headers=build_hf_headers(),
+        timeout=hub_constants.HF_HUB_ETAG_TIMEOUT,
+    )
 
 
 def _new_files(before: dict[str, Path | None], location: Any, cache_dir: Any) -> list[Path]:

@@ -11,6 +11,7 @@ from timm.data import create_dataset, create_transform
 from tiny_runs import PLAIN, RECIPE, flags, make_images, run, write_recipe
 
 from timm_qkformer import cli
+from timm_qkformer.hub import convert
 from timm_qkformer.training.trainer.evaluate import resolve_validate, validate
 
 
@@ -113,3 +114,30 @@ def test_flags_of_the_train_command_are_not_all_there(data, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml")
     with pytest.raises(SystemExit):
         cli.main(["validate", RECIPE["model"], *flags(data, tmp_path, "x", recipe)])
+
+
+def test_arguments_of_the_model_are_merged(data, trained, tmp_path, caplog):
+    """One that is given leaves the checkpoint's others alone, and says what it replaces."""
+    stated = torch.load(trained, weights_only=True)["args"]["model_kwargs"]
+    settings = resolve_validate(
+        {"model": RECIPE["model"], "data_dir": str(data), "checkpoint": str(trained), "model_kwargs": {"time_steps": 3}}
+    )
+    assert settings.model_kwargs == {**stated, "time_steps": 3}
+    assert f"time_steps=3 replaces the checkpoint's {stated['time_steps']}" in caplog.text
+    assert measure(data, checkpoint=str(trained), time_steps=3)["time_steps"] == 3
+    with pytest.raises(ValueError, match="disagree"):
+        measure(data, checkpoint=str(trained), time_steps=3, model_kwargs={"time_steps": 2})
+
+
+def test_a_folder_is_shown_what_the_training_was(data, tmp_path):
+    seen = {"crop_pct": 0.4, "interpolation": "nearest", "input_size": [3, 33, 47]}
+    last = run(data, tmp_path, "run", epochs=1, **PLAIN, **seen).folder / "last.pth.tar"
+    convert(last, tmp_path / "out")
+    expected = measure(data, checkpoint=str(last))
+    for model in (str(tmp_path / "out"), f"local-dir:{tmp_path / 'out'}"):
+        found = measure(data, model=model, split="test")
+        for key in ("loss", "firing_rate"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-6)
+        assert (found["top1"], found["input_size"]) == (expected["top1"], [3, 33, 47])
+    classes = sorted(path.name for path in (data / "train").iterdir())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == classes

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from ...data import (
 )
 from ...data.images import ImageDataset
 from ...errors import first_line, naming_settings
+from ...models.loading import explain
 from .distributed import Processes
 from .facts import left_out
 from .replay import ReplayableLoader, random_state, restore_random_state
@@ -78,6 +80,11 @@ def open_split(
         )
     except FileNotFoundError:
         raise
+    except URLError as error:
+        raise ValueError(
+            f"dataset {settings.dataset!r} cannot be downloaded to {settings.data_dir}: {explain(error, 'url')} "
+            "Or put it there yourself and leave out --dataset-download."
+        ) from error
     except (ArithmeticError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
             AttributeError, EOFError, UnpicklingError) as error:  # fmt: skip
         if settings.class_map:
@@ -93,9 +100,10 @@ def open_split(
     reader = getattr(dataset, "reader", None)
     if isinstance(reader, ReaderImageFolder):
         _check_folder(Path(settings.data_dir or "."), Path(reader.root), split, settings.class_map, reader)
-    if reader is None or settings.on_error == "skip":
+    if reader is None:
         return dataset
-    return ImageDataset(reader, mode, hint="; on_error=skip takes another")
+    skip = settings.on_error == "skip"
+    return ImageDataset(reader, mode, hint="" if skip else "; on_error=skip takes another", skip=skip)
 
 
 def _open_events(settings: Settings, split: str, is_training: bool, time_steps: int) -> Any:

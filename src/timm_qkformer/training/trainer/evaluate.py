@@ -1,6 +1,7 @@
 """One pass over the validation data, and `timm-qkformer validate`: accuracy of a model on labelled images or events."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ...analysis import firing_rates
 from ...files import write_atomically
 from ...hub.checkpoints import CheckpointError, read_content
 from ...hub.evaluate import Evaluation, classify_batches, report
+from ...hub.folder import check_folder
 from ...neurons import SpikingNeuron
 from .checkpoint import settings_in
 from .config import merge_settings, require_data_dir
@@ -34,6 +36,8 @@ from .network import (
     to_device,
 )
 from .settings import LOADED, Settings
+
+_logger = logging.getLogger(__name__)
 
 _RATE_SAMPLES = 32  # the firing rate is that of so many samples: one small forward pass
 _FORMATS = (".json", ".csv")
@@ -85,12 +89,18 @@ class ValidationSettings(Settings):
 def resolve_validate(given: Mapping[str, Any]) -> ValidationSettings:
     """Settings of a validation: what was given, then the recipe's, then the checkpoint's, then the defaults.
 
+    Arguments of the model are merged one by one; a warning names those of the checkpoint that are replaced. A folder
+    that `convert` wrote says itself what it is shown.
+
     ValueError if something does not fit, such as a checkpoint of another model; OSError if a file is not there, or the
     results' is.
     """
     model, checkpoint = given["model"], given.get("checkpoint")
-    known = _settings_of(Path(checkpoint), model) if checkpoint else {}
-    values = merge_settings(given, known)
+    if model.startswith("local-dir:") or (Path(model) / "config.json").is_file():
+        model = f"local-dir:{model.removeprefix('local-dir:')}"
+    known = _settings_of(Path(checkpoint), model) if checkpoint else _settings_of_folder(model)
+    values = merge_settings({**given, "model": model}, known)
+    values["model_kwargs"] = _merged_kwargs(values.get("model_kwargs") or {}, known, given.get("time_steps"))
     values |= {"initial_checkpoint": "", "pretrained_path": None}
     values["val_split"] = given.get("split") or values.get("val_split", Settings.val_split)
     # Weights from the model's tag, if no checkpoint is given.
@@ -108,6 +118,32 @@ def resolve_validate(given: Mapping[str, Any]) -> ValidationSettings:
     )
     require_data_dir(settings)
     return settings
+
+
+def _merged_kwargs(given: Mapping[str, Any], known: Mapping[str, Any], time_steps: int | None) -> dict[str, Any]:
+    """The model's arguments: those of the checkpoint, and those that were given instead or besides."""
+    asked = dict(given) if given is not known.get("model_kwargs") else {}
+    if time_steps is not None:
+        if asked.get("time_steps", time_steps) != time_steps:
+            raise ValueError(f"--time-steps {time_steps} and --model-kwargs time_steps={asked['time_steps']} disagree")
+        asked["time_steps"] = time_steps
+    stated: Mapping[str, Any] = known.get("model_kwargs") or {}
+    for name in stated.keys() & asked.keys():
+        if stated[name] != asked[name]:
+            _logger.warning("model_kwargs: %s=%r replaces the checkpoint's %r", name, asked[name], stated[name])
+    return {**stated, **asked}
+
+
+def _settings_of_folder(model: str) -> dict[str, Any]:
+    """How a converted folder's model sees images and clips. {} for other names of models."""
+    if not model.startswith("local-dir:"):
+        return {}
+    config = check_folder(Path(model.removeprefix("local-dir:")))
+    cfg: dict[str, Any] = config["pretrained_cfg"]
+    size = cfg.get("input_size") or [3, 224, 224]
+    channels = (config.get("model_args") or {}).get("in_chans", size[0])
+    own = {name: cfg[name] for name in ("mean", "std") if len(cfg.get(name) or ()) in (1, channels)}
+    return {"in_chans": channels, "input_size": [channels, *size[1:]], **own}
 
 
 def _settings_of(path: Path, model: str) -> dict[str, Any]:

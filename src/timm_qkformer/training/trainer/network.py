@@ -17,6 +17,8 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from ...errors import first_line, naming_settings
+from ...hub.folder import check_folder
+from ...models.loading import check_tag
 from ...torch_files import DamagedFileError, check_file, namespaces_allowed
 from .distributed import Processes, synchronize_batch_norm
 from .quantize import quantized_weights, require_quantizable
@@ -33,6 +35,9 @@ def build_model(settings: Settings) -> nn.Module:
         close = difflib.get_close_matches(settings.model, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"model {settings.model!r} is unknown{hint}")
+    check_tag(settings.model)
+    if settings.model.startswith("local-dir:"):
+        check_folder(Path(settings.model.removeprefix("local-dir:")))
     for name in ("initial_checkpoint", "pretrained_path"):
         path = getattr(settings, name)
         if path and not Path(path).is_file():
