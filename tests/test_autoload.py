@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from importlib.metadata import entry_points
 
 import pytest
@@ -73,15 +74,113 @@ def test_can_be_turned_off(variable):
     assert out.split() == ["0", MODELS]
 
 
-def test_the_finder_is_gone_after_its_work():
-    out, _ = run(
-        """
+@pytest.fixture
+def plugin(monkeypatch):
+    import timm_qkformer_autoload as plugin
+
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if type(f).__name__ != "_TimmFinder"])
+    monkeypatch.setitem(sys.modules, "timm.models", sys.modules["timm.models"])
+    del sys.modules["timm.models"]
+    return plugin
+
+
+def is_on(plugin):
+    plugin.autoload()
+    return any(isinstance(finder, plugin._TimmFinder) for finder in sys.meta_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "on"),
+    [("off", False), ("False", False), ("no", False), (" 0 ", False), ("1", True), ("yes", True), ("", True)],
+)
+def test_every_spelling_of_off_turns_it_off(setting, on, plugin, monkeypatch, recwarn):
+    monkeypatch.setenv("TIMM_QKFORMER_AUTOLOAD", setting)
+    assert is_on(plugin) is on
+    assert not recwarn
+
+
+def test_an_unknown_setting_is_said(plugin, monkeypatch):
+    monkeypatch.setenv("TIMM_QKFORMER_AUTOLOAD", "perhaps")
+    with pytest.warns(RuntimeWarning, match="TIMM_QKFORMER_AUTOLOAD='perhaps' is neither on"):
+        assert is_on(plugin)
+
+
+def test_nothing_is_raised_where_warnings_are_errors(plugin, monkeypatch, capsys):
+    class Frozen(list):
+        def insert(self, *args):
+            raise RuntimeError("no finders, please")
+
+    monkeypatch.setattr(sys, "meta_path", Frozen(sys.meta_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plugin.autoload()
+    assert "no finders, please" in capsys.readouterr().err
+
+
+def test_a_timm_that_is_too_old_is_named(tmp_path):
+    """As a script that runs inside a checkout finds it."""
+    layers = tmp_path / "timm" / "layers"
+    layers.mkdir(parents=True)
+    (tmp_path / "timm" / "__init__.py").write_text("__version__ = '0.9.0'\nfrom . import models\n")
+    (tmp_path / "timm" / "models.py").write_text("is_model = lambda name: False\n")
+    (layers / "__init__.py").write_text("")
+    _, err = run("import torch, timm", PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    assert f"This timm is 0.9.0 in {tmp_path / 'timm'}; needed is timm>=1.0.31" in err
+
+
+def test_the_loader_is_as_it_was_after_the_work():
+    out, _ = run("import timm\nprint('exec_module' in vars(timm.models.__loader__))")
+    assert out == "False"
+
+
+@pytest.mark.parametrize("dropped", ["timm", ("timm", "timm_qkformer", "timm_qkformer_autoload")])
+def test_a_timm_that_is_imported_again_has_the_models(dropped):
+    names = (dropped,) if isinstance(dropped, str) else dropped
+    out, err = run(
+        f"""
         import sys, timm
-        print([f for f in sys.meta_path if "timm_qkformer" in type(f).__module__])
-        print("exec_module" in vars(timm.models.__loader__))
+        first = timm
+        for name in list(sys.modules):
+            if name.split(".")[0] in {names}:
+                del sys.modules[name]
+        import timm, torch
+        assert timm is not first
+        timm.create_model("test_qkformer")(torch.randn(1, 3, 32, 32))
+        {COUNT}
         """
     )
-    assert out.split() == ["[]", "False"]
+    assert out == MODELS
+    assert "Warning" not in err
+
+
+THREADS = """
+    import sys, threading, torch
+    barrier, found = threading.Barrier(8), []
+
+    def work(i):
+        barrier.wait()
+        if i % 2:
+            import timm
+        else:
+            import timm_qkformer
+            import timm
+        found.append(timm.is_model("test_qkformer"))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    sys.setswitchinterval(1e-5)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(sum(found), len(found))
+"""
+
+
+@pytest.mark.parametrize("trial", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 12))])
+def test_imports_in_eight_threads(trial):
+    out, err = run(THREADS)
+    assert out == "8 8"
+    assert "Warning" not in err
 
 
 def test_autoload_imports_nothing_heavy_and_is_fast():

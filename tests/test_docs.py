@@ -16,6 +16,8 @@ def test_readme_examples(capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*(rounded weights are multiplied|8-bit arithmetic)")
-@pytest.mark.parametrize(("page", "least"), [("architecture.md", 5), ("execution.md", 1), ("search.md", 1)])
+@pytest.mark.parametrize(
+    ("page", "least"), [("architecture.md", 5), ("execution.md", 1), ("search.md", 1), ("spikingjelly.md", 2)]
+)
 def test_examples_of(page, least):
     assert run_examples(DOCS / page) >= least

@@ -7,6 +7,8 @@ timm is imported, see `timm_qkformer_autoload`.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import timm  # noqa: F401, before any module of ours: see timm_qkformer_autoload
+
 from . import execution, layers, models, neurons, operators
 from .models import MaxFormer, QKFormer
 

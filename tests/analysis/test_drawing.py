@@ -13,7 +13,7 @@ from tiny import images, tiny
 
 pytest.importorskip("matplotlib")
 
-from timm_qkformer.analysis import record_attention
+from timm_qkformer.analysis import drawing, record_attention
 from timm_qkformer.analysis.drawing import (
     draw_attention,
     draw_channel_masks,
@@ -201,3 +201,13 @@ def test_pictures_of_the_docs_are_there_and_small():
     assert len(pictures) >= 4
     for picture in pictures:
         assert 0 < (PICTURES_DOC.parent / picture).stat().st_size < 150_000
+
+
+@pytest.mark.parametrize("name", ["a$b$c.png", "costs $5", r"$\nosuchcommand$.png", "x_{$}^{$"])
+def test_dollar_signs_in_file_names_are_dollar_signs(name, tmp_path):
+    figure = drawing._figure(3.0, 2.0)
+    drawing._titled(figure, name, "a line with $X'$")
+    figure.savefig(tmp_path / "a.png")
+    rows, _ = drawing._rows(2, name)
+    rows.savefig(tmp_path / "b.png")
+    assert figure.get_suptitle().splitlines()[0] == name.replace("$", r"\$")

@@ -231,15 +231,14 @@ def test_a_model_trains_alike(chosen, small_layers_too):
 
 
 def test_without_a_compiler_products_stay_dense_after_one_warning(monkeypatch, small_layers_too):
-    from torch._inductor.codecache import CppCodeCache
-
     def fail(*args, **kwargs):
         raise OSError("no such compiler")
 
-    monkeypatch.setattr(CppCodeCache, "load", fail)
+    monkeypatch.setattr(native.compiler, "load", fail)
     monkeypatch.setattr(native, "_libraries", {})
+    monkeypatch.setattr(native, "_warned", False)
     x, weight = torch.zeros(1, 16, 4, 4), torch.zeros(16, 16, 1, 1)
     with pytest.warns(RuntimeWarning, match=r"do not compile.*no such compiler") as caught:
         assert [choose(x, weight, "always") for _ in range(2)] == [(False, False)] * 2
-    files = [str(warning.message).split()[3] for warning in caught]
-    assert sorted(files) == ["events.cpp", "packing.cpp"]
+    assert len(caught) == 1
+    assert "apt install g++" in str(caught[0].message)

@@ -100,3 +100,16 @@ def test_registry(monkeypatch):
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_parametric_neurons_have_vectors_which_fsdp_shards_and_take_the_scalars_of_older_files():
+    neuron = ParametricLIF(3.0)
+    assert neuron.w.shape == (1,)
+    older = {"w": torch.tensor(0.25)}
+    neuron.load_state_dict(older)
+    assert neuron.w.item() == 0.25
+    assert older["w"].dim() == 0
+    neuron.load_state_dict({"w": torch.tensor(0.5)}, assign=True)
+    assert (neuron.w.shape, neuron.w.item()) == ((1,), 0.5)
+    neuron(currents(3, 2, 4)).sum().backward()
+    assert neuron.w.grad.shape == (1,)

@@ -328,7 +328,7 @@ def _rows(rows: int, title: str) -> tuple["Figure", Any]:
     figure = _figure(8.5, 1.4 + 0.19 * rows)
     axis = figure.subplots()
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(_literal(title), fontsize=10)
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
     return figure, axis
@@ -346,11 +346,18 @@ def _labels(axis: Any, names: Sequence[str]) -> None:
 
 def _titled(figure: "Figure", title: str, line: str) -> None:
     columns = int(13 * figure.get_figwidth())  # characters of this size that fit
-    lines = [part for text in (title, line) for paragraph in text.split("\n") for part in wrap(paragraph, columns)]
+    lines = [
+        part for text in (_literal(title), line) for paragraph in text.split("\n") for part in wrap(paragraph, columns)
+    ]
     if figure.get_layout_engine() is None:
         figure.suptitle("\n".join(lines), fontsize=10, y=1.0 - 0.05 / figure.get_figheight(), va="top")
     else:
         figure.suptitle("\n".join(lines), fontsize=10)
+
+
+def _literal(title: str) -> str:
+    """Titles hold names of files, whose dollar signs are no formulas."""
+    return title.replace("$", r"\$")
 
 
 def _colour_bar(figure: "Figure", drawn: Any, label: str, left: float = 0.2, width: float = 0.6) -> None:

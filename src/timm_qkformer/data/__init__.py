@@ -3,7 +3,8 @@
 from .augment import RELEASE_AUGMENTATIONS, EventAugment, EventMixup, cutout, roll, rotate, shear_x, translate
 from .cache import FrameCache
 from .dataset import EventDataset
-from .events import EVENT_SUFFIXES, EventFileError, Events, FrameSpec, check_events, events_to_frames, read_events
+from .events import EventFileError, Events, FrameSpec, check_events, events_to_frames
+from .formats import EVENT_SUFFIXES, read_events
 from .loader import create_event_loader
 from .sampling import SharedRandomSampler, split_by_class
 from .sources import create_event_dataset

@@ -1,11 +1,9 @@
-"""Arrays on disk: .npz files that may be anything, and a cache of frames, so that a recording is counted once."""
+"""A cache of frames, so that a recording is counted once."""
 
 import hashlib
 import json
 import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import replacing
+from .arrays import load_arrays
 
 _FORMAT = 1  # part of every key: raise it whenever the meaning of the stored frames changes
 
 Frames = NDArray[np.unsignedinteger[Any]]
-
-
-def load_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Load arrays of an .npz file, never unpickling.
-
-    ValueError if it is not a sound .npz archive with these arrays, OSError if it cannot be read at all.
-    """
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise ValueError("a single array, not an archive of arrays")
-        with archive:
-            missing = [name for name in names if name not in archive.files]
-            if missing:
-                raise ValueError(f"lacks {', '.join(missing)}; found {archive.files}, expected {', '.join(names)}")
-            return {name: archive[name] for name in names}
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(str(error)) from error
 
 
 class FrameCache:

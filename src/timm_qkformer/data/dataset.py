@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .cache import FrameCache
-from .events import EventFileError, Events, FrameSpec, check_events, events_to_frames, read_events
+from .events import EventFileError, Events, FrameSpec, check_events, events_to_frames
+from .formats import read_events
 
 _logger = logging.getLogger(__name__)
 _NAMED = 10  # how many bad recordings a message names

@@ -1,6 +1,6 @@
-"""Recordings of event cameras: read from any file format, checked, counted into the frames that a model sees."""
+"""Recordings of event cameras: checked, and counted into the frames that a model sees."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import load_arrays
+_CHUNK = 2**18  # events that are counted together, at least: counting then takes little memory beside the recording's
+MOST_TIME = 2**62  # microseconds, 146,000 years; differences of two such times fit int64
 
 
 class EventFileError(ValueError):
@@ -27,9 +28,9 @@ class EventFileError(ValueError):
 class Events:
     """A recording of N events, in the order of the file. All arrays are [N]."""
 
-    t: NDArray[np.int64]  # timestamps in microseconds
-    x: NDArray[np.int64]  # columns
-    y: NDArray[np.int64]  # rows
+    t: NDArray[np.integer[Any]]  # timestamps in microseconds
+    x: NDArray[np.integer[Any]]  # columns
+    y: NDArray[np.integer[Any]]  # rows
     p: NDArray[np.bool_]  # polarities: True where brightness rose ("on")
     sensor_size: tuple[int, int] | None = None  # (height, width) if the file states it
 
@@ -37,38 +38,10 @@ class Events:
         return len(self.t)
 
 
-def read_events(path: str | Path) -> Events:
-    """Read a recording; the suffix of the file decides how.
-
-    - `.npz`: arrays t, x, y, p, as spikingjelly stores them. Polarities may be {0, 1}, {-1, 1} or bool.
-    - `.bin`, `.bs2`: N-MNIST's and N-Caltech101's 5 bytes an event, see `_read_atis`.
-    - `.aedat4`: iniVation's container, read by the package aedat (`pip install "timm-qkformer[events]"`).
-
-    Raises:
-        EventFileError: If the file is missing, empty, truncated or not of its format.
-        ImportError: If the package that reads the format is not installed.
-    """
-    path = Path(path)
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise EventFileError(path, f"unknown suffix {path.suffix!r}, expected one of {', '.join(EVENT_SUFFIXES)}")
-    if not path.is_file():
-        raise EventFileError(path, "no such file")
-    if path.stat().st_size == 0:
-        raise EventFileError(path, "the file is empty (0 bytes)")
-    try:
-        events = reader(path)
-    except OSError as error:
-        raise EventFileError(path, f"cannot be read ({error})") from error
-    if len(events) == 0:
-        raise EventFileError(path, "holds no events")
-    return events
-
-
 def check_events(events: Events, sensor_size: tuple[int, int], path: str | Path) -> None:
     """Raise EventFileError if an event lies outside a sensor of (height, width) pixels, or timestamps are nonsense."""
     first, last = int(events.t.min()), int(events.t.max())
-    if last - first >= 2**62:  # 146,000 years; differences of int64 beyond it would wrap around
+    if last - first >= MOST_TIME:
         raise EventFileError(path, f"timestamps run from {first} to {last} microseconds")
     for name, values, limit in (("y", events.y, sensor_size[0]), ("x", events.x, sensor_size[1])):
         low, high = int(values.min()), int(values.max())
@@ -76,81 +49,6 @@ def check_events(events: Events, sensor_size: tuple[int, int], path: str | Path)
             raise EventFileError(
                 path, f"{name} runs from {low} to {high}, outside the sensor of (height, width) {sensor_size}"
             )
-
-
-def _read_npz(path: Path) -> Events:
-    try:
-        arrays = load_arrays(path, ("t", "x", "y", "p"))
-    except ValueError as error:
-        raise EventFileError(path, f"is not a readable .npz file of events ({error})") from error
-    shapes = {key: array.shape for key, array in arrays.items()}
-    if len(set(shapes.values())) > 1 or arrays["t"].ndim != 1:
-        raise EventFileError(path, f"t, x, y, p need to be vectors of one length, found shapes {shapes}")
-    t, x, y = (_whole_numbers(arrays[key], key, path) for key in "txy")
-    p = arrays["p"] if arrays["p"].dtype == np.bool_ else _whole_numbers(arrays["p"], "p", path)
-    if p.dtype != np.bool_ and p.size and not (-1 <= p.min() and p.max() <= 1):
-        raise EventFileError(path, f"polarities run from {p.min()} to {p.max()}, expected 0 and 1, or -1 and 1")
-    return Events(t, x, y, p > 0)
-
-
-def _whole_numbers(values: NDArray[Any], name: str, path: Path) -> NDArray[np.int64]:
-    """Take integers, and floats that are whole numbers; timestamps in seconds must not pass for microseconds."""
-    if values.dtype.kind in "iu":
-        return values.astype(np.int64)
-    if values.dtype.kind != "f" or not np.array_equal(values, np.floor(values)) or not np.isfinite(values).all():
-        unit = "whole microseconds" if name == "t" else "whole numbers"
-        raise EventFileError(path, f"{name} needs to be {unit}, found {values.dtype} with fractions or non-numbers")
-    return values.astype(np.int64)
-
-
-def _read_atis(path: Path) -> Events:
-    """Decode 40 bits an event: x (8), y (8), polarity (1), timestamp in microseconds (23), big-endian.
-
-    The format of N-MNIST (Orchard et al. 2015, "Converting Static Image Datasets to Spiking Neuromorphic Datasets").
-    """
-    raw = np.fromfile(path, dtype=np.uint8)
-    if raw.size % 5:
-        raise EventFileError(path, f"has {raw.size} bytes, not a multiple of 5: truncated, or not in N-MNIST's format")
-    x, y, high, middle, low = raw.reshape(-1, 5).astype(np.int64).T
-    return Events(t=(high & 0x7F) << 16 | middle << 8 | low, x=x, y=y, p=high >= 0x80)
-
-
-def _read_aedat4(path: Path) -> Events:
-    try:
-        import aedat
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f'reading {path.name} needs the package aedat: pip install "timm-qkformer[events]"', name="aedat"
-        ) from error
-    try:
-        decoder = aedat.Decoder(path)
-        streams = {i: s for i, s in decoder.id_to_stream().items() if s["type"] == "events"}
-        if len(streams) != 1:
-            raise EventFileError(path, f"has {len(streams)} event streams, expected one")
-        packets = [packet["events"] for packet in decoder if "events" in packet]
-    except EventFileError:
-        raise
-    # The decoder is Rust: corruption that it does not foresee is a panic, which derives from BaseException.
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise EventFileError(path, f"is not a readable .aedat4 file ({error})") from error
-    (stream,) = streams.values()
-    size = (stream["height"], stream["width"])
-    if not packets:
-        raise EventFileError(path, "holds no events")
-    events = np.concatenate(packets)
-    t, x, y = (events[key].astype(np.int64) for key in "txy")
-    return Events(t, x, y, events["on"].astype(np.bool_), size)
-
-
-_READERS: dict[str, Callable[[Path], Events]] = {
-    ".npz": _read_npz,
-    ".bin": _read_atis,
-    ".bs2": _read_atis,
-    ".aedat4": _read_aedat4,
-}
-EVENT_SUFFIXES = tuple(_READERS)
 
 
 @dataclass(frozen=True)
@@ -181,7 +79,9 @@ class FrameSpec:
         return self.size
 
 
-def events_to_frames(events: Events, spec: FrameSpec, sensor_size: tuple[int, int]) -> NDArray[np.uint32]:
+def events_to_frames(
+    events: Events | NDArray[Any] | Mapping[str, Any], spec: FrameSpec, sensor_size: tuple[int, int]
+) -> NDArray[np.uint32]:
     """Count the events of each polarity at each pixel in each of T slices of the recording.
 
     Slices are those of spikingjelly's `integrate_events_by_fixed_frames_number`, which the release trains on:
@@ -194,25 +94,66 @@ def events_to_frames(events: Events, spec: FrameSpec, sensor_size: tuple[int, in
     ratios this is sum pooling.
 
     Args:
-        events: At least one event, all of them on the sensor (`check_events`).
+        events: At least one event, all of them on the sensor: `Events`, a structured array with the fields t, x, y and
+            p (or "on"), as tonic and aedat have them, or a mapping to such arrays. Integers of any width.
         spec: Number, kind and size of the frames.
         sensor_size: (height, width), (H, W) above.
 
     Returns:
         Counts [T, 2, h, w]; channel 0 counts "off" events and channel 1 "on" events.
+
+    Raises:
+        ValueError: For no events, events off the sensor, or arrays that are no whole numbers of one length.
     """
-    steps = spec.time_steps
+    events = _as_events(events)
+    steps, count = spec.time_steps, len(events)
     height, width = spec.frame_size(sensor_size)
-    if spec.split_by == "number":
-        step = np.arange(len(events)) // max(len(events) // steps, 1)
-        if len(events) < steps:
-            step[:] = steps - 1
-    else:
-        elapsed = events.t - events.t.min()
-        step = elapsed // max(int(elapsed.max()) // steps, 1)
-    step = np.minimum(step, steps - 1)
-    y = events.y * height // sensor_size[0]
-    x = events.x * width // sensor_size[1]
-    position = ((step * 2 + events.p) * height + y) * width + x
-    counts = np.bincount(position, minlength=steps * 2 * height * width)
+    # As Python's integers, which do not wrap around.
+    begin, end = int(events.t.min()), int(events.t.max())
+    if max(-begin, end) > MOST_TIME:
+        raise ValueError(f"timestamps run from {begin} to {end} microseconds")
+    duration, number = max((end - begin) // steps, 1), max(count // steps, 1)
+    counts = np.zeros(steps * 2 * height * width, dtype=np.int64)
+    chunk = max(_CHUNK, len(counts))
+    for start in range(0, count, chunk):
+        part = slice(start, start + chunk)
+        y = _on_sensor(events.y[part], "y", sensor_size[0]) * height // sensor_size[0]
+        x = _on_sensor(events.x[part], "x", sensor_size[1]) * width // sensor_size[1]
+        if spec.split_by == "time":
+            step = (events.t[part].astype(np.int64) - begin) // duration
+        elif count < steps:
+            step = np.full(len(y), steps - 1)
+        else:
+            step = np.arange(start, start + len(y)) // number
+        position = ((np.minimum(step, steps - 1) * 2 + (events.p[part] > 0)) * height + y) * width + x
+        counts += np.bincount(position, minlength=len(counts))
     return counts.reshape(steps, 2, height, width).astype(np.uint32)
+
+
+def _as_events(events: Events | NDArray[Any] | Mapping[str, Any]) -> Events:
+    """Events in any of the forms that `events_to_frames` takes, in the dtypes that they have."""
+    if not isinstance(events, Events):
+        found = events.dtype.names if isinstance(events, np.ndarray) else tuple(events)
+        names = {"t": "t", "x": "x", "y": "y", "p": "on" if "on" in (found or ()) else "p"}
+        missing = [name for name in names.values() if name not in (found or ())]
+        if missing:
+            raise ValueError(f"events lack the fields {', '.join(missing)}; found {found}, expected t, x, y and p")
+        t, x, y, p = (np.asarray(events[names[name]]) for name in "txyp")
+        events = Events(t, x, y, p)
+    arrays = {"t": events.t, "x": events.x, "y": events.y, "p": events.p}
+    wrong: dict[str, Any] = {
+        name: f"{a.dtype} {list(a.shape)}" for name, a in arrays.items() if a.dtype.kind not in "iub"
+    }
+    if wrong or len({array.shape for array in arrays.values()}) > 1 or events.t.ndim != 1:
+        shapes = wrong or {name: list(array.shape) for name, array in arrays.items()}
+        raise ValueError(f"events need to be vectors of one length, of whole numbers of an integer dtype, got {shapes}")
+    if len(events) == 0:
+        raise ValueError("there are no events to count")
+    return events
+
+
+def _on_sensor(values: NDArray[Any], name: str, limit: int) -> NDArray[np.int64]:
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name} runs from {low} to {high}, outside of a sensor with {limit} of them (sensor_size)")
+    return values.astype(np.int64)

@@ -11,7 +11,8 @@ from timm.layers import to_2tuple
 from torch import Tensor
 
 from .dataset import EventDataset
-from .events import EVENT_SUFFIXES, FrameSpec
+from .events import FrameSpec
+from .formats import EVENT_SUFFIXES
 from .sampling import split_by_class
 
 Recordings = list[tuple[Path, int]]

@@ -167,12 +167,13 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b. Under autocast, on CPUs without instructions for half precision, summed up in float32 and then rounded:
     no less exact, and many times as fast."""
-    if not torch.jit.is_scripting():
-        dtype = _autocast_dtype(a)
-        compute = _compute_dtype(a, dtype)
-        if compute != dtype:
-            with torch.autocast(a.device.type, enabled=False):
-                return (a.to(compute) @ b.to(compute)).to(dtype)
+    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript leaves out a branch, not half of a condition
+        if isinstance(a, Tensor):  # a node of an FX graph has no dtype to ask for
+            dtype = _autocast_dtype(a)
+            compute = _compute_dtype(a, dtype)
+            if compute != dtype:
+                with torch.autocast(a.device.type, enabled=False):
+                    return (a.to(compute) @ b.to(compute)).to(dtype)
     return a @ b
 
 

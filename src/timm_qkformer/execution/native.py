@@ -1,9 +1,4 @@
-"""Kernels in C++, compiled on this machine when they are first needed.
-
-torch's own compiler driver does the work: it finds the C++ compiler, chooses the flags that Inductor's kernels are
-built with (this processor's instructions, torch's OpenMP runtime, no contraction of products and sums), and keeps the
-result in its cache on disk.
-"""
+"""Kernels in C++, compiled on this machine when they are first needed (`compiler`)."""
 
 import ctypes
 import warnings
@@ -14,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from . import compiler
 from .budget import Budget
 from .policy import current_policy, under_dispatch_mode
 
@@ -90,20 +86,41 @@ def function(
 
 
 def _compile(package: str, file: str, functions: Mapping[str, Sequence[Any]], instances: str) -> ctypes.CDLL | None:
+    global _missing
+    if _missing is not None:  # whoever was asked in vain, and perhaps for minutes, is not asked again
+        return None
     try:
-        from torch._inductor.codecache import CppCodeCache  # not at import: it takes seconds
-
         sources = files(__package__).joinpath("common.cpp"), files(package).joinpath(file)
-        library: ctypes.CDLL = CppCodeCache.load("\n".join([*(source.read_text() for source in sources), instances]))
+        library = compiler.load("\n".join([*(source.read_text() for source in sources), instances]), file)
         for name, operands in functions.items():
             run = getattr(library, name)
             run.argtypes, run.restype = operands, None
     except Exception as error:
-        warnings.warn(
-            f"the kernels of {file} do not compile on this machine; models run without them, which costs speed but "
-            f"changes no result: {type(error).__name__}: {error}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        if isinstance(error, compiler.NoCompilerError):
+            _missing = error
+        _warn(file, error)
         return None
     return library
+
+
+_INSTALL = (
+    "a C++ compiler makes them: `apt install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora), "
+    "`conda install gxx`, `xcode-select --install` (macOS)"
+)
+
+_missing: compiler.NoCompilerError | None = None
+_warned = False
+
+
+def _warn(file: str, error: Exception) -> None:
+    """Once: what holds for one library holds for most of them."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"the kernels of {file} do not compile on this machine; models run without them, which costs speed but "
+            f"changes no result: {type(error).__name__}: {error}. {_INSTALL}; or "
+            'execution_policy(kernels="never") silences this',
+            RuntimeWarning,
+            stacklevel=4,
+        )

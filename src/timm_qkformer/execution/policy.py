@@ -152,9 +152,16 @@ def is_plain(x: Tensor) -> bool:
 def under_dispatch_mode(x: Tensor) -> bool:
     """Whether x has no numbers of its own (fake and meta tensors, subclasses), or a mode sees every operation.
 
-    Such modes are make_fx, FLOP counters, selective checkpointing and graphs being recorded.
+    Such modes are make_fx, FLOP counters, selective checkpointing and graphs being recorded; torch.func and
+    functionalization wrap tensors that look like plain ones.
     """
-    return not is_plain(x) or x.is_meta or torch._C._len_torch_dispatch_stack() > 0
+    return (
+        not is_plain(x)
+        or x.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._is_functional_tensor(x)
+    )
 
 
 _lock = Lock()

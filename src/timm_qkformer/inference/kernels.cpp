@@ -40,6 +40,7 @@ void fire(const X* x, Int x_step, const S* sums, Int sums_step, S* out, Int out_
 }
 
 // Spikes of 3x3 max-pooled currents (stride 2, padding 1): [T, B, H, W, C] to [T, B, ceil(H / 2), ceil(W / 2), C].
+// NaN is the largest, as in torch.
 // Steps of x lie x_step apart; 0: the same currents at every step.
 template <class X, class S>
 void pool_fire(const X* x, Int x_step, S* out, Int T, Int B, Int H, Int W, Int C, const Neuron& neuron, int threads) {
@@ -65,7 +66,7 @@ void pool_fire(const X* x, Int x_step, S* out, Int T, Int B, Int H, Int W, Int C
                                 const X* pixel = image + (h * W + w) * C;
                                 for (Int i = 0; i < n; ++i) {
                                     const V value = load(pixel[i]);
-                                    currents[i] = currents[i] > value ? currents[i] : value;
+                                    currents[i] = value > currents[i] || value != value ? value : currents[i];
                                 }
                             }
                     }

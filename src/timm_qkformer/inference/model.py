@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from timm.models._features import feature_take_indices
@@ -14,6 +14,7 @@ from ..models import SpikingTransformer
 from ..models.stepping import StreamState, run_step
 from .blocks import DeployedUnit
 from .feedback import deployed_stage
+from .guard import check_can_run, refuse
 from .projection import Projection
 from .weights import PRECISIONS, PRODUCTS, adds_events, check_sums, fits_bytes, spikes_dtype, weights_dtype
 
@@ -28,8 +29,8 @@ class DeployedModel(nn.Module):
     """A spiking transformer for inference; see `deploy`, which makes them.
 
     Takes what the original takes: images [B, C, H, W], shown for `time_steps` steps, or event clips [B, T, C, H, W].
-    No gradients. Saved by its `state_dict`, which fits whatever `deploy` makes of the same architecture at the same
-    precision.
+    No gradients, and nothing to trace or export: that takes the original. Saved by its `state_dict`, which fits
+    whatever `deploy` makes of the same architecture at the same precision.
 
     Args:
         model: The original, which stays as it is.
@@ -104,9 +105,14 @@ class DeployedModel(nn.Module):
             raise RuntimeError("a deployed model is for inference alone: train the model that it was made from")
         return super().train(False)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse("torch.jit.script")  # which asks for this
+
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] or event clips [B, T, C, H, W] to logits [B, num_classes]."""
+        if torch.compiler.is_exporting():
+            check_can_run(x)
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -140,6 +146,8 @@ class DeployedModel(nn.Module):
     @torch.no_grad()
     def step(self, frame: Tensor | None, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
         """One time step, see `SpikingTransformer.step`; its state belongs to this precision."""
+        if frame is not None:
+            check_can_run(frame)
         spikes = self._spikes_dtype()
 
         def to_currents(frame: Tensor) -> Tensor:
@@ -157,6 +165,7 @@ class DeployedModel(nn.Module):
     @torch.no_grad()
     def _maps(self, x: Tensor, take: list[int], stages: int) -> list[Tensor]:
         """The mean over T of each stage in `take`, then the features after `stages` stages: maps [B, C, H, W]."""
+        check_can_run(x)
         sequence = as_sequence(x, self.in_chans, self.min_size)
         _, B, _, H, W = sequence.shape
         if B == 0:

@@ -136,6 +136,10 @@ class Projection(DerivedState):
 
     def _packed(self, way: object, pack: Callable[[], Any]) -> Any:
         """What `pack` makes of the weights, kept until they change."""
+        for name in ("weight", "bias"):
+            if getattr(self, name).is_inference():  # of a copy made or loaded in inference mode: it counts no changes
+                with torch.inference_mode(False):
+                    setattr(self, name, getattr(self, name).clone())
         packed: _Packed | None = self.derived.get(way)
         key = tuple((tensor.data_ptr(), tensor._version) for tensor in (self.weight, self.bias))
         if packed is None or packed.key != key:

@@ -47,8 +47,12 @@ def check_sums(numbers: Range, stage: str, precision: str, products: str) -> Non
     if fits_bytes(numbers):
         return
     are_sums = numbers.low >= 0 and not numbers.is_real
-    if products == "events" or (precision == "int8" and are_sums):
-        asked = 'products="events"' if precision != "int8" else 'precision="int8"'
+    refused = [
+        *(['precision="int8"'] if precision == "int8" and are_sums else []),
+        *(['products="events"'] if products == "events" else []),
+    ]
+    if refused:
+        asked = " and ".join(refused)
         found = f"sums of spikes in {stage} can reach {numbers.high:g}" if are_sums else f"{stage} passes on {numbers}"
         raise ValueError(
             f'{asked}: {found}, 8-bit arithmetic is exact up to {_MAX_SUM}, from 0: use precision="fp32" with '

@@ -7,11 +7,13 @@ broadcast afterwards: exact, and T times cheaper.
 
 from typing import Any, List, Optional
 
-import torch
+import torch.fx
 from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from ..neurons import LIF, NeuronLayer, membrane_dtype
+
+torch.fx.wrap("membrane_dtype")
 
 
 @register_notrace_function
@@ -19,20 +21,29 @@ def as_sequence(x: Tensor, in_chans: int, min_size: int) -> Tensor:
     """A batch of images [B, C, H, W] as [1, B, C, H, W], a batch of event clips [B, T, C, H, W] as [T, B, C, H, W].
 
     Raises:
-        ValueError: For another rank, channels other than `in_chans`, no time step, or a side below `min_size` pixels.
+        ValueError: For integers, another rank, channels other than `in_chans`, no time step, or a side below `min_size`
+            pixels.
     """
+    if not x.is_floating_point():
+        raise ValueError(
+            f"input is {x.dtype}: give floating-point images or event clips (x.float()), normalised as for training"
+        )
+    given = list(x.shape)
     if x.dim() == 4:
         x = x.unsqueeze(0)
     elif x.dim() == 5:
         x = x.transpose(0, 1)
     else:
         raise ValueError(
-            f"input of shape {list(x.shape)} has {x.dim()} dimensions: give images [B, C, H, W] or event clips "
-            "[B, T, C, H, W]"
+            f"input of shape {given} has {x.dim()} dimensions: give images [B, C, H, W] or event clips [B, T, C, H, W]"
         )
     T, _, C, H, W = x.shape
     if C != in_chans:
-        raise ValueError(f"input has {C} channels, the model was created with in_chans={in_chans}")
+        raise ValueError(
+            f"input has {C} channels, the model was created with in_chans={in_chans}: of shape {given} it was taken as "
+            "images [B, C, H, W] or event clips [B, T, C, H, W]. Clips laid out [T, B, C, H, W], as spikingjelly has "
+            "them, need x.transpose(0, 1) first"
+        )
     if T < 1:
         raise ValueError("input is an event clip [B, T, C, H, W] without a time step (T=0)")
     if H < min_size or W < min_size:

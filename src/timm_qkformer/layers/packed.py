@@ -40,6 +40,7 @@ def is_active(module: nn.Module, x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and not _hooked_globally()
         and not under_dispatch_mode(x)  # last: code that is being compiled cannot ask
         and (policy := current_policy()).packed
         and policy.neurons != "spikingjelly"
@@ -53,11 +54,18 @@ def is_unhooked(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or module_globals._global_forward_hooks
+        or _hooked_globally()
+        or "forward" in vars(module)
+    )
+
+
+def _hooked_globally() -> bool:
+    """Whether somebody wants to see the calls of all modules."""
+    return bool(
+        module_globals._global_forward_hooks
         or module_globals._global_forward_pre_hooks
         or module_globals._global_backward_hooks
         or module_globals._global_backward_pre_hooks
-        or "forward" in vars(module)
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from ..execution.packing import BINARY, Range
@@ -14,6 +15,10 @@ from ..neurons import LIF, NeuronLayer
 from . import packed
 from .conv import SpikingConv, output_range
 from .ends import as_sequence, count_time_steps
+
+# One node each in a graph of torch.fx: they decide by the shape.
+torch.fx.wrap("as_sequence")
+torch.fx.wrap("count_time_steps")
 
 
 class SpikingStem(SpikingConv):

@@ -44,6 +44,7 @@ _logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 URL_ATTEMPTS = 3
+_FEATURE_CLASSES = ("getter", "FeatureGetterNet")  # of timm, that ask the model rather than its modules
 _CHUNK = 1 << 20
 
 
@@ -100,7 +101,14 @@ def create(
 
     Raises:
         WeightsError: If the weights cannot be downloaded or read, with the other ways to have them.
+        ValueError: For `features_only` with a `feature_cls` that would give sequences.
     """
+    asked = kwargs.get("feature_cls", "getter")
+    if kwargs.get("features_only") and getattr(asked, "__name__", str(asked).lower()) not in _FEATURE_CLASSES:
+        raise ValueError(
+            f"feature_cls={asked!r} would give the stages' sequences [T, B, C, H, W]: leave it out, features_only=True "
+            "then gives their means over T, maps [B, C, H, W]"
+        )
     cfg = resolve_pretrained_cfg(
         variant, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     )

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Optional, Tuple, TypeVar
 
 import torch
+import torch.fx
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
@@ -18,6 +19,10 @@ from ..execution.packing import Range
 from .dynamics import fire_neurons, run_neurons
 from .recurrence import integrate_and_fire_reference
 from .spec import DEFAULT_ALPHA, LEVELS, NeuronSpec, membrane_dtype
+
+# One node each in a graph of torch.fx: they decide by dtype and shape.
+for _name in ("_checked", "integrate_and_fire", "membrane_dtype"):
+    torch.fx.wrap(_name)
 
 # Called as layer(v_threshold=..., device=..., dtype=...).
 NeuronLayer = Callable[..., nn.Module]
@@ -242,14 +247,21 @@ class ParametricLIF(SpikingNeuron):
         super().__init__(**kwargs)
         _check_tau("init_tau", init_tau, minimum=math.nextafter(1.0, 2.0))
         self.init_tau = float(init_tau)
-        self.w = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.w = nn.Parameter(torch.empty(1, device=device, dtype=dtype))  # FSDP shards no scalars
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.w, -math.log(self.init_tau - 1.0))
 
     def leak_at(self, dtype: torch.dtype) -> Tensor:
-        return torch.sigmoid(self.w.to(dtype))
+        return torch.sigmoid(self.w.to(dtype)).squeeze(0)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Files of earlier versions, and of spikingjelly, have a scalar.
+        w = state_dict.get(f"{prefix}w")
+        if isinstance(w, Tensor) and w.dim() == 0:
+            state_dict[f"{prefix}w"] = w.view(1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _scripted_leak(self, dtype: torch.dtype) -> Tensor:
         return self.leak_at(dtype)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Optional, TypeVar
 
 import torch
+import torch.fx
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
@@ -25,9 +26,11 @@ from ..execution.recompute import call_packed
 from ..layers import packed
 from ..layers.conv import SpikingConv, output_range
 from ..layers.drop import TimeDropout
-from ..neurons import LIF, NeuronLayer
+from ..neurons import LIF, NeuronLayer, SpikingNeuron
 from ..neurons.spec import membrane_dtype
 from ..neurons.state import carried_state
+
+torch.fx.wrap("membrane_dtype")
 
 CHANNELS, TOKENS = 3, 4  # dimensions of [T, B, heads, channels of a head, tokens]
 
@@ -103,6 +106,8 @@ class Operator(nn.Module):
     input_neuron(name, layer): Its neurons; by default those of the model.
     fed: Inputs, the last ones, that also take the feedback of a `layers.FeedbackStage`, LIF(BN(W (x + f))).
     inner_neurons: Its other neurons and their arguments.
+    repeatable: Types of its other inner modules that draw no random numbers and leave nothing behind, so that packed
+        training may run them twice.
     output: Name of the unit that ends it.
     attend(*inputs): From spikes [T, B, heads, channels of a head, tokens] of each input to what the output projection
         takes, in all `dim` channels. Without random numbers.
@@ -141,6 +146,7 @@ class Operator(nn.Module):
     inputs: ClassVar[tuple[str, ...]] = ()
     fed: ClassVar[tuple[str, ...]] = ()
     inner_neurons: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    repeatable: ClassVar[tuple[type[nn.Module], ...]] = ()
     output: ClassVar[str] = "proj"
     needs_map: ClassVar[bool] = False
     kernel: ClassVar[NativeKernel | None] = None
@@ -285,18 +291,34 @@ class Operator(nn.Module):
 
         inner = list(self.inner_modules().values())
         kept = [SharedInput(s, output_range(unit)) for s, unit in zip(spikes, units, strict=True)]
-        if _may_run_again(inner) and any(part.packed is not None for part in kept):
-            parameters = [p for module in inner for p in module.parameters() if p.requires_grad]
+        if _may_run_again(inner, self.repeatable) and any(part.packed is not None for part in kept):
+            own = [*self.parameters(recurse=False), *(p for module in inner for p in module.parameters())]
+            parameters = [p for p in own if p.requires_grad]
             return call_packed(attend, kept, parameters)
         return attend(*spikes)
 
 
-def _may_run_again(inner: Sequence[nn.Module]) -> bool:
-    """Whether running `attend` twice is running it once: no state, no hooks, no running statistics."""
-    return carried_state() is None and not any(
-        isinstance(part, nn.modules.batchnorm._BatchNorm) or not packed.is_unhooked(part)
-        for module in inner
-        for part in module.modules()
+# Whose forward pass draws no random numbers and leaves nothing behind.
+_REPEATABLE = (
+    *(nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict),
+    *(nn.Conv1d, nn.Conv2d, nn.Linear, nn.LayerNorm, nn.GroupNorm),
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.MaxPool1d, nn.MaxPool2d, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid),
+)
+
+
+def _may_run_again(inner: Sequence[nn.Module], repeatable: tuple[type[nn.Module], ...]) -> bool:
+    """Whether running `attend` twice is running it once: no state, no hooks, and modules that are known to allow it.
+
+    Somebody may have put a dropout, a batch norm or a counter in a neuron's place.
+    """
+    parts = [part for module in inner for part in module.modules()]
+    return carried_state() is None and all(
+        packed.is_unhooked(part)
+        and (
+            type(part) in (*_REPEATABLE, *repeatable)
+            or (isinstance(part, SpikingNeuron) and type(part).forward is SpikingNeuron.forward)
+        )
+        for part in parts
     )
 
 

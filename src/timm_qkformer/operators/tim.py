@@ -167,6 +167,7 @@ class TemporalInteractionAttention(SpikingSelfAttention):
         **kwargs: See `Operator`.
     """
 
+    repeatable = (TemporalInteraction,)
     neuron_names = {"attn_neuron": "X'", "interaction.in_neuron": "I", "interaction.out_neuron": "O"}
     view_labels = dict(Operator.view_labels)
     views = Operator.views  # the queries that meet the keys are no input
