@@ -3,7 +3,6 @@
 import io
 
 import pytest
-import timm
 import torch
 from torch.utils import _pytree
 
