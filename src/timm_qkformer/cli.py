@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .commands import analysis, reproduction, search
+from .commands import analysis, reproduction, search, streaming
 from .errors import printable
 from .training.trainer.config import add_train_arguments, add_validate_arguments, resolve_train
 
@@ -149,6 +149,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "validate": ("measure a model's accuracy on images or events", add_validate_arguments, _validate),
     "verify": ("measure top-1 and top-5 accuracy on labelled images", _add_verify, _verify),
+    "calibrate": ("find the threshold at which a model may stop early", streaming.add_calibrate, streaming.calibrate),
+    "stream": ("classify a recording of events window by window", streaming.add_stream, streaming.stream),
     "profile": ("firing rates, energy, memory and speed of a model", analysis.add_profile, analysis.profile),
     "visualize": ("draw a model's attention", analysis.add_visualize, analysis.visualize),
     "search": ("search for architectures without training them", search.add_search, search.search),

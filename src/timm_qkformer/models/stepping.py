@@ -8,16 +8,18 @@ is the same, and so are the gradients: a step is the network on a sequence of on
 (`neurons.run_with_state`) and whose readout adds up.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Optional, Tuple
+from weakref import WeakKeyDictionary
 from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from ..neurons.state import State, run_with_state
+from ..neurons.state import State, modules_of, run_with_state
 
 # What a state holds beside tensors: the first convolution's input and weights at that time, as keys, not as values.
 Key = Optional[Tuple[int, ...]]
@@ -236,13 +238,25 @@ class _Part(nn.Module):
 
 def describe(model: Any, frame: Tensor) -> str:
     """A model and its input, as states remember them: class, arithmetic, width and depth, size and dtype of frames."""
+    parts = modules_of(model)
+    known, description = _descriptions.get(model, ((), ""))
+    if len(known) != len(parts) or not all(map(operator.is_, known, parts)):
+        description = _describe_parts(model)
+        _descriptions[model] = parts, description
+    size = "x".join(str(side) for side in frame.shape[1:])
+    return f"{description}, frames {size}, {str(frame.dtype).removeprefix('torch.')}"
+
+
+# What was said of models, and which modules they had then: asked at every step.
+_descriptions: WeakKeyDictionary[nn.Module, tuple[Sequence[nn.Module], str]] = WeakKeyDictionary()
+
+
+def _describe_parts(model: Any) -> str:
     shapes = [tuple(t.shape) for part in (model.stem, model.stages) for t in part.state_dict().values()]
     neurons = sum(hasattr(part, "spec") for part in model.modules())
     precision = getattr(model, "precision", None)
     kind = type(model).__name__ if precision is None else f"deployed in {precision}"
-    size = "x".join(str(side) for side in frame.shape[1:])
-    parts = f"{neurons} layers of neurons, {len(shapes)} tensors ({crc32(repr(shapes).encode()):08x})"
-    return f"{kind}, {parts}, frames {size}, {str(frame.dtype).removeprefix('torch.')}"
+    return f"{kind}, {neurons} layers of neurons, {len(shapes)} tensors ({crc32(repr(shapes).encode()):08x})"
 
 
 def _check(model: Any, frame: Tensor | None, state: StreamState | None) -> None:

@@ -260,13 +260,18 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_validate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `timm-qkformer validate` takes."""
+    add_measured_arguments(parser)
+    parser.add_argument("--results-file", metavar="FILE", help="write the results to a new .json or .csv file")
+
+
+def add_measured_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what commands take that measure a model on labelled data: the model, the data, where they run."""
     name = "name of the model, with a tag for pretrained weights; a converted folder"
     parser.add_argument("model", metavar="MODEL", help=name)
     parser.add_argument("--time-steps", type=int, metavar="T", help="the same as --model-kwargs time_steps=T")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights, and where it is a trainer's, its settings")
     parser.add_argument("--no-ema", action="store_true", help="the weights themselves, not their moving average")
     parser.add_argument("--split", metavar="NAME", help="split to validate on (the recipe's val_split, or validation)")
-    parser.add_argument("--results-file", metavar="FILE", help="write the results to a new .json or .csv file")
     parser.add_argument("-c", "--config", metavar="RECIPE", help=_RECIPE)
     _add_options(parser, only=LOADED)
 
