@@ -106,7 +106,7 @@ def _as_events(packet: Any) -> Events:
 
 
 def _signed(t: NDArray[Any]) -> NDArray[Any]:
-    """Times of one kind: signed and unsigned ones joined would become floats. Others than integers are refused later."""
+    """Times of one kind: signed and unsigned ones joined would become floats. Floats are refused later."""
     return t.astype(np.int64) if t.dtype.kind in "iu" else t
 
 

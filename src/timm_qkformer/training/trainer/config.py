@@ -32,8 +32,9 @@ _LEAST = {
 # Probabilities and shares.
 _SHARES = (
     "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "drop", "drop_path", "drop_block", "model_ema_decay",
-    "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "momentum", "bn_momentum",
+    "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "momentum", "bn_momentum", "tet",
 )  # fmt: skip
+_MOST_STEPS = 10_000
 # More would have the machine stand still before an error came.
 _MOST = {"workers": 1024, "weight_decay": 1e6, "epochs": 10**7, "warmup_epochs": 10**7, "cooldown_epochs": 10**7}
 
@@ -195,6 +196,11 @@ def _check_train(settings: Settings) -> None:
     for name, most in _MOST.items():
         need(getattr(settings, name) <= most, name, f"at most {most}")
     _check_name(settings.experiment)
+    if settings.time_steps_random is not None:
+        low, high = settings.time_steps_random
+        need(1 <= low <= high <= _MOST_STEPS, "time_steps_random", f"LOW HIGH, from 1 to {_MOST_STEPS:,}")
+    if settings.tet is not None and settings.torchcompile:
+        raise ValueError(f"tet={settings.tet} looks into the model at each step, which torchcompile does not allow")
     if settings.class_weights is not None:
         need(all(w > 0 for w in settings.class_weights), "class_weights", "above 0, one for each class")
         if settings.bce_loss:
