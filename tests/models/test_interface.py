@@ -216,7 +216,7 @@ def test_drop_path_rates_rise_over_the_blocks(tiny):
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
 
 
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles_into_one_graph(tiny, train):
     model, x = tiny(time_steps=2, depths=(1, 0, 1)).train(train), images(2)
     model(x)  # moves running statistics before both
