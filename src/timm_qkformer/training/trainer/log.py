@@ -87,12 +87,12 @@ class Progress:
     interval: int  # updates between lines and points in TensorBoard
     accumulation: int  # batches of an update
     firing_rate: float | None  # the last one measured
+    pace: Pace  # of an update, whichever epoch it is of
     samples: int = 0
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self._updates = 0
-        self._pace = Pace()
         self._start = time.perf_counter()
         self._quiet = not self.log.primary or not sys.stderr.isatty()
         title = f"epoch {self.epoch + 1}/{self.epochs}"
@@ -104,13 +104,13 @@ class Progress:
         """Show an update."""
         self.samples += update.samples
         self._updates += 1
-        self._pace.step()
+        self.pace.step()
         self.seconds = time.perf_counter() - self._start
         self._bar.update(update.consumed - self.consumed)
         self.consumed = update.consumed
         rate = "" if self.firing_rate is None else f", firing rate {self.firing_rate:.3f}"
         speed = self.samples_per_second
-        usual, remaining = self._pace.seconds, max(0, self.updates_left - self._updates)
+        usual, remaining = self.pace.seconds, max(0, self.updates_left - self._updates)
         left = "?" if usual is None and remaining else _clock((usual or 0.0) * remaining)
         self._bar.set_postfix_str(f"{speed:.1f} images/s, loss {mean_loss:.4f}{rate}, {left} left")
         # As train.py counts: the first update of an epoch, every interval-th after it, and the last.
