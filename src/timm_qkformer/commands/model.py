@@ -22,6 +22,11 @@ def add_sensor_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    text = "auto, cpu, cuda, cuda:1, ...; auto is cuda if there is one, else cpu (%(default)s)"
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=text)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights for a registered MODEL")
     parser.add_argument(

@@ -228,6 +228,7 @@ def _skeleton(name: str, args: dict[str, Any]) -> Any:
 
 
 def fit_tensors(name: str, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors under the names of `model`, which is registered as `name`; ValueError where they do not fit it."""
     module = sys.modules[model_entrypoint(name).__module__]
     state_dict: dict[str, Tensor] = module.checkpoint_filter_fn(dict(tensors), model)
     check_against_model(state_dict, model, original_names={}, adaptable={})

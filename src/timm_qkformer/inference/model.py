@@ -101,6 +101,7 @@ class DeployedModel(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> "DeployedModel":
+        """Stay in eval mode; RuntimeError for train mode, which a deployed model has not."""
         if mode:
             raise RuntimeError("a deployed model is for inference alone: train the model that it was made from")
         return super().train(False)

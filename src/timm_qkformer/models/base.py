@@ -193,10 +193,12 @@ class SpikingTransformer(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
+        """Parameters that timm's optimizers do not decay."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns by which timm groups parameters for layer-wise learning rates."""
         return {
             "stem": r"^stem",
             "blocks": r"^stages\.(\d+)"
@@ -219,10 +221,12 @@ class SpikingTransformer(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
+        """The classifier: a Linear, or Identity without classes."""
         return self.head
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """A new classifier for `num_classes` classes (0: none) and, if given, another pooling."""
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self._create_head(pool, **get_device_dtype(self))
