@@ -180,9 +180,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _import(args.imports)
         args.run(args)
     except ModuleNotFoundError as error:
-        extra = {"aedat": "events", "sklearn": "demo", "matplotlib": "analysis", "tensorboard": "train"}.get(
-            (error.name or "").partition(".")[0]
-        )
+        extra = {
+            "aedat": "events",
+            "h5py": "events",
+            "hdf5plugin": "events",
+            "sklearn": "demo",
+            "matplotlib": "analysis",
+            "tensorboard": "train",
+        }.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
         return _fail(f"{error.name} is missing: pip install 'timm-qkformer[{extra}]'")
