@@ -171,6 +171,16 @@ COMMANDS: dict[str, Command] = {
 ALIASES = {"reproduce": ["paper"]}  # what commands were called before
 
 
+_EXTRAS = {
+    "aedat": "events",
+    "h5py": "events",
+    "hdf5plugin": "events",
+    "sklearn": "demo",
+    "matplotlib": "analysis",
+    "tensorboard": "train",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; errors that the user can act on are one line and exit status 2."""
     args = build_parser().parse_args(argv)
@@ -179,9 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         sys.stdout.flush()
     except ModuleNotFoundError as error:
-        extra = {"aedat": "events", "sklearn": "demo", "matplotlib": "analysis", "tensorboard": "train"}.get(
-            (error.name or "").partition(".")[0]
-        )
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
         return _fail(f"{error.name} is missing: pip install 'timm-qkformer[{extra}]'")
