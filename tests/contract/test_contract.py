@@ -238,6 +238,17 @@ def test_gradients_through_steps_equal_those_of_one_call(operator, neuron, short
     assert_same(gradients(Stepwise(), x)[1], gradients(block, x)[1])
 
 
+@torch.no_grad()
+def test_steps_of_a_model_equal_one_call(model_case):
+    """To the last bit, plain and deployed: frames that differ, and a state that is passed from one to the next."""
+    clip = torch.randn(B, T, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    for model in (model_case, timm_qkformer.deploy(copy.deepcopy(model_case).float(), "fp32")):
+        state, frames = None, clip.to(next(iter(model.state_dict().values())).dtype)
+        for frame in frames.unbind(1):
+            logits, state = model.step(frame, state)
+        assert torch.equal(logits, model(frames))
+
+
 def test_a_sample_does_not_depend_on_its_batch_mates(model_case):
     model, x = model_case, images(3)
     with torch.no_grad():

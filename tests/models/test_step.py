@@ -3,20 +3,13 @@
 import io
 
 import pytest
-import timm
 import torch
 from torch.utils import _pytree
 
 from timm_qkformer import deploy
 from timm_qkformer.models import StreamState
 from timm_qkformer.neurons import run_with_state
-from tiny import images, tiny
-
-TINY = [
-    name
-    for name in timm.list_models("test_*")
-    if timm.models.model_entrypoint(name).__module__.startswith("timm_qkformer")
-]
+from tiny import NAMES, images, tiny
 
 
 def frames_of(model, steps: int = 3, batch: int = 2) -> torch.Tensor:
@@ -29,7 +22,7 @@ def run_steps(model, clip, state=None):
     return logits, state
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", NAMES)
 def test_steps_of_a_clip_are_one_call(name):
     torch.manual_seed(0)
     model = tiny(name)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..neurons import LIF, NeuronLayer, membrane_dtype
 
 torch.fx.wrap("membrane_dtype")
+torch.fx.wrap("_add_steps")
 
 
 @register_notrace_function
