@@ -35,6 +35,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="IN", help=source)
     parser.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--model", help="registered name, if the tensors alone should not decide")
+    given = "arguments of the model that tensors do not show, such as num_heads=8"
+    parser.add_argument("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help=given)
     parser.add_argument("--time-steps", type=int, metavar="T", help="time steps (default: what the checkpoint says)")
     parser.add_argument("--tag", help="pretrained tag to write down (default: the release's, else custom)")
     parser.add_argument("--input-size", type=int, metavar="PIXELS", help="side of the images it was trained on")
@@ -53,6 +55,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from .commands.model import keyword_arguments
     from .hub import convert, verify
 
     refuse_outputs(args)
@@ -62,6 +65,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     own = ("model", "time_steps", "tag", "input_size", "batch_coupled", "ema", "dtype", "quantize_weights", "force")
     options = {name: getattr(args, name) for name in own}
+    options["model_args"] = keyword_arguments(args.model_kwargs)
     done = convert(args.source, args.folder, **options, measure=measure if args.verify else None)
     folder = printable(str(done.folder))
     load = f"wrote {folder}; load it with timm.create_model('local-dir:{folder}', pretrained=True)"
