@@ -308,7 +308,7 @@ class SpikingTransformer(nn.Module):
 
         Args:
             frame: [B, C, H, W]. None: the one of the step before, as a static image is; its first convolution is then
-                not run again. Nor is it for the same tensor, unchanged.
+                not run again.
             state: What the step before returned; None at rest.
 
         Raises:
@@ -322,7 +322,7 @@ class SpikingTransformer(nn.Module):
             maps: Tensor = self.stages(self.stem.fire(currents.unsqueeze(0)))
             return maps
 
-        return run_step(self, (self.stem, to_currents, to_maps), frame, state)
+        return run_step(self, (to_currents, to_maps), frame, state)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature map [B, C', H', W'] to logits [B, num_classes] (features [B, C'] with `pre_logits`)."""
