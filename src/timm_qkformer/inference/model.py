@@ -162,7 +162,7 @@ class DeployedModel(nn.Module):
                 x = stage(x, spikes)
             return self._sequence(x)
 
-        return run_step(self, (self.stem, to_currents, to_maps), frame, state, donate)
+        return run_step(self, (to_currents, to_maps), frame, state, donate)
 
     @torch.compiler.disable
     @torch.no_grad()

@@ -314,7 +314,7 @@ class SpikingTransformer(nn.Module):
 
         Args:
             frame: [B, C, H, W]. None: the one of the step before, as a static image is; its first convolution is then
-                not run again. Nor is it for the same tensor, unchanged.
+                not run again.
             state: What the step before returned; None at rest.
             donate: The state is not used again, and the next one may take its memory. Deployed models are faster so.
 
@@ -329,7 +329,7 @@ class SpikingTransformer(nn.Module):
             maps: Tensor = self.stages(self.stem.fire(currents.unsqueeze(0)))
             return maps
 
-        return run_step(self, (self.stem, to_currents, to_maps), frame, state, donate)
+        return run_step(self, (to_currents, to_maps), frame, state, donate)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature map [B, C', H', W'] to logits [B, num_classes] (features [B, C'] with `pre_logits`)."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..models import StreamState
 from .exits import ExitRule, calibrated_rule
 
 
@@ -63,8 +64,10 @@ class Anytime:
         steps = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         if most < 1 or not len(x):  # nothing to step through: the model says what it makes of that
             return AnytimeResult(model(x), steps)
-        answers, state = None, None
+        answers: Tensor | None = None
+        state: StreamState | None = None
         for step in range(1, most + 1):
+            frame: Tensor | None
             if clip:
                 frame = x[:, step - 1] if len(running) == len(x) else x[running, step - 1]
             else:
@@ -95,8 +98,8 @@ def anytime(
 
     Args:
         model: A model of this package, or what `deploy` made of one.
-        exit: Measure of certainty: "confidence", the largest probability; "margin", that less the second one; "entropy",
-            of all of them over the logarithm of their number.
+        exit: Measure of certainty: "confidence", the largest probability; "margin", that less the second one;
+            "entropy", of all of them over the logarithm of their number.
         threshold: Stop where confidence or margin reach it, or entropy is not above it. None: the one that
             `timm-qkformer calibrate` wrote into the model's folder, with its exit.
         max_steps: Steps at most. None: the model's `time_steps` for images, all of a clip.
@@ -107,7 +110,7 @@ def anytime(
             with fewer than two classes.
     """
     if not callable(getattr(model, "step", None)) or not hasattr(model, "time_steps"):
-        raise TypeError(f"model is a {type(model).__name__}: give a model of timm_qkformer, without a wrapper around it")
+        raise TypeError(f"model is a {type(model).__name__}: give a model of timm_qkformer, without a wrapper")
     if model.num_classes < 2:
         raise ValueError(f"model has num_classes={model.num_classes}: to be sure of one there must be two at least")
     if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):
