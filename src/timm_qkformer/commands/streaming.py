@@ -1,11 +1,11 @@
 """`timm-qkformer calibrate` and `timm-qkformer stream`."""
 
 import argparse
-import json
 from pathlib import Path
 
 from ..training.trainer.config import add_measured_arguments
 from .model import add_model, add_model_options, add_sensor_size, load
+from .output import STDOUT, add_json, refuse_outputs, show
 
 
 def add_calibrate(parser: argparse.ArgumentParser) -> None:
@@ -21,16 +21,15 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     precision = "deploy the model so first (default: run it as it is)"
     group.add_argument("--precision", choices=("fp32", "bf16", "int8"), help=precision)
     group.add_argument("--no-write", action="store_true", help="leave the model's folder as it is")
-    group.add_argument("--json", type=Path, metavar="FILE", help="write every number, to a new file")
+    add_json(parser, "every number")
     group.add_argument("--output", type=Path, metavar="FILE", help="draw accuracy against mean T, to a new PNG file")
 
 
 def calibrate(args: argparse.Namespace) -> None:
-    from ..files import refuse_existing, write_atomically
     from ..training.trainer.calibrate import CalibrationSettings, run_calibration
     from ..training.trainer.evaluate import resolve_validate
 
-    refuse_existing(*(path for path in (args.json, args.output) if path is not None))
+    refuse_outputs(args, args.output)
     if args.output is not None:
         import matplotlib  # noqa: F401, missing: say so before anything is measured
     own = ("calibration_split", "exit", "points", "limit", "precision")
@@ -38,21 +37,19 @@ def calibrate(args: argparse.Namespace) -> None:
     found, written = run_calibration(
         settings, CalibrationSettings(**{name: getattr(args, name) for name in own}, write=not args.no_write)
     )
-    print(found.text())
-    if args.json is not None:
-        facts = {"model": settings.model, "precision": args.precision or "plain"}
-        write_atomically(args.json, json.dumps({**facts, **found.to_dict()}, indent=1) + "\n")
-        print(f"wrote {args.json}")
+    rule = found.rule
+    last = f"no folder to write to: timm_qkformer.anytime(model, {rule.exit!r}, {rule.threshold:.6g})"
+    if written is not None:
+        last = f"wrote {written}: timm_qkformer.anytime(model) takes the threshold from there"
+    facts = {"model": settings.model, "precision": args.precision or "plain"}
+    show(args, {**facts, **found.to_dict()}, f"{found.text()}\n{last}")
     if args.output is not None:
         from ..analysis.drawing import save_picture
         from ..streaming.drawing import draw_calibration
 
-        print(f"wrote {save_picture(draw_calibration(found, settings.model), args.output)}")
-    if written is not None:
-        print(f"wrote {written}: timm_qkformer.anytime(model) takes the threshold from there")
-    else:
-        rule = found.rule
-        print(f"no folder to write to: timm_qkformer.anytime(model, {rule.exit!r}, {rule.threshold:.6g})")
+        written = save_picture(draw_calibration(found, settings.model), args.output)
+        if args.json != STDOUT:
+            print(f"wrote {written}")
 
 
 def add_stream(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +65,7 @@ def add_stream(parser: argparse.ArgumentParser) -> None:
     precision = "deploy the model so; plain: run it as it is (%(default)s)"
     parser.add_argument("--precision", choices=("fp32", "bf16", "int8", "plain"), default="fp32", help=precision)
     add_sensor_size(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every window and number, to a new file")
+    add_json(parser, "every window and number")
     parser.add_argument("--output", type=Path, metavar="FILE", help="draw the prediction over time, to a new PNG file")
     add_model_options(parser)
 
@@ -92,12 +89,11 @@ def stream(args: argparse.Namespace) -> None:
     from timm.data import resolve_model_data_config
 
     from ..data import check_events, read_events
-    from ..files import refuse_existing, write_atomically
     from ..inference import deploy
     from ..streaming import StreamReport, cut_windows
     from ..streaming import stream as run
 
-    refuse_existing(*(path for path in (args.json, args.output) if path is not None))
+    refuse_outputs(args, args.output)
     if args.output is not None:
         import matplotlib  # noqa: F401, missing: say so before anything is measured
     loaded = load(args)
@@ -114,15 +110,13 @@ def stream(args: argparse.Namespace) -> None:
     )
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
     report = StreamReport.of(run(model, windows, restart=args.restart), names)
-    print(f"{loaded.title}, {args.precision}: {args.recording.name}")
-    print(report.text())
-    if args.json is not None:
-        facts = {"model": loaded.name, "precision": args.precision, "recording": args.recording.name}
-        write_atomically(args.json, json.dumps({**facts, **report.to_dict()}, indent=1) + "\n")
-        print(f"wrote {args.json}")
+    facts = {"model": loaded.name, "precision": args.precision, "recording": args.recording.name}
+    title = f"{loaded.title}, {args.precision}: {args.recording.name}"
+    show(args, {**facts, **report.to_dict()}, f"{title}\n{report.text()}")
     if args.output is not None:
         from ..analysis.drawing import save_picture
         from ..streaming.drawing import draw_stream
 
-        title = f"{loaded.title}: {args.recording.name}"
-        print(f"wrote {save_picture(draw_stream(report, title), args.output)}")
+        written = save_picture(draw_stream(report, title), args.output)
+        if args.json != STDOUT:
+            print(f"wrote {written}")

@@ -11,6 +11,13 @@ namespace {
 
 constexpr Int BLOCK = 256;  // neurons that advance together
 
+// A sum and a spike. Sums are whole numbers, or any where a stream of currents takes spikes.
+template <class S>
+inline S plus(S sum, std::int32_t fired) {
+    return static_cast<S>(sum + static_cast<S>(fired));
+}
+inline BFloat16 plus(BFloat16 sum, std::int32_t fired) { return whole<BFloat16>(count(sum) + fired); }
+
 // Spikes of currents [T, M], with `sums` added if there are any. Steps lie x_step, sums_step and out_step apart. Neurons
 // continue from the potentials `before` [M] and leave theirs in `after`, if there are any; both may be the same.
 template <class X, class S>
@@ -33,7 +40,7 @@ void fire(const X* x, Int x_step, const S* sums, Int sums_step, S* out, Int out_
                 for (Int i = 0; i < n; ++i) to[i] = whole<S>(fired[i]);
             } else {
                 const S* from = sums + t * sums_step + start;
-                for (Int i = 0; i < n; ++i) to[i] = whole<S>(count(from[i]) + fired[i]);
+                for (Int i = 0; i < n; ++i) to[i] = plus(from[i], fired[i]);
             }
         }
         if (after != nullptr) std::copy_n(v, n, after + start);

@@ -101,6 +101,7 @@ class DeployedModel(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> "DeployedModel":
+        """Stay in eval mode; RuntimeError for train mode, which a deployed model has not."""
         if mode:
             raise RuntimeError("a deployed model is for inference alone: train the model that it was made from")
         return super().train(False)
@@ -161,7 +162,7 @@ class DeployedModel(nn.Module):
                 x = stage(x, spikes)
             return self._sequence(x)
 
-        return run_step(self, (self.stem, to_currents, to_maps), frame, state, donate)
+        return run_step(self, (to_currents, to_maps), frame, state, donate)
 
     @torch.compiler.disable
     @torch.no_grad()

@@ -82,10 +82,12 @@ class Projection(DerivedState):
 
     @property
     def in_channels(self) -> int:
+        """Channels that it takes."""
         return self.weight.shape[1] * self.groups
 
     @property
     def out_channels(self) -> int:
+        """Channels that it returns."""
         return self.weight.shape[0]
 
     @property

@@ -10,8 +10,8 @@ is the same, and so are the gradients: a step is the network on a sequence of on
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Optional, Tuple
+from dataclasses import dataclass, replace
+from typing import Any
 from weakref import WeakKeyDictionary
 from zlib import crc32
 
@@ -19,10 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from ..neurons import membrane_dtype
 from ..neurons.state import State, modules_of, run_with_state
-
-# What a state holds beside tensors: the first convolution's input and weights at that time, as keys, not as values.
-Key = Optional[Tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ class StreamState:
     currents: Tensor
     steps: Tensor
     model: str
-    frame: Key = field(default=None, repr=False, compare=False)
 
     @property
     def batch_size(self) -> int:
@@ -59,7 +56,6 @@ class StreamState:
             sums=tuple(map(function, self.sums)),
             currents=function(self.currents),
             steps=function(self.steps),
-            frame=None,
         )
 
     def to(self, device: Any) -> "StreamState":
@@ -68,7 +64,7 @@ class StreamState:
 
     def detach(self) -> "StreamState":
         """Cut off from the steps before: gradients end here (truncated backpropagation through time)."""
-        return replace(self.map(Tensor.detach), frame=self.frame)
+        return self.map(Tensor.detach)
 
     def select(self, samples: Any, donate: bool = False) -> "StreamState":
         """Of some samples: a mask [B], indices, or a slice.
@@ -97,6 +93,7 @@ class StreamState:
         Raises:
             ValueError: For no state, or states of different models.
         """
+        states = list(states)
         if not states:
             raise ValueError("states is empty: give at least one")
         for state in states[1:]:
@@ -129,9 +126,6 @@ class StreamState:
         if not all(isinstance(tensor, Tensor) for tensor in tensors) or not isinstance(state["model"], str):
             raise ValueError("this is no state of a model: its entries must be tensors, `model` a string")
         return _from_leaves(tensors, (len(parts["potentials"]), state["model"]))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "frame"}
 
 
 def _move_up(tensor: Tensor, moves: Sequence[tuple[int, int]], indices: Tensor) -> Tensor:
@@ -178,7 +172,7 @@ torch.serialization.add_safe_globals([StreamState])
 
 def run_step(
     model: Any,
-    parts: tuple[nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    parts: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
     frame: Tensor | None,
     state: StreamState | None,
     donate: bool,
@@ -187,28 +181,29 @@ def run_step(
 
     Args:
         model: The model, whose `readout` and `forward_head` are used.
-        parts: Its stem; from a frame [B, C, H, W] to currents of the first neurons, samples first; from those to what
-            the readout takes [1, B, C', H', W'].
+        parts: From a frame [B, C, H, W] to currents of the first neurons, samples first; from those to what the readout
+            takes [1, B, C', H', W'].
         frame: [B, C, H, W]; None: the frame of the step before.
         state: Of the steps before; None at rest.
         donate: The state is not used again.
     """
-    stem, to_currents, to_maps = parts
+    to_currents, to_maps = parts
     _check(model, frame, state)
-    key = None if frame is None else _key(stem, frame)
-    if state is not None and (frame is None or (key is not None and key == state.frame)):
-        currents, name = state.currents, state.model
-        key = state.frame
+    if frame is None:
+        assert state is not None
+        currents, name = state.currents, _describe(model, state.model.rpartition(_FRAMES)[2])
     else:
-        assert frame is not None
+        # Whether it is the frame of the step before cannot be known: its memory may have been written to by others, or
+        # be that of a tensor which is no more.
         currents, name = to_currents(frame), describe(model, frame)
-        if state is not None:
-            _require_same(name, state.model)
-            if len(frame) != state.batch_size:
-                raise ValueError(
-                    f"frame has {len(frame)} samples, the state {state.batch_size}: cut it with state.select, or join "
-                    "states with StreamState.cat"
-                )
+    if state is not None:
+        _require_same(name, state.model)
+        if len(currents) != state.batch_size:
+            raise ValueError(
+                f"frame has {len(currents)} samples, the state {state.batch_size}: cut it with state.select, or join "
+                "states with StreamState.cat"
+            )
+        _check_tensors(state, currents, model.readout)
 
     def run(currents: Tensor, sums: list[Tensor]) -> list[Tensor]:
         added: list[Tensor] = model.readout.add(to_maps(currents), sums)
@@ -218,8 +213,11 @@ def run_step(
     sums, potentials = run_with_state(
         _Part(model, run), currents, [] if state is None else list(state.sums), state=before, donate=donate
     )
+    if state is not None and [t.shape for t in sums] != [t.shape for t in state.sums]:
+        found, expected = ([list(t.shape) for t in tensors] for tensors in (state.sums, sums))
+        raise ValueError(f"the state's sums have the shapes {found}, the model's {expected}")
     steps = torch.zeros(len(currents), dtype=torch.int64, device=currents.device) if state is None else state.steps
-    after = StreamState(potentials, tuple(sums), currents, steps + 1, name, key)
+    after = StreamState(potentials, tuple(sums), currents, steps + 1, name)
     logits: Tensor = model.forward_head(model.readout.finish(sums, after.steps).to(sums[0].dtype))
     return logits, after
 
@@ -236,19 +234,26 @@ class _Part(nn.Module):
         return self.run(*inputs)
 
 
+_FRAMES = ", frames "
+
+
 def describe(model: Any, frame: Tensor) -> str:
     """A model and its input, as states remember them: class, arithmetic, width and depth, size and dtype of frames."""
+    size = "x".join(str(side) for side in frame.shape[1:])
+    return _describe(model, f"{size}, {str(frame.dtype).removeprefix('torch.')}")
+
+
+# What was said of models, and which modules they had then: asked at every step.
+_descriptions: WeakKeyDictionary[nn.Module, tuple[Sequence[nn.Module], str]] = WeakKeyDictionary()
+
+
+def _describe(model: Any, frames: str) -> str:
     parts = modules_of(model)
     known, description = _descriptions.get(model, ((), ""))
     if len(known) != len(parts) or not all(map(operator.is_, known, parts)):
         description = _describe_parts(model)
         _descriptions[model] = parts, description
-    size = "x".join(str(side) for side in frame.shape[1:])
-    return f"{description}, frames {size}, {str(frame.dtype).removeprefix('torch.')}"
-
-
-# What was said of models, and which modules they had then: asked at every step.
-_descriptions: WeakKeyDictionary[nn.Module, tuple[Sequence[nn.Module], str]] = WeakKeyDictionary()
+    return f"{description}{_FRAMES}{frames}"
 
 
 def _describe_parts(model: Any) -> str:
@@ -264,6 +269,8 @@ def _check(model: Any, frame: Tensor | None, state: StreamState | None) -> None:
         raise TypeError(f"state is a {type(state).__name__}: give what the step before returned, or None at rest")
     if frame is None and state is None:
         raise ValueError("frame=None shows the frame of the step before, and there is none: give the first one")
+    if frame is not None and not isinstance(frame, Tensor):
+        raise TypeError(f"frame is a {type(frame).__name__}: give a tensor [B, C, H, W]")
     if frame is not None and frame.dim() != 4:
         raise ValueError(
             f"frame of shape {list(frame.shape)}: give one time step [B, C, H, W], clip[:, t] of a clip [B, T, C, H, W]"
@@ -273,16 +280,23 @@ def _check(model: Any, frame: Tensor | None, state: StreamState | None) -> None:
         raise ValueError("batch_coupled=True: samples that influence each other cannot run step by step")
 
 
+def _check_tensors(state: StreamState, currents: Tensor, readout: Any) -> None:
+    """Refuse what cannot follow `currents`: a state may come from a file, or have been cast, cut or moved by hand."""
+    if len(state.sums) != readout.num_sums:
+        raise ValueError(f"the state has {len(state.sums)} sums, the model's readout adds up {readout.num_sums}")
+    potentials = membrane_dtype(currents)
+    expected = [potentials] * (len(state.potentials) + len(state.sums)) + [currents.dtype, torch.int64]
+    for tensor, dtype in zip(_leaves(state), expected, strict=True):
+        found = (tensor.dtype, len(tensor) if tensor.dim() else 0, tensor.device)
+        # Currents of the step before are of no use where a frame is given; autocast may have rounded them.
+        if found != (dtype, state.batch_size, currents.device) and tensor is not state.currents:
+            raise ValueError(
+                f"the state has a tensor of shape {list(tensor.shape)}, {tensor.dtype} on {tensor.device}, where "
+                f"{dtype} of {state.batch_size} samples on {currents.device} is expected: give it as `step` returned "
+                "it, or moved with state.to(device)"
+            )
+
+
 def _require_same(expected: str, found: str) -> None:
     if expected != found:
         raise ValueError(f"the state belongs to another model or input: it is of {found}; expected {expected}")
-
-
-def _key(stem: nn.Module, frame: Tensor) -> Key:
-    """The same for a frame that is shown again to the same first convolution, if neither was changed in between."""
-    if stem.training:
-        return None  # batch statistics move
-    tensors = [frame, *stem.parameters(), *stem.buffers()]
-    if any(tensor.is_inference() for tensor in tensors):
-        return None  # they count no versions
-    return tuple(number for tensor in tensors for number in (id(tensor), tensor.data_ptr(), tensor._version))

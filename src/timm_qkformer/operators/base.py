@@ -72,8 +72,8 @@ class NativeKernel(NamedTuple):
             const Neuron* neurons, const V* const* before, V* const* after, int threads)` for neurons of all inputs,
             then the inner ones, and their potentials, of type V = Membrane<X>::type (common.cpp, `Potentials`).
         name: NAME.
-        inner: What the inner neurons see in each head: 1 or, for all of them, None channels; likewise tokens. Their
-            potentials are [B, heads, channels, tokens], those of inputs [B, N, C].
+        inner: What the inner neurons see in each head: 1 or, for all of them, None channels; likewise tokens.
+            Potentials are [B, N, C] of inputs and [B, heads, channels, tokens] of inner neurons.
         scale: Passed on to it.
     """
 

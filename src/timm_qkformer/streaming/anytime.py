@@ -66,8 +66,8 @@ class Anytime:
             return AnytimeResult(model(x), steps)
         answers = torch.empty(0)
         state: StreamState | None = None
-        frame: Tensor | None
         for step in range(1, most + 1):
+            frame: Tensor | None
             if clip:
                 frame = x[:, step - 1] if len(running) == len(x) else x[running, step - 1]
             else:
@@ -111,9 +111,7 @@ def anytime(
             with fewer than two classes.
     """
     if not callable(getattr(model, "step", None)) or not hasattr(model, "time_steps"):
-        raise TypeError(
-            f"model is a {type(model).__name__}: give a model of timm_qkformer, without a wrapper around it"
-        )
+        raise TypeError(f"model is a {type(model).__name__}: give a model of timm_qkformer, without a wrapper")
     if model.num_classes < 2:
         raise ValueError(f"model has num_classes={model.num_classes}: to be sure of one there must be two at least")
     if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from timm.utils import unwrap_model
-from tqdm import tqdm
 
 from ...data.images import readable
+from ...devices import usable_device
 from ...inference import deploy
 from ...models import SpikingTransformer
+from ...progress import Bar
 from ...streaming.calibration import Calibration, Recorded, calibrate, halves, record, write_rule
 from ...streaming.exits import EXITS
-from .distributed import Processes, usable_device
+from .distributed import Processes
 from .evaluate import ValidationSettings, load_measured, open_measured
 from .network import forward_weights
 
@@ -86,7 +87,7 @@ def run_calibration(settings: ValidationSettings, own: CalibrationSettings) -> t
 
 
 def _shown(batches: Any, samples: int, name: str) -> Iterator[Any]:
-    with tqdm(total=samples, desc=name, unit="sample", leave=False, disable=None) as bar:
+    with Bar(total=samples, desc=name, unit="sample", leave=False, disable=None) as bar:
         for x, target in readable(batches):
             yield x, target
             bar.update(len(x))

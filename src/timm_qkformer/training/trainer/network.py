@@ -24,6 +24,7 @@ from .distributed import Processes, synchronize_batch_norm
 from .quantize import quantized_weights, require_quantizable
 from .settings import Settings
 from .steps import StepsTask, check_steps
+from .task import ModelTask, require_compilable
 
 
 def build_model(settings: Settings) -> nn.Module:
@@ -182,9 +183,11 @@ def build_task(settings: Settings, processes: Processes, model: nn.Module) -> Cl
     to_device(settings, model, device)
     if processes.distributed and settings.sync_bn:
         model = synchronize_batch_norm(model, device)
+    if settings.torchcompile:
+        require_compilable(model)
     common: dict[str, Any] = {"device": device, "dtype": model_dtype(settings), "verbose": False}
     common |= {"model": model, "criterion": _loss(settings).to(device)}
-    return StepsTask(settings.tet, **common) if settings.tet else ClassificationTask(**common)
+    return StepsTask(settings.tet, **common) if settings.tet else ModelTask(**common)
 
 
 def _loss(settings: Settings) -> nn.Module:

@@ -11,13 +11,13 @@ from hashlib import sha256
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ...models import SpikingTransformer
 from ...neurons import run_with_state
 from .settings import Settings
+from .task import ModelTask, declares_loss
 
 
 def check_steps(settings: Settings, model: nn.Module) -> None:
@@ -25,6 +25,8 @@ def check_steps(settings: Settings, model: nn.Module) -> None:
     for name in ("time_steps_random", "tet"):
         if getattr(settings, name) is not None and not isinstance(model, SpikingTransformer):
             raise ValueError(f"{name}={getattr(settings, name)!r}: model {settings.model} has no time steps")
+    if settings.tet and declares_loss(model):
+        raise ValueError(f"tet={settings.tet}: {type(model).__name__} declares a training loss of its own")
     if settings.time_steps_random is not None and settings.is_events:
         high, T = settings.time_steps_random[1], int(model.time_steps)  # type: ignore[arg-type]
         if high > T:
@@ -75,7 +77,7 @@ def step_logits(model: Any, sequence: Tensor) -> Tensor:
     return logits.unflatten(0, (len(maps), -1))
 
 
-class StepsTask(ClassificationTask):
+class StepsTask(ModelTask):
     """A task whose loss is that of the mean over T, and `weight` of it the mean of each step's."""
 
     def __init__(self, weight: float, **kwargs: Any) -> None:
