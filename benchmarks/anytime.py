@@ -2,7 +2,7 @@
 
     python benchmarks/anytime.py --data-dir cifar10 [--rounds 5] [--batch-size 64] [--limit 1000]
 
-Both classify the same test images in the same batches, in turns. The threshold is the shipped one, or --threshold's.
+Both classify the same test images in the same batches, in turns.
 See benchmarks/README.md.
 """
 
@@ -82,8 +82,8 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--model", default="qkformer_hst3_192.cifar10")
     parser.add_argument("--precision", default="int8", choices=("fp32", "bf16", "int8"))
-    parser.add_argument("--exit", choices=("confidence", "margin", "entropy"), help="default: the model's own")
-    parser.add_argument("--threshold", type=float, help="default: the model's own")
+    parser.add_argument("--exit", choices=("confidence", "margin", "entropy"), default="confidence")
+    parser.add_argument("--threshold", type=float, default=0.8, help="where to stop (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--limit", type=int, default=1000, help="images, drawn at random (%(default)s)")
     args = parser.parse_args()
