@@ -35,6 +35,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="IN", help=source)
     parser.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--model", help="registered name, if the tensors alone should not decide")
+    given = "arguments of the model that tensors do not show, such as num_heads=8"
+    parser.add_argument("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help=given)
     parser.add_argument("--time-steps", type=int, metavar="T", help="time steps (default: what the checkpoint says)")
     parser.add_argument("--tag", help="pretrained tag to write down (default: the release's, else custom)")
     parser.add_argument("--input-size", type=int, metavar="PIXELS", help="side of the images it was trained on")
@@ -53,6 +55,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from .commands.model import keyword_arguments
     from .hub import convert, verify
 
     refuse_outputs(args)
@@ -62,6 +65,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     own = ("model", "time_steps", "tag", "input_size", "batch_coupled", "ema", "dtype", "quantize_weights", "force")
     options = {name: getattr(args, name) for name in own}
+    options["model_args"] = keyword_arguments(args.model_kwargs)
     done = convert(args.source, args.folder, **options, measure=measure if args.verify else None)
     folder = printable(str(done.folder))
     load = f"wrote {folder}; load it with timm.create_model('local-dir:{folder}', pretrained=True)"
@@ -171,6 +175,16 @@ COMMANDS: dict[str, Command] = {
 ALIASES = {"reproduce": ["paper"]}  # what commands were called before
 
 
+_EXTRAS = {
+    "aedat": "events",
+    "h5py": "events",
+    "hdf5plugin": "events",
+    "sklearn": "demo",
+    "matplotlib": "analysis",
+    "tensorboard": "train",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; errors that the user can act on are one line and exit status 2."""
     args = build_parser().parse_args(argv)
@@ -179,9 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         sys.stdout.flush()
     except ModuleNotFoundError as error:
-        extra = {"aedat": "events", "sklearn": "demo", "matplotlib": "analysis", "tensorboard": "train"}.get(
-            (error.name or "").partition(".")[0]
-        )
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
         return _fail(f"{error.name} is missing: pip install 'timm-qkformer[{extra}]'")

@@ -52,13 +52,13 @@ def load(args: argparse.Namespace, source: str | None = None) -> "LoadedModel":
             random=args.random,
             seed=args.seed,
             time_steps=args.time_steps,
-            model_args=_keyword_arguments(args.model_kwargs),
+            model_args=keyword_arguments(args.model_kwargs),
         )
     except WeightsError as error:
         raise OSError(f"{error} Or look at an untrained model with --random.") from error
 
 
-def _keyword_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+def keyword_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     """KEY=VALUE, where VALUE is a Python literal, else text."""
     result: dict[str, Any] = {}
     for pair in pairs:

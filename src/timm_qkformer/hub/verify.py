@@ -1,6 +1,7 @@
 """ImageNet-style evaluation of a converted checkpoint or a model's pretrained weights."""
 
 import hashlib
+import inspect
 import json
 import re
 import time
@@ -215,10 +216,17 @@ def _by_file_name(paths: list[str], classes: dict[str, int], num_classes: int) -
 
 
 def coupled_layers(net: nn.Module) -> list[SpikingConv]:
-    """Layers whose neurons the QKFormer release couples: with membrane shortcuts there are none."""
+    """Layers whose neurons a release couples (QKFormer's, SpiLiFormer's): with membrane shortcuts there are none."""
+    if not takes_coupling(net):  # self-attention in another paper's model
+        return []
     operators = [module for module in net.modules() if isinstance(module, Operator) and module.couples_batch]
     last = [getattr(operator, operator.output) for operator in operators]
     return [layer for layer in last if not isinstance(layer.neuron, nn.Identity)]
+
+
+def takes_coupling(net: nn.Module) -> bool:
+    """Whether a model takes `batch_coupled`."""
+    return "batch_coupled" in inspect.signature(type(net).__init__).parameters
 
 
 def _modes(net: nn.Module, neurons: str) -> dict[str, bool]:

@@ -145,7 +145,9 @@ class DeployedModel(nn.Module):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def step(self, frame: Tensor | None, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
+    def step(
+        self, frame: Tensor | None, state: StreamState | None = None, donate: bool = False
+    ) -> tuple[Tensor, StreamState]:
         """One time step, see `SpikingTransformer.step`; its state belongs to this precision."""
         if frame is not None:
             check_can_run(frame)
@@ -160,7 +162,7 @@ class DeployedModel(nn.Module):
                 x = stage(x, spikes)
             return self._sequence(x)
 
-        return run_step(self, (self.stem, to_currents, to_maps), frame, state)
+        return run_step(self, (to_currents, to_maps), frame, state, donate)
 
     @torch.compiler.disable
     @torch.no_grad()

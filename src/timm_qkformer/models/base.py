@@ -304,7 +304,9 @@ class SpikingTransformer(nn.Module):
         return self.readout(self.stages(self.stem(x, self.time_steps)))
 
     @torch.jit.ignore
-    def step(self, frame: Optional[Tensor], state: Optional[StreamState] = None) -> Tuple[Tensor, StreamState]:
+    def step(
+        self, frame: Optional[Tensor], state: Optional[StreamState] = None, donate: bool = False
+    ) -> Tuple[Tensor, StreamState]:
         """One time step: a frame [B, C, H, W] to the logits [B, num_classes] of all steps so far, and the next state.
 
         T steps give what `forward` gives for a clip of these frames. Normalise frames as clips. In train mode batch
@@ -312,8 +314,9 @@ class SpikingTransformer(nn.Module):
 
         Args:
             frame: [B, C, H, W]. None: the one of the step before, as a static image is; its first convolution is then
-                not run again. Nor is it for the same tensor, unchanged.
+                not run again.
             state: What the step before returned; None at rest.
+            donate: The state is not used again, and the next one may take its memory. Deployed models are faster so.
 
         Raises:
             ValueError: For a state of another model, input size, dtype or batch, or a model that couples samples.
@@ -326,7 +329,7 @@ class SpikingTransformer(nn.Module):
             maps: Tensor = self.stages(self.stem.fire(currents.unsqueeze(0)))
             return maps
 
-        return run_step(self, (self.stem, to_currents, to_maps), frame, state)
+        return run_step(self, (to_currents, to_maps), frame, state, donate)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature map [B, C', H', W'] to logits [B, num_classes] (features [B, C'] with `pre_logits`)."""
