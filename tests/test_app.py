@@ -1,8 +1,12 @@
 """The app: what it shows of a file; and, marked slow, a server with Gradio's own client."""
 
+import json
+import shutil
 import threading
+import time
 from importlib.resources import files
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -122,3 +126,53 @@ def test_two_users_at_once(address, folder):
         thread.join(120)
     assert answers["frog.png"].startswith("**frog**")
     assert "of 8 on" in answers["events.npz"]
+
+
+@pytest.mark.slow
+def test_in_a_browser(address, folder):
+    """Upload, result, a bad file; nothing is asked of any other host. Needs Chromium and selenium."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no Chromium here")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1800"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        browser.get(address)
+        _upload_and_look(browser, folder / "frog.png")
+        _wait_for_text(browser, "from time step")
+        assert "frog" in _text(browser)
+        browser.get(address)
+        _upload_and_look(browser, folder / "notes.txt")
+        _wait_for_text(browser, "neither an image nor a recording")
+        sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+        urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
+        hosts = {urlsplit(url).hostname for url in urls if url.startswith("http")}
+        assert hosts == {urlsplit(address).hostname}
+    finally:
+        browser.quit()
+
+
+def _text(browser):
+    return browser.find_element("tag name", "body").text
+
+
+def _wait_for_text(browser, text):
+    until = time.monotonic() + 120
+    while text not in _text(browser):
+        assert time.monotonic() < until, _text(browser)
+        time.sleep(0.2)
+
+
+def _upload_and_look(browser, path):
+    until = time.monotonic() + 120
+    while not (inputs := browser.find_elements("css selector", "input[type=file]")):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    inputs[0].send_keys(str(path))
+    _wait_for_text(browser, path.stem)
+    next(button for button in browser.find_elements("tag name", "button") if button.text.strip() == "look").click()

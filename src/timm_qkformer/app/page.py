@@ -69,12 +69,17 @@ def serve(models: Models, host: str = "127.0.0.1", port: int | None = None, wait
     OSError if the port is taken. Uploads are limited to 64 MB.
     """
     font = ["system-ui", "sans-serif"]  # Gradio's own come from elsewhere
-    _, address, _ = build_page(models).launch(
+    page = build_page(models)
+    _, address, _ = page.launch(
         server_name=host,
         server_port=port,
         max_file_size="64mb",
-        prevent_thread_lock=not wait,
+        prevent_thread_lock=True,
+        quiet=True,
         share=False,
         theme=gr.themes.Default(font=font, font_mono=["monospace"]),
     )
+    print(f"serving at {address}; Ctrl-C ends it", flush=True)
+    if wait:
+        page.block_thread()
     return str(address)
