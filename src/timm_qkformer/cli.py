@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .commands import analysis, reproduction, search
+from .commands import analysis, events, reproduction, search
 from .errors import printable
 from .training.trainer.config import add_train_arguments, add_validate_arguments, resolve_train
 
@@ -151,6 +151,7 @@ COMMANDS: dict[str, Command] = {
     "verify": ("measure top-1 and top-5 accuracy on labelled images", _add_verify, _verify),
     "profile": ("firing rates, energy, memory and speed of a model", analysis.add_profile, analysis.profile),
     "visualize": ("draw a model's attention", analysis.add_visualize, analysis.visualize),
+    "events": ("say what recordings of event cameras hold, and convert them", events.add_events, events.events),
     "search": ("search for architectures without training them", search.add_search, search.search),
     "reproduce": ("remake the paper's tables and figures", reproduction.add_reproduce, reproduction.reproduce),
     "publish": ("upload a converted folder to the Hugging Face Hub", _add_publish, _publish),
