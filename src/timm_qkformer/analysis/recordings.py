@@ -45,7 +45,7 @@ def draw_recording(summary: Summary) -> "Figure":
     each = summary.pixels.sum(0)
     image = map_.imshow(np.log10(each + 1), cmap="gray", interpolation="nearest")
     figure.colorbar(image, ax=map_, label="log10(events + 1)")
-    map_.set(title=f"pixels, {summary.hot_pixels:,} hot ones marked", xlabel="x", ylabel="y")
+    map_.set(title=f"pixels, {summary.hot_pixels:,} hot, the hottest marked", xlabel="x", ylabel="y")
     if summary.hottest:
         x, y, _ = zip(*summary.hottest, strict=True)
         map_.plot(x, y, "o", markerfacecolor="none", markeredgecolor="tab:orange", markersize=10)
@@ -53,8 +53,8 @@ def draw_recording(summary: Summary) -> "Figure":
     for name, counts, color in (("off", summary.pixels[0], _OFF), ("on", summary.pixels[1], _ON)):
         fired = counts[counts > 0]
         label = f"{name}, {100 * counts.sum() / summary.events:.1f} %"
-        style = {"histtype": "step", "color": [c / 255 for c in color], "label": label}
-        histogram.hist(np.log10(fired + 1), bins=30, range=(0, top), **style)
+        heights, edges = np.histogram(np.log10(fired + 1), 30, (0, top))
+        histogram.stairs(heights, edges, color=[c / 255 for c in color], label=label)
     histogram.set(xlabel="log10(events of a pixel + 1)", ylabel="pixels", title="polarities", yscale="log")
     histogram.legend()
     return figure
