@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import argument_parser
 from tqdm import tqdm
+
+from _common import argument_parser
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
