@@ -1,6 +1,6 @@
 """Readers of event files: ours and the libraries', on crafted files of each format.
 
-Every reader turns a file into arrays of all its events, in turns; those that read the wrong numbers are named, not timed.
+Every reader turns a file into arrays of all its events, in turns; those that read wrong numbers are named, not timed.
 CPU time of the whole process, so that neighbours on the machine do not count. Libraries that are not installed are left
 out: faery, evt3, expelliarmus, evio, tonic, spikingjelly, aedat, h5py.
 
@@ -267,8 +267,8 @@ def large(gigabytes: float) -> None:
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seconds = time.process_time() - start
         print(
-            f"{path.stat().st_size:,} bytes, {events:,} events: {clips} clips [16, 2, 90, 160] in {seconds:.0f} s of CPU "
-            f"time, {events / seconds / 1e6:.1f} M events/s; peak memory {before / 1024:.0f} MB before, "
+            f"{path.stat().st_size:,} bytes, {events:,} events: {clips} clips [16, 2, 90, 160] in {seconds:.0f} s of "
+            f"CPU time, {events / seconds / 1e6:.1f} M events/s; peak memory {before / 1024:.0f} MB before, "
             f"{after / 1024:.0f} MB after"
         )
 

@@ -7,6 +7,13 @@ from torch import Tensor, nn
 from timm_qkformer.inference.weights import has_onednn
 from timm_qkformer.neurons import SpikingNeuron
 
+# The tiny model of each family.
+NAMES = [
+    name
+    for name in timm.list_models("test_*")
+    if timm.models.model_entrypoint(name).__module__.startswith("timm_qkformer")
+]
+
 
 class Constant(SpikingNeuron):
     """Neurons that fire as they are told, not as they are driven."""

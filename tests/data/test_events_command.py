@@ -73,6 +73,8 @@ def test_text_json_and_pictures(tmp_path, capsys):
         assert film.n_frames > 20
         assert film.size == (160, 90)
         assert np.asarray(film.convert("RGB")).std() > 1
+    assert cli.main(["events", str(raw), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0] == numbers[0]
     assert cli.main(command) == 2
     assert "already and will not be overwritten" in capsys.readouterr().err
 
@@ -113,7 +115,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path):
         (["--to", "b.mp4"], "'.mp4' is not written, only .npz"),
         (["--to", "a.npz", "--force"], "is the recording itself"),
         (["--gif"], "--gif needs --pictures"),
-        (["a.npz", "--to", "b.npz"], "takes one recording, not 2"),
+        (["a.npz", "--to", "b.npz"], "takes one recording, and neither --json"),
         (["a.npz", "--pictures", "out"], "several recordings are called a.npz"),
     ],
 )

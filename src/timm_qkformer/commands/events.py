@@ -1,12 +1,13 @@
 """`timm-qkformer events`: what recordings hold, and recordings in another format."""
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .output import add_json, refuse_outputs, show
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_events(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="recordings of any format")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write every number, to a new file")
+    add_json(parser, "every number")
     parser.add_argument(
         "--pictures", type=Path, metavar="DIR", help="draw rates, pixels and polarities to DIR/FILE.png"
     )
@@ -28,15 +29,14 @@ def events(args: argparse.Namespace) -> None:
     from ..data.convert import convert_events
     from ..data.summary import summarize, text_summary
     from ..errors import printable
-    from ..files import refuse_existing, write_atomically
 
     if args.gif and args.pictures is None:
         raise ValueError("--gif needs --pictures DIR, the folder to write it to")
-    if args.to is not None and len(args.files) > 1:
-        raise ValueError(f"--to {args.to} takes one recording, not {len(args.files)}")
+    if args.to is not None and (len(args.files) > 1 or args.json or args.pictures):
+        raise ValueError(f"--to {args.to} takes one recording, and neither --json nor --pictures")
     outputs = _outputs(args)
     if not args.force:
-        refuse_existing(*(path for path in [*outputs.values(), args.json] if path is not None))
+        refuse_outputs(args, *outputs.values())
     if args.pictures is not None:
         import matplotlib  # noqa: F401, missing: say so before anything is read
     if args.to is not None:
@@ -44,18 +44,15 @@ def events(args: argparse.Namespace) -> None:
             count = convert_events(args.files[0], args.to, overwrite=args.force, progress=progress)
         print(f"wrote {args.to}: {count:,} events")
         return
-    summaries = []
+    summaries, lines = [], []
     for path in args.files:
         with _bar(args, f"reading {path.name}") as progress:
             summary = summarize(path, progress)
-        summaries.append(summary)
-        print(printable(text_summary(summary), keep="\n"))
+        summaries.append(summary.to_dict())
+        lines.append(printable(text_summary(summary), keep="\n"))
         if args.pictures is not None:
-            _draw(path, summary, outputs[path, "png"], outputs.get((path, "gif")))
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.json, json.dumps([summary.to_dict() for summary in summaries], indent=1) + "\n")
-        print(f"wrote {args.json}")
+            lines += _draw(path, summary, outputs[path, "png"], outputs.get((path, "gif")))
+    show(args, summaries, "\n".join(lines))
 
 
 def _outputs(args: argparse.Namespace) -> dict[tuple[Path, str], Path]:
@@ -70,17 +67,17 @@ def _outputs(args: argparse.Namespace) -> dict[tuple[Path, str], Path]:
     return outputs
 
 
-def _draw(path: Path, summary: Any, picture: Path, film: Path | None) -> None:
+def _draw(path: Path, summary: Any, picture: Path, film: Path | None) -> list[str]:
+    """Lines that say what was written."""
     from ..analysis.recordings import draw_recording, write_film
     from ..files import replacing
 
     picture.parent.mkdir(parents=True, exist_ok=True)
     with replacing(picture) as file:
         draw_recording(summary).savefig(file, format="png", dpi=100, metadata={"Software": None})
-    print(f"wrote {picture}")
     if film is not None:
         write_film(path, summary, film)
-        print(f"wrote {film}")
+    return [f"wrote {written}" for written in (picture, film) if written is not None]
 
 
 @contextmanager

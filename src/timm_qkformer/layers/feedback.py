@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from ..neurons import LIF, NeuronLayer
 from ..neurons.state import carried_state
 from .block import SpikingBlock, SpikingStage
 from .conv import SpikingConv
+
+torch.fx.wrap("choose_tokens")  # one node in a graph of torch.fx: it builds shapes from ranks
 
 
 class FeedbackSpec(NamedTuple):

@@ -21,7 +21,7 @@ from .recurrence import integrate_and_fire_reference
 from .spec import DEFAULT_ALPHA, LEVELS, NeuronSpec, membrane_dtype
 
 # One node each in a graph of torch.fx: they decide by dtype and shape.
-for _name in ("_checked", "integrate_and_fire", "membrane_dtype"):
+for _name in ("_checked", "fire_neurons", "membrane_dtype"):
     torch.fx.wrap(_name)
 
 # Called as layer(v_threshold=..., device=..., dtype=...).
@@ -251,6 +251,7 @@ class ParametricLIF(SpikingNeuron):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Set w to what the initial time constant means."""
         nn.init.constant_(self.w, -math.log(self.init_tau - 1.0))
 
     def leak_at(self, dtype: torch.dtype) -> Tensor:

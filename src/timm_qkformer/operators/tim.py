@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, List, Optional, Tuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from .base import Operation, Operator, register_operator
 from .ssa import SpikingSelfAttention
 
 __all__ = ["TemporalInteraction", "TemporalInteractionAttention"]
+
+torch.fx.wrap("_interact")  # one node in a graph of torch.fx: it goes over the time steps that there are
 
 State = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -88,13 +91,7 @@ class TemporalInteraction(nn.Module):
     def forward(self, q: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self.run_reference(q)
-        carried = carried_state()
-        before = None if carried is None else carried.take()
-        z, last = self.run(q, None if before is None else (before[0], before[1], before[2]))
-        if carried is not None:
-            rest = torch.zeros_like(last[0], dtype=membrane_dtype(q))
-            carried.put(torch.stack([rest if part is None else part.to(rest.dtype) for part in last]))
-        return z
+        return _interact(self, q)
 
     def run(self, q: Tensor, state: State | None = None, watched: bool = True) -> tuple[Tensor, State]:
         """z for more steps, and what the next ones need: the last z and the potentials of I and O, None at rest.
@@ -132,6 +129,17 @@ class TemporalInteraction(nn.Module):
             z = fired[0]
             steps.append(z)
         return torch.stack(steps)
+
+
+def _interact(interaction: TemporalInteraction, q: Tensor) -> Tensor:
+    """`interaction.run`, on from the state that `run_with_state` carries here and now."""
+    carried = carried_state()
+    before = None if carried is None else carried.take()
+    z, last = interaction.run(q, None if before is None else (before[:, 0], before[:, 1], before[:, 2]))
+    if carried is not None:
+        rest = torch.zeros_like(last[0], dtype=membrane_dtype(q))
+        carried.put(torch.stack([rest if part is None else part.to(rest.dtype) for part in last], 1))  # samples first
+    return z
 
 
 def _interpolation(size: int, own: int, like: Tensor) -> Tensor:

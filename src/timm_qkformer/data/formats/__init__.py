@@ -1,10 +1,10 @@
 """Files of event cameras: one module for each format, in `recording` what they share."""
 
+from .findings import Findings
 from .recording import (
     EVENT_SUFFIXES,
     TEXT_SUFFIXES,
     EventFileWarning,
-    Findings,
     Recording,
     iter_events,
     open_events,

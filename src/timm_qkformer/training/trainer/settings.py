@@ -82,7 +82,7 @@ class Settings:
     torchcompile_mode: str | None = _o(None, "mode of torch.compile", metavar="MODE")
 
     # ---- device
-    device: str = _o("cuda", "device")
+    device: str = _o("auto", "device; auto is cuda if there is one, else cpu")
     amp: bool = _o(False, "mixed precision")
     amp_dtype: Literal["float16", "bfloat16"] = _o("float16", "dtype of mixed precision")
     model_dtype: Literal["float32", "float16", "bfloat16"] | None = _o(None, "dtype of the whole model")
