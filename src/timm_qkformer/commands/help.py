@@ -34,6 +34,14 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "timm-qkformer profile qkformer_hst10_384 --random --all",
         "timm-qkformer profile qkformer_hst3_128.nmnist --data recordings --sensor-size 34 34 --html profile.html",
     ),
+    "calibrate": (
+        "timm-qkformer calibrate folder --data-dir cifar10 --calibration-split train --split test --output curve.png",
+        "timm-qkformer calibrate folder --data-dir pictures --exit entropy --points 0.5",
+    ),
+    "stream": (
+        "timm-qkformer stream qkformer_hst3_128.nmnist digit.bs2 --sensor-size 34 34 --window 10ms",
+        "timm-qkformer stream folder recording.aedat4 --count 2000 --precision int8 --output prediction.png",
+    ),
     "visualize": (
         "timm-qkformer visualize qkformer_hst3_192.cifar10 cat.jpg dog.jpg --output pictures",
         "timm-qkformer visualize qkformer_hst3_128.nmnist digit.bs2 --sensor-size 34 34 --stage 1",
