@@ -59,13 +59,17 @@ def test_the_training_file_is_read_once(server, client, on_hub, model, content, 
     server.log.clear()
     assert client.load("test_spiliformer", cache_dir=tmp_path, **on_hub) == expected
     assert server.log == []
+    kept.with_name(FILE).unlink()  # 830 MB that are not needed any more
+    assert client.load("test_spiliformer", cache_dir=tmp_path, **on_hub) == expected
+    assert server.log == []
     assert not list(tmp_path.glob("**/*.partial"))
 
 
 def test_the_model_says_where_its_weights_come_from(monkeypatch, tmp_path, model, content):
-    from timm_qkformer.models import training_files
+    from timm_qkformer.models import loading, training_files
 
     (tmp_path / FILE).write_bytes(content)
+    monkeypatch.setattr(loading, "_ask_hub", lambda *args: None)
     monkeypatch.setattr(training_files, "hf_hub_download", lambda *args, **kwargs: str(tmp_path / FILE))
     overlay = {"hf_hub_id": REPO, "hf_hub_filename": FILE, "num_classes": 10}
     kwargs = {"pretrained_cfg_overlay": overlay, "num_classes": 10, "time_steps": 2, "cache_dir": tmp_path}

@@ -52,7 +52,8 @@ def test_hooks_on_all_modules_turn_packing_off():
         finally:
             handle.remove()
         assert packed.is_active(unit, x)
-    assert set(seen) == set(unit.modules())
+    computing = {module for module in unit.modules() if type(module) is not nn.Identity}
+    assert computing <= set(seen)
 
 
 def test_parameters_of_the_operator_itself_get_their_gradients():

@@ -64,7 +64,7 @@ def reference(case: str, neuron, x: Tensor, v: Tensor | None = None) -> tuple[Te
     leak = 0.0 if kind == "if" else 1 / TAU
     return integrate_and_fire_reference(
         x,
-        torch.sigmoid(neuron.w.to(torch.promote_types(x.dtype, torch.float32)))
+        torch.sigmoid(neuron.w.to(torch.promote_types(x.dtype, torch.float32))).squeeze(0)
         if learned
         else torch.tensor(leak, dtype=torch.float64),
         THRESHOLD - (options["v_reset"] or 0.0),

@@ -37,7 +37,7 @@ from torch.hub import HASH_REGEX
 from tqdm import tqdm
 
 from ..torch_files import DamagedFileError, check_file, namespaces_allowed
-from .training_files import with_kept_tensors
+from .training_files import kept_file, with_kept_tensors
 
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class PendingCfg(PretrainedCfg):
 
     @property
     def has_weights(self) -> bool:
+        """Whether there is something to load."""
         return False
 
 
@@ -157,7 +158,8 @@ def loading_weights(variant: str, cfg: PretrainedCfg, cache_dir: Any = None) -> 
             fetched = _url_cache_file(location, cache_dir)
         elif source == "hf-hub":
             hub_files = _hub_cache_files(location, cache_dir)
-            if not any(hub_files.values()) and not hub_constants.HF_HUB_OFFLINE:
+            kept = kept_file(cfg, cache_dir)
+            if kept is None and not any(hub_files.values()) and not hub_constants.HF_HUB_OFFLINE:
                 _ask_hub(location, next(iter(hub_files)))
         for path in _local_files(source, location, cache_dir, hub_files):
             check_file(path)

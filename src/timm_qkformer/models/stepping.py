@@ -64,18 +64,25 @@ class StreamState:
         """Cut off from the steps before: gradients end here (truncated backpropagation through time)."""
         return self.map(Tensor.detach)
 
-    def select(self, samples: Any) -> "StreamState":
+    def select(self, samples: Any, donate: bool = False) -> "StreamState":
         """Of some samples: a mask [B], indices, or a slice.
+
+        Args:
+            samples: Which, and in which order.
+            donate: This state is not used again, and the new one may take its memory.
 
         Raises:
             IndexError: For samples that there are not.
         """
         if isinstance(samples, int):
             raise TypeError(f"samples={samples} must be a mask, indices or a slice: [{samples}] is this sample alone")
-        if isinstance(samples, Sequence):
-            samples = torch.as_tensor(samples, device=self.steps.device)
-            samples = samples.long() if samples.numel() == 0 else samples
-        return self.map(lambda tensor: tensor[samples])
+        if isinstance(samples, slice):
+            return self.map(lambda tensor: tensor[samples])
+        indices = torch.arange(len(self.steps), device=self.steps.device)[_as_index(samples, self.steps.device)]
+        if donate and bool((indices[1:] > indices[:-1]).all()):
+            moves = [(to, place) for to, place in enumerate(indices.tolist()) if to != place]
+            return self.map(lambda tensor: _move_up(tensor, moves, indices))
+        return self.map(lambda tensor: tensor.index_select(0, indices))
 
     @staticmethod
     def cat(states: Sequence["StreamState"]) -> "StreamState":
@@ -119,6 +126,23 @@ class StreamState:
         return _from_leaves(tensors, (len(parts["potentials"]), state["model"]))
 
 
+def _move_up(tensor: Tensor, moves: Sequence[tuple[int, int]], indices: Tensor) -> Tensor:
+    """Rows `indices`, which rise, moved to the front of the same memory where that is simple."""
+    if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous():
+        return tensor.index_select(0, indices)
+    rows = tensor.unbind(0)
+    for to, place in moves:
+        rows[to].copy_(rows[place])
+    return tensor[: len(indices)]
+
+
+def _as_index(samples: Any, device: torch.device) -> Any:
+    if not isinstance(samples, Sequence):
+        return samples
+    tensor = torch.as_tensor(samples, device=device)
+    return tensor.long() if tensor.numel() == 0 else tensor
+
+
 def _leaves(state: StreamState) -> list[Tensor]:
     return [*state.potentials, *state.sums, state.currents, state.steps]
 
@@ -149,6 +173,7 @@ def run_step(
     parts: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
     frame: Tensor | None,
     state: StreamState | None,
+    donate: bool,
 ) -> tuple[Tensor, StreamState]:
     """`step` of a plain or a deployed model.
 
@@ -158,6 +183,7 @@ def run_step(
             takes [1, B, C', H', W'].
         frame: [B, C, H, W]; None: the frame of the step before.
         state: Of the steps before; None at rest.
+        donate: The state is not used again.
     """
     to_currents, to_maps = parts
     _check(model, frame, state)
@@ -183,7 +209,7 @@ def run_step(
 
     before = None if state is None else state.potentials
     sums, potentials = run_with_state(
-        _Part(model, run), currents, [] if state is None else list(state.sums), state=before
+        _Part(model, run), currents, [] if state is None else list(state.sums), state=before, donate=donate
     )
     if state is not None and [t.shape for t in sums] != [t.shape for t in state.sums]:
         found, expected = ([list(t.shape) for t in tensors] for tensors in (state.sums, sums))
@@ -235,7 +261,8 @@ def _check(model: Any, frame: Tensor | None, state: StreamState | None) -> None:
         raise ValueError(
             f"frame of shape {list(frame.shape)}: give one time step [B, C, H, W], clip[:, t] of a clip [B, T, C, H, W]"
         )
-    if any(getattr(part, "batch_coupled", False) for part in model.modules()):
+    # A state of such a model cannot be, so that one look is enough.
+    if state is None and any(getattr(part, "batch_coupled", False) for part in model.modules()):
         raise ValueError("batch_coupled=True: samples that influence each other cannot run step by step")
 
 

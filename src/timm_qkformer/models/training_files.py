@@ -4,7 +4,6 @@ A training dict of SpiLiFormer has 830 MB, of which the model's tensors are a th
 safetensors file beside the download, in the cache's own folder for that revision; later loads read it and nothing else.
 """
 
-import argparse
 import logging
 import uuid
 import zipfile
@@ -13,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors.torch import save_file
 from timm.models._hub import hf_split
 from timm.models._pretrained import PretrainedCfg
 from torch import Tensor
 
+from ..torch_files import check_file, load_restricted
 from .checkpoints import unwrap_checkpoint
 
 _logger = logging.getLogger(__name__)
@@ -40,22 +39,19 @@ def with_kept_tensors(cfg: PretrainedCfg, cache_dir: Any, check: Callable[[Path]
         pickle.UnpicklingError, RuntimeError: If it is no checkpoint, or holds what could run code.
         ValueError: If it holds no tensors.
     """
-    file = cfg.hf_hub_filename
-    if cfg.url or cfg.file or cfg.state_dict or not cfg.hf_hub_id or not file or not file.endswith(_ENDINGS):
+    kept_name = _kept_name(cfg)
+    if kept_name is None:
         return cfg
+    kept = kept_file(cfg, cache_dir)
+    if kept is not None:
+        return replace(cfg, file=str(kept))
     repo, revision = hf_split(cfg.hf_hub_id)
-    ending = next(ending for ending in _ENDINGS if file.endswith(ending))
-    kept_name = f"{file.removesuffix(ending)}.safetensors"
-    kept = try_to_load_from_cache(repo, kept_name, cache_dir=cache_dir, revision=revision)
-    if isinstance(kept, str):
-        return replace(cfg, file=kept)
+    file: Any = cfg.hf_hub_filename
     known = try_to_load_from_cache(repo, file, cache_dir=cache_dir, revision=revision)
     path = Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
-    if str(path) != known:
-        check(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        mmap = zipfile.is_zipfile(path)  # others get the error that they deserve
-        tensors = unwrap_checkpoint(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
+    (check_file if str(path) == known else check)(path)
+    # Whatever is no zip gets the error that it deserves.
+    tensors = unwrap_checkpoint(load_restricted(path, mmap=zipfile.is_zipfile(path)))
     target = path.with_name(Path(kept_name).name)
     try:
         _save(tensors, target)
@@ -63,6 +59,25 @@ def with_kept_tensors(cfg: PretrainedCfg, cache_dir: Any, check: Callable[[Path]
         _logger.warning("The tensors of %s cannot be kept in %s (%s): it is read whole each time", file, target, error)
         return replace(cfg, state_dict=tensors)
     return replace(cfg, file=str(target))
+
+
+def kept_file(cfg: PretrainedCfg, cache_dir: Any) -> Path | None:
+    """Where the cache has the tensors of a config's training file, if they are kept already."""
+    name = _kept_name(cfg)
+    if name is None:
+        return None
+    repo, revision = hf_split(cfg.hf_hub_id)
+    found = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _kept_name(cfg: PretrainedCfg) -> str | None:
+    """What the tensors' own file is called; None for weights that are not in a training file on the Hub."""
+    file = cfg.hf_hub_filename
+    if cfg.url or cfg.file or cfg.state_dict or not cfg.hf_hub_id or not file or not file.endswith(_ENDINGS):
+        return None
+    ending = next(ending for ending in _ENDINGS if file.endswith(ending))
+    return f"{file.removesuffix(ending)}.safetensors"
 
 
 def _save(tensors: dict[str, Tensor], target: Path) -> None:
