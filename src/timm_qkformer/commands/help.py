@@ -46,6 +46,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "timm-qkformer visualize qkformer_hst3_192.cifar10 cat.jpg dog.jpg --output pictures",
         "timm-qkformer visualize qkformer_hst3_128.nmnist digit.bs2 --sensor-size 34 34 --stage 1",
     ),
+    "app": ("timm-qkformer app", "timm-qkformer app digits-model qkformer_hst3_192.cifar10 --port 8000"),
+    "events": (
+        "timm-qkformer events night.raw gesture.aedat4 --pictures pictures --gif",
+        "timm-qkformer events night.raw --to night.npz",
+    ),
     "search": (
         "timm-qkformer search --space autost-small --params 11e6 12e6 --output found",
         "timm-qkformer search --space hst --score spikes --output found --rounds 5",

@@ -18,6 +18,7 @@ from torch import nn
 
 from ...errors import first_line, naming_settings
 from ...hub.folder import check_folder
+from ...models.aliases import current_name
 from ...models.loading import check_tag
 from ...torch_files import DamagedFileError, check_file, namespaces_allowed
 from .distributed import Processes, synchronize_batch_norm
@@ -37,7 +38,7 @@ def build_model(settings: Settings) -> nn.Module:
         close = difflib.get_close_matches(settings.model, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"model {settings.model!r} is unknown{hint}")
-    check_tag(settings.model)
+    check_tag(current_name(settings.model))
     if settings.model.startswith("local-dir:"):
         check_folder(Path(settings.model.removeprefix("local-dir:")))
     for name in ("initial_checkpoint", "pretrained_path"):
@@ -52,7 +53,7 @@ def build_model(settings: Settings) -> nn.Module:
         overlay["pretrained_cfg_overlay"] = {"file": settings.pretrained_path, "num_classes": -1}
     try:
         model: nn.Module = timm.create_model(
-            settings.model,
+            current_name(settings.model),
             pretrained=settings.pretrained,
             in_chans=settings.channels,
             num_classes=settings.num_classes,
