@@ -14,6 +14,7 @@ from .models import MaxFormer, QKFormer
 
 if TYPE_CHECKING:
     from . import analysis
+    from .exporting import export
     from .inference import deploy, quantize_weights
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "analysis",
     "deploy",
     "execution",
+    "export",
     "layers",
     "models",
     "neurons",
@@ -37,6 +39,10 @@ def __getattr__(name: str) -> Any:
     # When it is first used: importing timm imports this package.
     if name == "analysis":
         return import_module(f".{name}", __name__)
+    if name == "export":
+        from . import exporting
+
+        return exporting.export
     if name in ("deploy", "quantize_weights"):
         from . import inference
 

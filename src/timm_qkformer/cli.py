@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .commands import analysis, reproduction, search
+from .commands import export as exporting
 from .errors import printable
 from .training.trainer.config import add_train_arguments, add_validate_arguments, resolve_train
 
@@ -151,9 +152,15 @@ COMMANDS: dict[str, Command] = {
     "verify": ("measure top-1 and top-5 accuracy on labelled images", _add_verify, _verify),
     "profile": ("firing rates, energy, memory and speed of a model", analysis.add_profile, analysis.profile),
     "visualize": ("draw a model's attention", analysis.add_visualize, analysis.visualize),
+    "export": ("write a model as a graph: ONNX, OpenVINO, torch", exporting.add_export, exporting.export),
     "search": ("search for architectures without training them", search.add_search, search.search),
     "reproduce": ("remake the paper's tables and figures", reproduction.add_reproduce, reproduction.reproduce),
     "publish": ("upload a converted folder to the Hugging Face Hub", _add_publish, _publish),
+}
+# What the extras bring, by the modules that may be missing.
+_EXTRAS = {
+    **{"aedat": "events", "sklearn": "demo", "matplotlib": "analysis", "tensorboard": "train"},
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "openvino"), "export"),
 }
 ALIASES = {"reproduce": ["paper"]}  # what commands were called before
 
@@ -180,9 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _import(args.imports)
         args.run(args)
     except ModuleNotFoundError as error:
-        extra = {"aedat": "events", "sklearn": "demo", "matplotlib": "analysis", "tensorboard": "train"}.get(
-            (error.name or "").partition(".")[0]
-        )
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
         return _fail(f"{error.name} is missing: pip install 'timm-qkformer[{extra}]'")
