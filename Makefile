@@ -1,40 +1,64 @@
-# Both commands set up everything they need in .venv; see README.md.
+# Every command sets up what it needs in .venv; see README.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_VENV := build/docs-venv
+DOCS_STAMP := $(DOCS_VENV)/.installed
+TAG ?=
 
-.PHONY: demo test test-all attack lint timm-suite clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all attack lint spell docs docs-serve timm-suite release-check clean
 
-demo: $(STAMP)
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## classify photographs, fine-tune on handwritten digits, draw the attention masks of both
 	$(BIN)/timm-qkformer demo
 
 # One process per core, each with one thread: tiny models gain nothing from more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-test: $(STAMP)
+test: $(STAMP) ## the tests, about 15 minutes on two cores
 	$(PYTEST)
 
-test-all: $(STAMP)
+test-all: $(STAMP) ## the slow tests, too: hours
 	$(PYTEST) -m ''
 
-# Fuzzers with fixed seeds, see docs/reliability.md. One process, so that the counts are in one table.
-attack: $(STAMP)
+# One process, so that the counts are in one table.
+attack: $(STAMP) ## fuzzers with fixed seeds, see docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m attack tests/attack
 
-lint: $(STAMP)
+lint: $(STAMP) ## ruff format, ruff check, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# timm's own tests, from its source distribution, on our models.
-timm-suite: $(STAMP)
+spell: $(STAMP) ## codespell
+	$(BIN)/codespell
+
+docs: $(DOCS_STAMP) ## the site in build/site, strictly: no dead link, no unknown name
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
+docs-serve: $(DOCS_STAMP) ## the site on http://127.0.0.1:8000, built anew when a page changes
+	$(DOCS_VENV)/bin/mkdocs serve
+
+timm-suite: $(STAMP) ## timm's own tests, from its source distribution, on our models
 	$(BIN)/python tests/run_timm_suite.py
+
+release-check: ## sdist and wheel from clean, installed in an empty environment and tried; TAG=v0.2.0 compares the version
+	$(PYTHON) tests/release_check.py $(TAG)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
-clean:
+# The site is built from the sources alone: neither torch nor timm is installed for it.
+$(DOCS_STAMP): pyproject.toml
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python tests/docs_requirements.py | xargs -d '\n' $(DOCS_VENV)/bin/python -m pip install --quiet
+	touch $@
+
+clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist output .pytest_cache .ruff_cache .mypy_cache

@@ -33,11 +33,16 @@ def run(code, *, check=True, **env):
     [
         "import timm",
         "import torch, timm",
-        "from timm.models import create_model; import timm",
-        "import timm.layers, timm",
         "import timm_qkformer, timm",
-        "import timm_qkformer.layers, timm",
-        "import timm, timm_qkformer, timm_qkformer.models",
+        *(
+            pytest.param(order, marks=pytest.mark.slow)
+            for order in (
+                "from timm.models import create_model; import timm",
+                "import timm.layers, timm",
+                "import timm_qkformer.layers, timm",
+                "import timm, timm_qkformer, timm_qkformer.models",
+            )
+        ),
     ],
 )
 def test_every_import_order_registers_once_and_silently(imports):
@@ -133,7 +138,10 @@ def test_the_loader_is_as_it_was_after_the_work():
     assert out == "False"
 
 
-@pytest.mark.parametrize("dropped", ["timm", ("timm", "timm_qkformer", "timm_qkformer_autoload")])
+@pytest.mark.parametrize(
+    "dropped",
+    ["timm", pytest.param(("timm", "timm_qkformer", "timm_qkformer_autoload"), marks=pytest.mark.slow)],
+)
 def test_a_timm_that_is_imported_again_has_the_models(dropped):
     names = (dropped,) if isinstance(dropped, str) else dropped
     out, err = run(
@@ -274,6 +282,7 @@ def test_spawned_dataloader_workers_know_the_models(tmp_path):
     assert result.stdout.strip() == f"[{MODELS}, {MODELS}]"
 
 
+@pytest.mark.slow
 def test_torchrun_workers_know_the_models(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text("import timm\nprint('models', len(timm.list_models('*qkformer*')))\n")

@@ -1,7 +1,7 @@
 """`timm-qkformer ...`: every command is a function elsewhere; this file parses arguments and prints errors."""
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -11,6 +11,9 @@ from typing import Any
 
 from .commands import analysis, reproduction, search
 from .commands import export as exporting
+from .commands.help import EXIT_STATUS, HelpFormatter, PrintCompletion, examples
+from .commands.model import add_device
+from .commands.output import add_json, refuse_outputs, show
 from .errors import printable
 from .training.trainer.config import add_train_arguments, add_validate_arguments, resolve_train
 
@@ -33,6 +36,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="IN", help=source)
     parser.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--model", help="registered name, if the tensors alone should not decide")
+    given = "arguments of the model that tensors do not show, such as num_heads=8"
+    parser.add_argument("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help=given)
     parser.add_argument("--time-steps", type=int, metavar="T", help="time steps (default: what the checkpoint says)")
     parser.add_argument("--tag", help="pretrained tag to write down (default: the release's, else custom)")
     parser.add_argument("--input-size", type=int, metavar="PIXELS", help="side of the images it was trained on")
@@ -47,20 +52,26 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--round-weights", dest="quantize_weights", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--verify", type=Path, metavar="DIR", help="measure the accuracy on these images for the card")
     parser.add_argument("--force", action="store_true", help="replace what is in OUT")
+    add_json(parser, "folder and report")
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from .commands.model import keyword_arguments
     from .hub import convert, verify
+
+    refuse_outputs(args)
 
     def measure(folder: Path) -> list[dict[str, Any]]:
         return verify(str(folder), args.verify)
 
     own = ("model", "time_steps", "tag", "input_size", "batch_coupled", "ema", "dtype", "quantize_weights", "force")
     options = {name: getattr(args, name) for name in own}
+    options["model_args"] = keyword_arguments(args.model_kwargs)
     done = convert(args.source, args.folder, **options, measure=measure if args.verify else None)
-    print("\n".join(map(printable, done.report)))
     folder = printable(str(done.folder))
-    print(f"wrote {folder}; load it with timm.create_model('local-dir:{folder}', pretrained=True)")
+    load = f"wrote {folder}; load it with timm.create_model('local-dir:{folder}', pretrained=True)"
+    lines = [printable(line) for line in done.report]
+    show(args, {"folder": str(done.folder), "report": list(done.report)}, "\n".join([*lines, load]))
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
@@ -71,29 +82,28 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--limit", type=int, metavar="N", help="take N images, drawn from all classes")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    add_device(parser)
     parser.add_argument("--progress", type=Path, metavar="FILE", help="keep the counts here and resume from them")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON, to a new file")
+    parser.add_argument("--output", dest="json", metavar="FILE", help="the same as --json FILE")
+    add_json(parser, "the results")
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from .files import write_atomically
     from .hub import verify
 
-    if args.output is not None and args.output.exists():
-        raise FileExistsError(f"--output {args.output} exists already; choose another name")
+    refuse_outputs(args)
     own = ("neurons", "time_steps", "batch_size", "limit", "workers", "device", "progress")
     results = verify(args.model, args.data, **{name: getattr(args, name) for name in own})
+    lines = []
     for result in results:
         neurons = "coupled" if result["batch_coupled"] else "per sample"
         size = "x".join(map(str, result["input_size"][1:]))
-        print(
+        lines.append(
             f"{neurons:<10}  top-1 {result['top1']:6.2f} %  top-5 {result['top5']:6.2f} %  "
             f"{result['images']:,} images of {size}, T = {result['time_steps']}, "
             f"{result['images_per_second']:.1f} images/s on {result['device']}"
         )
-    if args.output is not None:
-        write_atomically(args.output, json.dumps(results, indent=2) + "\n")
+    show(args, results, "\n".join(lines))
 
 
 def _add_publish(parser: argparse.ArgumentParser) -> None:
@@ -129,13 +139,20 @@ def _train(args: argparse.Namespace) -> None:
 def _validate(args: argparse.Namespace) -> None:
     from .training.trainer.evaluate import resolve_validate, validate
 
+    refuse_outputs(args)
     results = validate(resolve_validate(vars(args)))
     rate = results["firing_rate"]
-    print(
+    summary = (
         f"top-1 {results['top1']:.3f} %  top-5 {results['top5']:.3f} %  loss {results['loss']:.5f}  "
         f"{results['samples']:,} samples, {results['images_per_second']:.1f} images/s"
         + (f", firing rate {rate:.4f}" if rate is not None else "")
     )
+    show(args, results, summary)
+
+
+def _add_validate(parser: argparse.ArgumentParser) -> None:
+    add_validate_arguments(parser)
+    add_json(parser, "the results")
 
 
 # name: (help, add arguments, run)
@@ -148,7 +165,7 @@ COMMANDS: dict[str, Command] = {
         add_train_arguments,
         _train,
     ),
-    "validate": ("measure a model's accuracy on images or events", add_validate_arguments, _validate),
+    "validate": ("measure a model's accuracy on images or events", _add_validate, _validate),
     "verify": ("measure top-1 and top-5 accuracy on labelled images", _add_verify, _verify),
     "profile": ("firing rates, energy, memory and speed of a model", analysis.add_profile, analysis.profile),
     "visualize": ("draw a model's attention", analysis.add_visualize, analysis.visualize),
@@ -157,17 +174,51 @@ COMMANDS: dict[str, Command] = {
     "reproduce": ("remake the paper's tables and figures", reproduction.add_reproduce, reproduction.reproduce),
     "publish": ("upload a converted folder to the Hugging Face Hub", _add_publish, _publish),
 }
-# What the extras bring, by the modules that may be missing.
-_EXTRAS = {
-    **{"aedat": "events", "sklearn": "demo", "matplotlib": "analysis", "tensorboard": "train"},
-    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "openvino"), "export"),
-}
 ALIASES = {"reproduce": ["paper"]}  # what commands were called before
+
+
+_EXTRAS = {
+    "aedat": "events",
+    "h5py": "events",
+    "hdf5plugin": "events",
+    "sklearn": "demo",
+    "matplotlib": "analysis",
+    "tensorboard": "train",
+    **dict.fromkeys(("onnx", "onnxruntime", "openvino"), "export"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; errors that the user can act on are one line and exit status 2."""
-    parser = argparse.ArgumentParser(prog="timm-qkformer", description="QKFormer spiking transformers for timm")
+    args = build_parser().parse_args(argv)
+    try:
+        _import(args.imports)
+        args.run(args)
+        sys.stdout.flush()
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return _fail(f"{error.name} is missing: pip install 'timm-qkformer[{extra}]'")
+    except BrokenPipeError:  # `timm-qkformer ... | head`: nobody reads on, and Python would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (OSError, ValueError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("timm-qkformer: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line. `parse_args(argv).run(args)` runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="timm-qkformer",
+        description="Spiking transformers (QKFormer and its family) for timm: train, measure, look inside, deploy",
+        epilog=f"timm-qkformer COMMAND --help has examples.\n{EXIT_STATUS}",
+        formatter_class=HelpFormatter,
+    )
     parser.add_argument("--version", action=_Version, help="versions of the package and of what it builds on")
     parser.add_argument(
         "--import",
@@ -177,26 +228,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="MODULE",
         help="module of this folder or an installed one to import first: yours, that registers an operator or a neuron",
     )
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a script that completes commands and options in this shell",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (text, add_arguments, run) in COMMANDS.items():
-        command = commands.add_parser(name, aliases=ALIASES.get(name, []), help=text, description=text)
+        command = commands.add_parser(
+            name,
+            aliases=ALIASES.get(name, []),
+            help=text,
+            description=text[0].upper() + text[1:],
+            epilog=examples(name),
+            formatter_class=HelpFormatter,
+        )
         add_arguments(command)
         command.set_defaults(run=run)
-    args = parser.parse_args(argv)
-    try:
-        _import(args.imports)
-        args.run(args)
-    except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        return _fail(f"{error.name} is missing: pip install 'timm-qkformer[{extra}]'")
-    except (OSError, ValueError) as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        print("timm-qkformer: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return parser
 
 
 class _Version(argparse.Action):

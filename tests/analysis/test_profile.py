@@ -174,7 +174,7 @@ def test_command_with_weights_of_a_file(tmp_path, capsys):
         (["test_qkformer", "--data", "nowhere"], "nowhere does not exist"),
         (["test_qkformer", "--limit", "0"], "samples=0 must be at least 1"),
         (["test_qkformer", "--batch-size", "0"], "batch_size=0 must be at least 1"),
-        (["test_qkformer", "--device", "nothing"], "--device nothing: "),
+        (["test_qkformer", "--device", "nothing"], "device='nothing' cannot be used: "),
         (["test_qkformer", "--time-steps", "0"], "time_steps=0"),
     ],
 )

@@ -8,14 +8,11 @@ import torch
 import tiny
 from timm_qkformer import deploy
 
-pytestmark = pytest.mark.slow
-
 ROUNDS = 10
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-def test_eight_threads_share_a_deployed_model(precision):
-    broken = tried = 0
+def test_eight_threads_share_a_deployed_model(precision, tally):
     for trial in range(ROUNDS):
         torch.manual_seed(trial)
         model = tiny.tiny(["test_qkformer", "test_maxformer"][trial % 2]).float()
@@ -35,8 +32,6 @@ def test_eight_threads_share_a_deployed_model(precision):
             thread.start()
         for thread in threads:
             thread.join()
-        for wanted, answers in zip(expected, found, strict=True):
-            tried += 1
-            broken += answers is None or not all(torch.equal(answer, wanted) for answer in answers)
-    print(f"threads, {precision}: tried {tried}, held {tried - broken}")
-    assert broken == 0
+        for i, (wanted, answers) in enumerate(zip(expected, found, strict=True)):
+            held = answers is not None and all(torch.equal(answer, wanted) for answer in answers)
+            tally.attempt(held, f"trial {trial}, thread {i}")

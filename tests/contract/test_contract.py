@@ -15,7 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import timm_qkformer
 from timm_qkformer.execution import execution_policy
 from timm_qkformer.layers import SpikingBlock
-from timm_qkformer.models import QKFormer
+from timm_qkformer.models import (
+    Architecture,
+    BlockSpec,
+    ChainSpec,
+    MixerSpec,
+    PositionSpec,
+    QKFormer,
+    SpikingTransformer,
+    StageSpec,
+    UnitSpec,
+)
 from timm_qkformer.neurons import SpikingNeuron, get_neuron_layer, neuron_names, run_with_state
 from timm_qkformer.operators import Operator, get_operator, operator_names, register_operator
 
@@ -49,10 +59,11 @@ def _cases():
 
 
 def _export_cases():
-    """As `_cases`, with both kinds of shortcut, of which exporting one takes long enough."""
+    """As `_cases`, with both kinds of shortcut; by default each operator once, which takes long enough."""
     for case in _cases():
         for shortcut in SHORTCUTS:
-            marks = [pytest.mark.slow] if case.marks or shortcut == "MS" else []
+            usual = not case.marks and case.values[0][1] == "lif" and shortcut == "SEW"
+            marks = [] if usual else [pytest.mark.slow]
             yield pytest.param((*case.values[0], shortcut), id=f"{case.id}-{shortcut}", marks=marks)
 
 
@@ -256,6 +267,32 @@ def test_deployed_equals_plain(model_case):
             with execution_policy(kernels=kernels):
                 found = timm_qkformer.deploy(model, precision)(x)
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, msg=f"{precision}, kernels={kernels}")
+
+
+def make_model_on_currents(operator: str, neuron: str) -> SpikingTransformer:
+    """Blocks that add spikes to a stream of real numbers: the chain before them ends without neurons."""
+    torch.manual_seed(2)
+    block = BlockSpec((MixerSpec(operator, 2), MixerSpec("dwc3", 2)), 2.0)
+    chain = ChainSpec((UnitSpec(DIM, "currents", fires=False),), PositionSpec(fires=True))
+    stages = (StageSpec(DIM, chain, (block,)),)
+    model = SpikingTransformer(Architecture(UnitSpec(8), stages), neuron=neuron, num_classes=5, time_steps=T)
+    _make_lively(model.double())
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*(rounded weights are multiplied|8-bit|bfloat16 arithmetic)")
+@pytest.mark.parametrize("case", list(_cases()))
+@torch.no_grad()
+def test_spikes_added_to_currents_are_deployed_as_they_are(case):
+    model, x = make_model_on_currents(*case), images()
+    timm_qkformer.quantize_weights(model)
+    expected = model(x)
+    assert not torch.equal(expected, model(x.flip(0)))
+    for precision in ("fp32", "int8"):
+        found = timm_qkformer.deploy(model, precision)(x)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, msg=precision)
+    with pytest.raises(ValueError, match=r'products="events": stages\.0 passes on real numbers'):
+        timm_qkformer.deploy(model, products="events")
 
 
 @pytest.mark.filterwarnings("ignore:.*(rounded weights are multiplied|8-bit|bfloat16 arithmetic)")

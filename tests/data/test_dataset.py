@@ -138,11 +138,11 @@ def test_a_cache_spares_the_reading(recordings, tmp_path, monkeypatch):
     first = dataset(recordings, cache_dir=tmp_path / "cache")
     clips = [first[i][0] for i in range(6)]
 
-    def never(path):
+    def never(path, **options):
         raise AssertionError(f"{path} was read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("timm_qkformer.data.dataset.read_events", never)
+        patch.setattr("timm_qkformer.data.dataset.open_events", never)
         again = dataset(recordings, cache_dir=tmp_path / "cache")
         assert all(torch.equal(again[i][0], clips[i]) for i in range(6))
     # Other parameters have their own entries.

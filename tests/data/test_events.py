@@ -78,12 +78,12 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "folder.npz").mkdir()
     with open(tmp_path / "array.npz", "wb") as file:
         np.save(file, np.zeros(3))
-    for name in ("noise.npz", "noise.aedat4"):
+    for name in ("noise.npz", "noise.aedat4", "noise.xyz"):
         (tmp_path / name).write_bytes(np.random.default_rng(0).bytes(1000))
     for name, message in [
         ("nowhere.npz", "no such file"),
         ("folder.npz", "no such file"),
-        ("nowhere.mat", r"unknown suffix '\.mat'"),
+        ("noise.xyz", r"of no known format .* unknown suffix '\.xyz'"),
         ("array.npz", "single array"),
         ("noise.npz", "not a readable"),
         ("noise.aedat4", "not a readable"),
@@ -204,7 +204,7 @@ def test_examples_of_the_docs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the skipped recording
-        assert run_examples(DOCS / "events.md") == 4
+        assert run_examples(DOCS / "events.md") == 5
     out = capsys.readouterr().out
     for text in ("[4, 4, 2, 64, 64] torch.int64", "[4, 2]", "4000 (16, 2, 128, 128) 4000"):
         assert text in out

@@ -23,6 +23,7 @@ from event_files import (
 from timm_qkformer.data import FrameSpec, create_event_dataset, create_event_loader, events_to_frames, split_by_class
 
 DVS = (128, 128)
+pytestmark = pytest.mark.filterwarnings("ignore:.* recordings are there")
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +135,7 @@ def test_cifar10_dvs_from_the_original_archives(tmp_path, monkeypatch):
         assert label == target
         expected = events_to_frames(random_events(50, DVS, seed=target), FrameSpec(2), DVS)
         np.testing.assert_array_equal(clip.numpy(), expected)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["download", "events_np", "extract", "made"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["download", "extract", "made"]
 
 
 def test_a_damaged_archive_is_named_and_kept(tmp_path, monkeypatch):
@@ -151,26 +152,26 @@ def test_a_damaged_archive_is_named_and_kept(tmp_path, monkeypatch):
 def test_an_interrupted_conversion_starts_again(tmp_path, monkeypatch):
     cifar10_dvs_archives(tmp_path, monkeypatch)
 
-    def interrupted(extract_root, raw_root):
-        (raw_root / "airplane").mkdir()
+    def interrupted(download_root, extract_root):
+        (extract_root / "airplane").mkdir()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(CIFAR10DVS, "create_raw_from_extracted", interrupted)
+        patch.setattr(CIFAR10DVS, "extract_downloaded_files", interrupted)
         with pytest.raises(KeyboardInterrupt):
             create_event_dataset("cifar10dvs", tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["download", "extract", "made"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["download", "made"]
     assert len(create_event_dataset("cifar10dvs", tmp_path, time_steps=2)) == 10
 
 
 def test_a_conversion_that_fails(tmp_path, monkeypatch):
     cifar10_dvs_archives(tmp_path, monkeypatch)
 
-    def fails(extract_root, raw_root):
-        raise ValueError("odd number of data elements")
+    def fails(download_root, extract_root):
+        raise ValueError("an odd archive")
 
-    monkeypatch.setattr(CIFAR10DVS, "create_raw_from_extracted", fails)
-    with pytest.raises(ValueError, match=r"CIFAR10-DVS: spikingjelly could not make .*odd number"):
+    monkeypatch.setattr(CIFAR10DVS, "extract_downloaded_files", fails)
+    with pytest.raises(ValueError, match=r"CIFAR10-DVS: spikingjelly could not make .*an odd archive"):
         create_event_dataset("cifar10dvs", tmp_path)
 
 
@@ -374,7 +375,7 @@ def test_an_empty_split(tmp_path):
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("mnist", {}, "name='mnist' is unknown, expected one of cifar10dvs, dvs128gesture, nmnist, folder"),
+        ("mnist", {}, "name='mnist' is unknown, expected one of cifar10dvs, dvs128gesture, nmnist"),
         ("nmnist", {"split": "dev"}, "split='dev'"),
         ("nmnist", {"sensor_size": 28}, "sensor_size=28 is wrong for nmnist"),
     ],

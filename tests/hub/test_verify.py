@@ -207,8 +207,8 @@ def test_command_writes_its_results_once(folder, images, tmp_path, capsys):
     argv = ["verify", str(folder), "--data", str(images), "--limit", "4", "--workers", "0", "--device", "cpu"]
     assert main([*argv, "--output", str(output)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["per sample", "coupled"]
-    assert all("4 images of 64x64, T = 2" in line for line in lines)
+    assert [line.split("  ")[0] for line in lines] == ["per sample", "coupled", f"wrote {output}"]
+    assert all("4 images of 64x64, T = 2" in line for line in lines[:2])
     assert [result["images"] for result in json.loads(output.read_text())] == [4, 4]
     assert main([*argv, "--output", str(output)]) == 2
     assert "exists already" in capsys.readouterr().err

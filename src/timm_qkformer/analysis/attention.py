@@ -50,10 +50,12 @@ class AttentionRecord:
 
     @property
     def time_steps(self) -> int:
+        """Time steps T."""
         return self.result.shape[0]
 
     @property
     def heads(self) -> int:
+        """Number of heads."""
         return self.result.shape[2]
 
     @property

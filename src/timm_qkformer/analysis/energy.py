@@ -168,6 +168,7 @@ class EnergyMeter:
         self._inputs: dict[str, dict[str, Tensor]] = {}  # of operators, until all of them are there
 
     def watches(self, model: nn.Module) -> Iterator[Watch]:
+        """Which modules to hook: those that cost something."""
         real = _real_inputs(model)
         operators = operator_layers(model)
         inner = {f"{path}.{name}" for path, operator in operators.items() for name in operator.inner_modules()}
@@ -185,9 +186,11 @@ class EnergyMeter:
                 _check_known(path, module)
 
     def end_sample(self) -> None:
+        """A sample has passed through the model."""
         self._inputs.clear()
 
     def result(self, samples: int, shape: list[int], mac_pj: float, ac_pj: float) -> Energy:
+        """Operations and energy a sample, of all samples so far."""
         time_steps = max((counts.longest for counts in self._counts.values()), default=1)
         layers = tuple(counts.result(samples, time_steps, mac_pj, ac_pj) for counts in self._counts.values())
         return Energy(layers, samples, tuple(shape), mac_pj, ac_pj)

@@ -146,14 +146,26 @@ def _speed(model: nn.Module, batch: Tensor, rounds: int) -> Speed:
     return Speed(len(batch), rounds, median, (lower, upper), str(batch.device), dtype, torch.get_num_threads())
 
 
-def text_report(profile: Profile) -> str:
-    """Tables for a terminal."""
+def text_report(profile: Profile, layers: int | None = None) -> str:
+    """Tables for a terminal.
+
+    Args:
+        profile: What was measured.
+        layers: Show the layers that fire most and those that take most energy, so many of each. None: all.
+    """
     lines = [*([f"NOTE: {_UNTRAINED}", ""] if profile.is_random else [])]
     summary = _summary(profile)
     width = max(len(name) for name, _ in summary)
     lines += [f"{name:<{width}}  {value}" for name, value in summary]
-    for title, header, rows in (_rates_table(profile.rates), _energy_table(profile.energy)):
-        lines += ["", title, *_aligned(header, rows)]
+    tables = (
+        (_rates_table(profile.rates), [layer.mean for layer in profile.rates.layers], "that fire most"),
+        (_energy_table(profile.energy), [layer.pj for layer in profile.energy.layers], "that take most energy"),
+    )
+    for (title, header, rows), sizes, largest in tables:
+        shown = sorted(sorted(range(len(rows)), key=lambda i: -sizes[i])[:layers])
+        if len(shown) < len(rows):
+            title += f": the {len(shown)} of {len(rows)} {largest} (--all shows all)"
+        lines += ["", title, *_aligned(header, [rows[i] for i in shown])]
     return "\n".join(lines)
 
 

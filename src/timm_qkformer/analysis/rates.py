@@ -119,6 +119,7 @@ class RateMeter:
         self._counts: dict[SpikeLayer, _Counts] = {}
 
     def watches(self, model: nn.Module) -> Iterator[Watch]:
+        """Which modules to hook: neurons, and operators whose result fires."""
         for layer, channel_dims in spike_layers(model).items():
             yield Watch(layer.path, partial(self._count, layer, channel_dims), is_input=not layer.is_neuron)
 
@@ -131,6 +132,7 @@ class RateMeter:
         self._sample[layer] = (fired, flat.shape[2])
 
     def end_sample(self) -> None:
+        """A sample has passed through the model."""
         for layer, (fired, positions) in self._sample.items():
             if layer not in self._counts:
                 self._counts[layer] = _Counts(fired.shape[0], fired.shape[1], positions)
@@ -138,6 +140,7 @@ class RateMeter:
         self._sample.clear()
 
     def result(self, samples: int, shape: list[int]) -> FiringRates:
+        """Firing rates of all samples so far."""
         layers = tuple(counts.result(layer, samples) for layer, counts in self._counts.items())
         return FiringRates(layers, samples, tuple(shape), len(layers[0].step_means))
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from ..files import refuse_existing
 from ..operators import Operator
+from ..progress import Bar
 from .attention import record_attention, select_layers
 from .drawing import QUERY_KEY, draw_attention, draw_gallery, draw_raster, save_picture
 from .hooks import CALIBRATION_SAMPLES, bare_model, pick_neurons, recalibrated_norms, record_layer
@@ -83,7 +83,7 @@ def visualize(
     samples = [inputs.read(file).x for file in everything[:CALIBRATION_SAMPLES]] if untrained else []
     with (
         recalibrated_norms(plain, samples) if untrained else nullcontext(),
-        tqdm(total=len(everything), desc="drawing", unit="input", disable=quiet or None) as bar,
+        Bar(total=len(everything), desc="drawing", unit="input", disable=quiet or None) as bar,
     ):
         for name, file in zip(names, files, strict=True):
             heading = f"{title}: {file.name}" if title else file.name

@@ -1,14 +1,13 @@
 """`timm-qkformer profile` and `timm-qkformer visualize`."""
 
 import argparse
-import json
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import first_line
-from .model import add_model, add_model_options, add_sensor_size, load
+from .model import add_device, add_model, add_model_options, add_sensor_size, load
+from .output import STDOUT, add_json, refuse_outputs, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from ..analysis.profile import Profile
 
 _NOISE = 4  # samples, where there are no data
+_LAYERS = 10  # shown without --all
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:
@@ -28,34 +28,30 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
     )
     add_sensor_size(parser)
     parser.add_argument("--batch-size", type=int, default=1, help="for speed and memory (%(default)s)")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number, to a new file")
+    add_device(parser)
+    parser.add_argument("--all", action="store_true", help="show every layer, not the ten largest alone")
+    add_json(parser, "every number")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report with pictures, to a new file")
     add_model_options(parser)
 
 
 def profile(args: argparse.Namespace) -> None:
-    import torch
-    from tqdm import tqdm
-
     from ..analysis.hooks import CALIBRATION_SAMPLES, recalibrated_norms
     from ..analysis.inputs import file_data, noise_data
     from ..analysis.profile import html_report, text_report
     from ..analysis.profile import profile as measure
-    from ..files import refuse_existing, write_atomically
+    from ..devices import usable_device
+    from ..files import write_atomically
+    from ..progress import Bar
 
     if args.html is not None:
         import matplotlib  # noqa: F401, missing: say so before anything is measured
-    outputs = [path for path in (args.json, args.html) if path is not None]
-    refuse_existing(*outputs)
-    for path in outputs:
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+    refuse_outputs(args, args.html)
+    device = usable_device(args.device)
     loaded = load(args)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = loaded.model.to(device)
-    except (RuntimeError, AssertionError) as error:  # how torch refuses devices
-        raise ValueError(f"--device {device}: {first_line(error)}") from error
+    model = loaded.model.to(device)
 
     def data() -> Any:
         if args.data is None:
@@ -66,20 +62,18 @@ def profile(args: argparse.Namespace) -> None:
     with recalibrated_norms(model, list(islice(data()[1], CALIBRATION_SAMPLES))) if loaded.is_random else nullcontext():
         result = measure(
             model,
-            tqdm(samples, desc="measuring", unit="sample", leave=False, disable=None),
+            Bar(samples, desc="measuring", unit="sample", leave=False, disable=None),
             name=loaded.name,
             weights=f"{loaded.weights}, batch norms recalibrated on the data" if loaded.is_random else loaded.weights,
             is_random=loaded.is_random,
             data_name=data_name,
             batch_size=args.batch_size,
         )
-        print(text_report(result))
-        if args.json is not None:
-            write_atomically(args.json, json.dumps(result.to_dict(), indent=1) + "\n")
-            print(f"wrote {args.json}")
+        show(args, result.to_dict(), text_report(result, layers=None if args.all else _LAYERS))
         if args.html is not None:
             write_atomically(args.html, html_report(result, _figures(model, result, next(data()[1]))))
-            print(f"wrote {args.html}")
+            if args.json != STDOUT:
+                print(f"wrote {args.html}")
 
 
 def _figures(model: Any, result: "Profile", x: Any) -> dict[str, "Figure"]:
@@ -120,6 +114,7 @@ def add_visualize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=int, metavar="N", help="only this block of each stage, counted from 1")
     parser.add_argument("--raster", metavar="LAYER", help="neurons of the firing raster, such as stem.neuron")
     add_sensor_size(parser)
+    add_json(parser, "the files' names")
     add_model_options(parser)
 
 
@@ -128,8 +123,9 @@ def visualize(args: argparse.Namespace) -> None:
 
     from ..analysis.visualize import visualize as draw
 
+    refuse_outputs(args)
     loaded = load(args)
-    if loaded.is_random:
+    if loaded.is_random and args.json != STDOUT:
         print(
             f"{loaded.name} has {loaded.weights}: what it attends to means nothing. Its batch norms take their "
             "statistics from the inputs, since hardly a neuron would fire otherwise"
@@ -145,4 +141,5 @@ def visualize(args: argparse.Namespace) -> None:
         untrained=loaded.is_random,
         title=loaded.title,
     )
-    print("\n".join(f"wrote {path}" for path in written))
+    files = {"written": [str(path) for path in written], "random_weights": loaded.is_random}
+    show(args, files, "\n".join(f"wrote {path}" for path in written))

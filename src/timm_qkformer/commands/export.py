@@ -1,9 +1,11 @@
 """`timm-qkformer export`."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from .model import add_model, add_model_options, add_sensor_size, load
+from .output import add_json, refuse_outputs, show
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +20,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="DIR", help="images or recordings to compare with the model on (default: noise)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="compare on N of them, drawn at random (default: 200)")
+    add_json(parser, "the comparison and what stands in the file")
     add_sensor_size(parser)
     add_model_options(parser)
 
@@ -26,10 +29,12 @@ def export(args: argparse.Namespace) -> None:
     from ..analysis.inputs import file_data
     from ..exporting import export as write
 
+    refuse_outputs(args)
     loaded = load(args)
     data = None
     if args.data is not None:
         sensor_size = tuple(args.sensor_size) if args.sensor_size else None
         data = file_data(loaded.model, args.data, args.limit or 200, sensor_size)[1]
-    options = {"step": args.step, "data": data, "force": args.force, "name": loaded.title}
-    print(write(loaded.model, args.output, args.format, **options))
+    form = {"step": args.step, "force": args.force, "name": loaded.title}
+    result = write(loaded.model, args.output, args.format, data=data, **form)
+    show(args, asdict(result), str(result))

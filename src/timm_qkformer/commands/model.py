@@ -22,6 +22,11 @@ def add_sensor_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    text = "auto, cpu, cuda, cuda:1, ...; auto is cuda if there is one, else cpu (%(default)s)"
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=text)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights for a registered MODEL")
     parser.add_argument(
@@ -47,13 +52,13 @@ def load(args: argparse.Namespace, source: str | None = None) -> "LoadedModel":
             random=args.random,
             seed=args.seed,
             time_steps=args.time_steps,
-            model_args=_keyword_arguments(args.model_kwargs),
+            model_args=keyword_arguments(args.model_kwargs),
         )
     except WeightsError as error:
         raise OSError(f"{error} Or look at an untrained model with --random.") from error
 
 
-def _keyword_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+def keyword_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     """KEY=VALUE, where VALUE is a Python literal, else text."""
     result: dict[str, Any] = {}
     for pair in pairs:

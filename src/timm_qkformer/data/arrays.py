@@ -7,7 +7,8 @@ file's own size.
 
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
@@ -71,6 +72,20 @@ class ArrayFile:
             member.read(1)  # the end, where the checksum is compared
         return array
 
+    def read_side_by_side(self, length: int) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Parts of so many elements of all arrays, which must be vectors of one length; checksums hold at the end."""
+        with ExitStack() as stack:
+            members = [stack.enter_context(self._archive.open(f"{name}.npy")) for name in self.names]
+            for member in members:
+                read_header(member)
+            dtypes = [self.headers[name].dtype for name in self.names]
+            (count,) = self.headers[self.names[0]].shape
+            for start in range(0, count, length):
+                now = min(length, count - start)
+                yield tuple(_part(member, dtype, now) for member, dtype in zip(members, dtypes, strict=True))
+            for member in members:
+                member.read(1)  # the end, where the checksum is compared
+
     def _open(self) -> None:
         with self.path.open("rb") as file:
             if file.read(len(_MAGIC)) == _MAGIC:
@@ -93,7 +108,7 @@ class ArrayFile:
     def _header(self, name: str) -> Header:
         info = self._archive.getinfo(f"{name}.npy")
         with self._archive.open(info) as member:
-            shape, dtype = _read_header(member)
+            shape, dtype = read_header(member)
             start = member.tell()
         if dtype.hasobject:
             raise ValueError(f"{name} holds Python objects, which are not unpickled")
@@ -105,7 +120,15 @@ class ArrayFile:
         return Header(shape, dtype)
 
 
-def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _part(member: IO[bytes], dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    content = member.read(count * dtype.itemsize)
+    if len(content) != count * dtype.itemsize:
+        raise ValueError("an array ends early")
+    return np.frombuffer(content, dtype)
+
+
+def read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of a .npy file, which then stands at the array's first byte."""
     version = npy.read_magic(member)
     if version == (1, 0):
         shape, _, dtype = npy.read_array_header_1_0(member)

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from .cache import FrameCache
 from .events import EventFileError, Events, FrameSpec, check_events, events_to_frames
-from .formats import read_events
+from .formats import EventFileWarning
+from .formats.recording import gather, open_events
 
 _logger = logging.getLogger(__name__)
 _NAMED = 10  # how many bad recordings a message names
@@ -27,17 +28,22 @@ class EventDataset(Dataset):
 
     Every recording is read once when the data set is created, so that a bad one is found then and not in the middle of
     an epoch. With `cache_dir` the frames made on the way are kept, and the next creation only reads what is new.
-    Afterwards `recordings` holds those that are used, and `skipped` by path what was wrong with each one left out.
+    Afterwards `recordings` holds those that are used, `skipped` by path what was wrong with each one left out, and
+    `repaired` what was repaired in others, of which one warning tells.
 
     Args:
         recordings: (path, class index) of each recording, in any format of `read_events`.
         class_names: Name of each class.
         spec: Number, kind and size of the frames.
-        sensor_size: (height, width) of the camera. Needed where files do not state it: all formats but .aedat4.
+        sensor_size: (height, width) of the camera. Needed where files do not state it, see docs/events.md.
         on_error: What to do about recordings that are corrupt, empty or missing. "raise" refuses the data set and names
             them; "skip" leaves them out with one warning that names and counts them.
         cache_dir: Folder for finished frames; None makes them anew each time.
         transform: Applied to each clip [T, 2, H, W], such as `EventAugment`.
+        orient: What is done to events before they are counted: "transpose" exchanges columns and rows, "rotate" turns
+            the picture by 180 degrees; "" leaves it.
+
+    `split` says in words which part of a data set this is, where that is known.
 
     Raises:
         ValueError: If there are no recordings, none is usable, some are not and on_error="raise", or cameras of several
@@ -53,7 +59,10 @@ class EventDataset(Dataset):
         on_error: str = "raise",
         cache_dir: str | Path | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
+        orient: str = "",
     ) -> None:
+        if orient not in ("", "transpose", "rotate"):
+            raise ValueError(f"orient={orient!r} needs to be '', 'transpose' or 'rotate'")
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={on_error!r} needs to be 'raise' or 'skip'")
         if not recordings:
@@ -66,7 +75,10 @@ class EventDataset(Dataset):
         self.on_error = on_error
         self.cache = None if cache_dir is None else FrameCache(cache_dir)
         self.transform = transform
+        self.orient = orient
+        self.split = ""
         self.skipped: dict[Path, str] = {}
+        self.repaired: dict[Path, str] = {}
         self.recordings = self._usable(recordings)
 
     @property
@@ -96,7 +108,7 @@ class EventDataset(Dataset):
                 self.skipped[path] = error.reason
                 warnings.warn(f"skipped in this epoch, the next recording takes its place: {error}", stacklevel=2)
         else:
-            raise ValueError(f"none of the {len(self)} recordings can be read any more: {self._named()}")
+            raise ValueError(f"none of the {len(self)} recordings can be read any more: {_named(self.skipped)}")
         clip = torch.from_numpy(frames.astype(np.float32))
         return (clip if self.transform is None else self.transform(clip)), target
 
@@ -112,15 +124,20 @@ class EventDataset(Dataset):
             raise EventFileError(path, f"cannot be read ({error.strerror or error})") from error
 
     def _parameters(self) -> dict[str, object]:
-        return {**asdict(self.spec), "sensor_size": self.sensor_size}
+        oriented = {"orient": self.orient} if self.orient else {}
+        return {**asdict(self.spec), "sensor_size": self.sensor_size, **oriented}
 
     def _read(self, path: Path) -> tuple[Events, tuple[int, int]]:
         """Events that can be counted, and the (height, width) of their sensor."""
-        events = read_events(path)
+        with open_events(path, warn=False) as recording:
+            events = gather(recording)
+            if recording.findings:
+                self.repaired[path] = str(recording.findings)
         sensor_size = self.sensor_size or events.sensor_size
         if sensor_size is None:
             raise ValueError(f"sensor_size=(height, width) is needed: {path.name} does not state the camera's size")
         check_events(events, sensor_size, path)
+        events, sensor_size = _oriented(events, sensor_size, self.orient)
         try:
             self.spec.frame_size(sensor_size)
         except ValueError as error:
@@ -150,8 +167,11 @@ class EventDataset(Dataset):
         pairs = zip(recordings, checks, strict=True)
         usable = [recording for recording, check in pairs if not isinstance(check, EventFileError)]
         self.skipped = {check.path: check.reason for check in checks if isinstance(check, EventFileError)}
+        if self.repaired:
+            told = f"{len(self.repaired)} of {len(recordings)} recordings were repaired: {_named(self.repaired)}"
+            warnings.warn(told, EventFileWarning, stacklevel=4)
         if self.skipped:
-            summary = f"{len(self.skipped)} of {len(recordings)} recordings cannot be used: {self._named()}"
+            summary = f"{len(self.skipped)} of {len(recordings)} recordings cannot be used: {_named(self.skipped)}"
             if self.on_error == "raise":
                 raise ValueError(f"{summary}. on_error='skip' leaves them out")
             if not usable:
@@ -165,7 +185,17 @@ class EventDataset(Dataset):
         _logger.info("%d recordings of %d classes", len(usable), len(self.class_names))
         return usable
 
-    def _named(self) -> str:
-        names = [f"{path}: {reason}" for path, reason in list(self.skipped.items())[:_NAMED]]
-        more = len(self.skipped) - len(names)
-        return "; ".join(names) + (f"; and {more} more" if more else "")
+
+def _oriented(events: Events, sensor_size: tuple[int, int], orient: str) -> tuple[Events, tuple[int, int]]:
+    if orient == "transpose":
+        return Events(events.t, events.y, events.x, events.p), (sensor_size[1], sensor_size[0])
+    if orient == "rotate":
+        height, width = sensor_size
+        events = Events(events.t, width - 1 - events.x, height - 1 - events.y, events.p)
+    return events, sensor_size
+
+
+def _named(recordings: dict[Path, str]) -> str:
+    names = [f"{path}: {reason}" for path, reason in list(recordings.items())[:_NAMED]]
+    more = len(recordings) - len(names)
+    return "; ".join(names) + (f"; and {more} more" if more else "")

@@ -105,7 +105,7 @@ def events_to_frames(
     Raises:
         ValueError: For no events, events off the sensor, or arrays that are no whole numbers of one length.
     """
-    events = _as_events(events)
+    events = as_events(events)
     steps, count = spec.time_steps, len(events)
     height, width = spec.frame_size(sensor_size)
     # As Python's integers, which do not wrap around.
@@ -117,8 +117,8 @@ def events_to_frames(
     chunk = max(_CHUNK, len(counts))
     for start in range(0, count, chunk):
         part = slice(start, start + chunk)
-        y = _on_sensor(events.y[part], "y", sensor_size[0]) * height // sensor_size[0]
-        x = _on_sensor(events.x[part], "x", sensor_size[1]) * width // sensor_size[1]
+        y = on_sensor(events.y[part], "y", sensor_size[0]) * height // sensor_size[0]
+        x = on_sensor(events.x[part], "x", sensor_size[1]) * width // sensor_size[1]
         if spec.split_by == "time":
             step = (events.t[part].astype(np.int64) - begin) // duration
         elif count < steps:
@@ -130,7 +130,7 @@ def events_to_frames(
     return counts.reshape(steps, 2, height, width).astype(np.uint32)
 
 
-def _as_events(events: Events | NDArray[Any] | Mapping[str, Any]) -> Events:
+def as_events(events: Events | NDArray[Any] | Mapping[str, Any]) -> Events:
     """Events in any of the forms that `events_to_frames` takes, in the dtypes that they have."""
     if not isinstance(events, Events):
         found = events.dtype.names if isinstance(events, np.ndarray) else tuple(events)
@@ -152,7 +152,8 @@ def _as_events(events: Events | NDArray[Any] | Mapping[str, Any]) -> Events:
     return events
 
 
-def _on_sensor(values: NDArray[Any], name: str, limit: int) -> NDArray[np.int64]:
+def on_sensor(values: NDArray[Any], name: str, limit: int) -> NDArray[np.int64]:
+    """Coordinates as numbers to compute with; ValueError if one is not below `limit`, the sensor's."""
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= limit:
         raise ValueError(f"{name} runs from {low} to {high}, outside of a sensor with {limit} of them (sensor_size)")

@@ -1,21 +1,33 @@
 """Where the recordings of the known data sets lie, and which belong to which split."""
 
 import os
-import shutil
-import tempfile
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from timm.layers import to_2tuple
 from torch import Tensor
 
 from .dataset import EventDataset
 from .events import FrameSpec
-from .formats import EVENT_SUFFIXES
+from .formats import EVENT_SUFFIXES, TEXT_SUFFIXES
+from .gesture import check_gestures, cut_gestures, find_gestures
 from .sampling import split_by_class
+from .spikingjelly_files import build_folder, find_events_np, make_events_np, unpack_downloads
 
 Recordings = list[tuple[Path, int]]
+
+
+@dataclass
+class Found:
+    """Recordings of a split that were found."""
+
+    recordings: Recordings
+    class_names: tuple[str, ...]
+    orient: str = ""  # see `EventDataset`
+    by_ratio: bool = False  # the data set has no split of its own
+
 
 _SPLITS = {"train": ("train",), "test": ("test", "val", "validation")}
 
@@ -37,14 +49,20 @@ def create_event_dataset(
 ) -> EventDataset:
     """Create a data set of event clips by name. Nothing is downloaded; what is missing is said, and where to get it.
 
-    - "cifar10dvs": CIFAR10-DVS as spikingjelly lays it out (`root/events_np`), or from the original archives in
-      `root/download`, which spikingjelly converts. Split 0.9 by class without shuffling, as published.
-    - "dvs128gesture": DVS128 Gesture, likewise, with its own split by user. Classes are in spikingjelly's order, which
-      sorts their numbers as text: 0, 1, 10, 2, ...
+    - "cifar10dvs": CIFAR10-DVS as its archives unpack, `root/<class>/*.aedat`, or as spikingjelly lays it out
+      (`root/events_np`), or the archives themselves in `root/download`, which are unpacked to `root/extract`. Split 0.9
+      by class without shuffling, as published.
+    - "dvs128gesture": DVS128 Gesture, `root/DvsGesture/*.aedat` with its labels, which are cut into gestures in
+      `root/events_np`, or likewise. Its own split by user. Classes are in spikingjelly's order, which sorts their
+      numbers as text: 0, 1, 10, 2, ...
     - "nmnist": N-MNIST unpacked (`root/Train`, `root/Test`), a folder of .bs2 files with lists such as train1K.txt and
       test100.txt, or as spikingjelly lays it out.
+    - "ncaltech101": N-Caltech101, `root/Caltech101/<class>/*.bin`, split by class.
+    - "ncars": N-CARS, `root/n-cars_train/{cars,background}/*.dat` and `root/n-cars_test`, its own split.
+    - "asldvs": ASL-DVS, `root/<letter>/*.mat`, split by class.
     - "folder": class folders of recordings, `root/<class>/*`, split by class, or `root/train/<class>/*` and
-      `root/test/<class>/*` (also "val", "validation"). Classes are in the order of their sorted names.
+      `root/test/<class>/*` (also "val", "validation"), in any format of `read_events`. Classes are in the order of
+      their sorted names.
 
     Args:
         name: One of the above.
@@ -54,7 +72,7 @@ def create_event_dataset(
         split_by: "number" gives every frame the same number of events, "time" the same duration.
         size: (height, width), or one number for both, to sample down to; None keeps the sensor's.
         sensor_size: (height, width), or one number for both, of the camera; for "folder" only, the others' are known.
-        train_ratio: Share of each class to train on, for "cifar10dvs" and for a "folder" without split folders.
+        train_ratio: Share of each class to train on, where the data set has no split of its own.
         split_seed: Shuffle before such a split; None does not, as published.
         on_error, cache_dir, transform: See `EventDataset`.
 
@@ -74,70 +92,143 @@ def create_event_dataset(
     if known_size is not None and camera != known_size:
         raise ValueError(f"sensor_size={sensor_size} is wrong for {name}, whose camera has {known_size}")
     spec = FrameSpec(time_steps, split_by, None if size is None else to_2tuple(size))
-    recordings, class_names = find(root, split, train_ratio, split_seed)
-    if not recordings:
+    found = find(root, "train" if split == "train" else "test", train_ratio, split_seed)
+    if not found.recordings:
         raise ValueError(f"the {split} split of {name} in {root} is empty; train_ratio={train_ratio} may leave nothing")
-    return EventDataset(
-        recordings, class_names, spec, sensor_size=camera, on_error=on_error, cache_dir=cache_dir, transform=transform
+    data = EventDataset(
+        found.recordings,
+        found.class_names,
+        spec,
+        sensor_size=camera,
+        on_error=on_error,
+        cache_dir=cache_dir,
+        transform=transform,
+        orient=found.orient,
     )
+    order = "in the order of names" if split_seed is None else f"shuffled with seed {split_seed}"
+    data.split = f"{split}, {train_ratio:g} of each class {order}" if found.by_ratio else f"{split}, the data set's own"
+    return data
 
 
-def _cifar10_dvs(
-    root: Path, split: str, train_ratio: float, split_seed: int | None
-) -> tuple[Recordings, tuple[str, ...]]:
+def _cifar10_dvs(root: Path, split: str, train_ratio: float, split_seed: int | None) -> Found:
     from spikingjelly.datasets.cifar10_dvs import CIFAR10DVS, CIFAR10DVS_CLASS_NAMES
 
-    folder = _spikingjelly_events(CIFAR10DVS, "CIFAR10-DVS", root)
+    folder, orient = find_events_np(root), ""
+    if folder is None:
+        # The archives hold a folder for each class; jAER's columns and rows are exchanged in what spikingjelly makes.
+        folder, orient = _with_folders(CIFAR10DVS_CLASS_NAMES, root, root / "extract"), "transpose"
+        folder = folder or unpack_downloads(CIFAR10DVS, "CIFAR10-DVS", root)
     classes = _expect_classes(folder, CIFAR10DVS_CLASS_NAMES)
-    return _take(_in_class_folders(folder, classes), split, train_ratio, split_seed), classes
+    recordings = _in_class_folders(folder, classes)
+    _check_complete("CIFAR10-DVS", folder, recordings, 10_000)
+    return Found(_take(recordings, split, train_ratio, split_seed), classes, orient, by_ratio=True)
 
 
-def _dvs128_gesture(
-    root: Path, split: str, _train_ratio: float, _split_seed: int | None
-) -> tuple[Recordings, tuple[str, ...]]:
-    from spikingjelly.datasets.dvs128_gesture import DVS128Gesture
+def _dvs128_gesture(root: Path, split: str, _train_ratio: float, _split_seed: int | None) -> Found:
+    folder = find_events_np(root)
+    if folder is None:
+        original = find_gestures(root)
+        if original is None:
+            from spikingjelly.datasets.dvs128_gesture import DVS128Gesture
 
-    folder = _spikingjelly_events(DVS128Gesture, "DVS128 Gesture", root) / split
-    classes = _expect_classes(folder, [str(i) for i in range(11)])
-    return _in_class_folders(folder, classes), classes
+            unpack_downloads(DVS128Gesture, "DVS128 Gesture", root)
+            original = find_gestures(root)
+            if original is None:
+                raise FileNotFoundError(f"{root / 'extract'} has no DvsGesture/trials_to_train.txt")
+        check_gestures(original)
+        folder = root / "events_np"
+        build_folder(folder, "DVS128 Gesture: could", lambda target: cut_gestures(original, target))
+    classes = _expect_classes(folder / split, [str(i) for i in range(11)])
+    recordings = _in_class_folders(folder / split, classes)
+    _check_complete(f"DVS128 Gesture ({split})", folder, recordings, {"train": 1176, "test": 288}[split])
+    return Found(recordings, classes)
 
 
-def _nmnist(root: Path, split: str, _train_ratio: float, _split_seed: int | None) -> tuple[Recordings, tuple[str, ...]]:
+def _nmnist(root: Path, split: str, _train_ratio: float, _split_seed: int | None) -> Found:
     digits = [str(i) for i in range(10)]
     lists = sorted(root.glob(f"{split}*.txt"))
     if len(lists) > 1:
         raise ValueError(f"{root} has several lists of the {split} split: {', '.join(path.name for path in lists)}")
     if lists:
-        return _in_list(lists[0], len(digits)), tuple(digits)
+        return Found(_in_list(lists[0], len(digits)), tuple(digits))
     folder = root / split.capitalize()
     if not folder.is_dir():
         from spikingjelly.datasets.n_mnist import NMNIST
 
-        folder = _spikingjelly_events(NMNIST, "N-MNIST", root) / split
+        folder = make_events_np(NMNIST, "N-MNIST", root) / split
     classes = _expect_classes(folder, digits)
-    return _in_class_folders(folder, classes), classes
+    recordings = _in_class_folders(folder, classes)
+    _check_complete(f"N-MNIST ({split})", folder, recordings, {"train": 60_000, "test": 10_000}[split])
+    return Found(recordings, classes)
 
 
-def _folder(root: Path, split: str, train_ratio: float, split_seed: int | None) -> tuple[Recordings, tuple[str, ...]]:
+def _ncaltech101(root: Path, split: str, train_ratio: float, split_seed: int | None) -> Found:
+    """Caltech101.zip holds a folder for each of 101 classes, among them BACKGROUND_Google and Faces_easy or not."""
+    folder = root / "Caltech101" if (root / "Caltech101").is_dir() else root
+    classes = _subfolders(folder)
+    if len(classes) < 2:
+        raise FileNotFoundError(
+            f"N-Caltech101 is not in {root}: expected Caltech101.zip, unpacked, so that there are "
+            f"{root}/Caltech101/<class>/image_0001.bin; it is at https://www.garrickorchard.com/datasets/n-caltech101"
+        )
+    recordings = _in_class_folders(folder, classes)
+    _check_complete("N-Caltech101", folder, recordings, 8709)
+    return Found(_take(recordings, split, train_ratio, split_seed), classes, by_ratio=True)
+
+
+def _ncars(root: Path, split: str, _train_ratio: float, _split_seed: int | None) -> Found:
+    classes = ("background", "cars")
+    name = f"n-cars_{split}"
+    places = [root, root / "Prophesee_Dataset_n_cars"]
+    folder = next((place / name for place in places if (place / name).is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"N-CARS ({split}) is not in {root}: expected {root}/{name}/{{cars,background}}/*.dat, or "
+            f"Prophesee_Dataset_n_cars with these in it; it is at https://www.prophesee.ai/dataset-n-cars"
+        )
+    recordings = _in_class_folders(folder, _expect_classes(folder, classes))
+    _check_complete(f"N-CARS ({split})", folder, recordings, {"train": 15_422, "test": 8607}[split])
+    return Found(recordings, classes)
+
+
+def _asl_dvs(root: Path, split: str, train_ratio: float, split_seed: int | None) -> Found:
+    letters = tuple("abcdefghiklmnopqrstuvwxy")  # j and z are movements
+    folder = _with_folders(letters, root, root / "ASLDVS", root / "extract")
+    if folder is None:
+        raise FileNotFoundError(
+            f"ASL-DVS is not in {root}: expected {root}/a/a_0001.mat and so on for the letters {''.join(letters)}; it "
+            "is at https://github.com/PIX2NVS/NVS2Graph"
+        )
+    recordings = _in_class_folders(folder, _expect_classes(folder, letters))
+    _check_complete("ASL-DVS", folder, recordings, 100_800)
+    # spikingjelly turns these upright too.
+    return Found(_take(recordings, split, train_ratio, split_seed), letters, "rotate", by_ratio=True)
+
+
+def _folder(root: Path, split: str, train_ratio: float, split_seed: int | None) -> Found:
     names = _subfolders(root)
     split_names = {name for aliases in _SPLITS.values() for name in aliases}
     if not names:
         raise FileNotFoundError(f"{root} has no class folders; expected {root}/<class>/<recording>")
     if not set(names) <= split_names:  # a class may be called "train"
-        return _take(_in_class_folders(root, names), split, train_ratio, split_seed), names
+        recordings = _in_class_folders(root, names, text=True)
+        return Found(_take(recordings, split, train_ratio, split_seed), names, by_ratio=True)
     folders = [root / name for name in names if name in _SPLITS[split]]
     if len(folders) != 1:
         raise FileNotFoundError(f"{root} has {', '.join(names)}, expected one of {', '.join(_SPLITS[split])} in it")
     # Of all splits, so that a class index means the same in each of them.
     classes = tuple(sorted({c for name in names for c in _subfolders(root / name)}))
-    return _in_class_folders(folders[0], classes, complete=split == "train"), classes
+    return Found(_in_class_folders(folders[0], classes, split == "train", text=True), classes)
 
 
-# Sensor's (height, width) where it is known, and how to find (recordings, class names).
-EVENT_DATASETS: dict[str, tuple[tuple[int, int] | None, Callable[..., tuple[Recordings, tuple[str, ...]]]]] = {
+# Sensor's (height, width) where it is known, and how to find the recordings.
+EVENT_DATASETS: dict[str, tuple[tuple[int, int] | None, Callable[..., Found]]] = {
     "cifar10dvs": ((128, 128), _cifar10_dvs),
     "dvs128gesture": ((128, 128), _dvs128_gesture),
     "nmnist": ((34, 34), _nmnist),
+    "ncaltech101": ((180, 240), _ncaltech101),
+    "ncars": ((100, 120), _ncars),
+    "asldvs": ((180, 240), _asl_dvs),
     "folder": (None, _folder),
 }
 
@@ -159,19 +250,36 @@ def _expect_classes(folder: Path, expected: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(expected))
 
 
-def _in_class_folders(root: Path, classes: tuple[str, ...], complete: bool = True) -> Recordings:
-    """Recordings in the order of torchvision's DatasetFolder, on which the published split rests."""
+def _with_folders(classes: Sequence[str], *places: Path) -> Path | None:
+    """The first place that has a folder of any of the classes."""
+    return next((place for place in places if any((place / name).is_dir() for name in classes)), None)
+
+
+def _check_complete(title: str, folder: Path, recordings: Recordings, expected: int) -> None:
+    if len(recordings) < expected:
+        warnings.warn(f"{title} in {folder}: {len(recordings):,} of {expected:,} recordings are there", stacklevel=4)
+
+
+def _in_class_folders(root: Path, classes: tuple[str, ...], complete: bool = True, text: bool = False) -> Recordings:
+    """Recordings in the order of torchvision's DatasetFolder, on which the published split rests.
+
+    With `text`, files of text are recordings where a class has no others: notes and lists lie beside recordings, too.
+    """
     recordings: Recordings = []
     for target, name in enumerate(classes):
         files = [
             Path(parent) / file
             for parent, _, names in sorted(os.walk(root / name, followlinks=True))
             for file in sorted(names)
-            if file.lower().endswith(EVENT_SUFFIXES)
         ]
-        if not files and (complete or (root / name).is_dir()):
-            raise ValueError(f"class {name!r} has no recordings ({', '.join(EVENT_SUFFIXES)}) in {root / name}")
-        recordings += [(file, target) for file in files]
+        suffixes: tuple[str, ...] = EVENT_SUFFIXES
+        found = [file for file in files if file.suffix.lower() in suffixes]
+        if not found and text:
+            suffixes = (*EVENT_SUFFIXES, *TEXT_SUFFIXES)
+            found = [file for file in files if file.suffix.lower() in suffixes]
+        if not found and (complete or (root / name).is_dir()):
+            raise ValueError(f"class {name!r} has no recordings ({', '.join(suffixes)}) in {root / name}")
+        recordings += [(file, target) for file in found]
     return recordings
 
 
@@ -186,60 +294,3 @@ def _in_list(path: Path, num_classes: int) -> Recordings:
             raise ValueError(f"{path}, line {number}: expected a sample and a class below {num_classes}, got {line!r}")
         recordings.append((path.parent / f"{fields[0]}.bs2", int(fields[1])))
     return recordings
-
-
-def _spikingjelly_events(dataset: Any, title: str, root: Path) -> Path:
-    """Return `root/events_np`, the recordings as spikingjelly's data sets keep them; make it if the raw files are here.
-
-    spikingjelly's own preparation downloads what is missing, deletes what is damaged and has to be cleaned up by hand
-    after an interruption. So its steps are called one by one, into temporary folders that are renamed when complete.
-    """
-    events, extracted = root / "events_np", root / "extract"
-    marker = root / "events_np.building"
-    if marker.exists():
-        raise ValueError(
-            f"{marker}: spikingjelly was interrupted here; delete {events}, {extracted} and this file, then try again"
-        )
-    if events.is_dir():
-        return events
-    if not extracted.is_dir():
-        _check_downloads(dataset, title, root)
-        _build_folder(extracted, title, lambda target: dataset.extract_downloaded_files(root / "download", target))
-    _build_folder(events, title, lambda target: dataset.create_raw_from_extracted(extracted, target))
-    return events
-
-
-def _check_downloads(dataset: Any, title: str, root: Path) -> None:
-    from torchvision.datasets.utils import check_integrity
-
-    download = root / "download"
-    wanted = dataset.resource_url_md5()
-    problems = []
-    for file, url, md5 in wanted:
-        if not (download / file).is_file():
-            problems.append(f"  {file} is missing; it is at {url}")
-        elif not check_integrity(download / file, md5):
-            problems.append(f"  {file} is damaged (its MD5 is not {md5}); it is at {url}")
-    if problems:
-        raise FileNotFoundError(
-            f"{title} is not in {root}: there is no events_np, and of the {len(wanted)} files expected in {download}\n"
-            + "\n".join(problems)
-            + f"\nDownload them to {download} and call this again; they are unpacked and converted then."
-        )
-
-
-def _build_folder(folder: Path, title: str, build: Callable[[Path], None]) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        try:
-            build(temporary)
-        except Exception as error:
-            raise ValueError(f"{title}: spikingjelly could not make {folder} ({error!r})") from error
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -148,4 +148,24 @@ inline void step(const X* x, V* v, std::int32_t* fired, Int n, const Neuron& neu
     }
 }
 
+// Potentials of an operator's neurons, one tensor for each neuron: before a call (null: at rest) and after it (null: not
+// wanted). Both may be the same.
+template <class V>
+struct Potentials {
+    const V* const* before;
+    V* const* after;
+
+    void take(int neuron, Int at, Int n, V* to) const {
+        if (before != nullptr) {
+            std::copy_n(before[neuron] + at, n, to);
+        } else {
+            std::fill_n(to, n, V(0));
+        }
+    }
+
+    void keep(int neuron, Int at, Int n, const V* from) const {
+        if (after != nullptr) std::copy_n(from, n, after[neuron] + at);
+    }
+};
+
 }  // namespace

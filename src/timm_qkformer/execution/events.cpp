@@ -228,7 +228,8 @@ struct Currents<std::uint8_t, WIDTH> {
 };
 
 // Where currents go: to memory, rounded or not, or into neurons, whose spikes are added to `sums` if there are any. Steps of
-// sums and spikes lie so far apart.
+// sums and spikes lie so far apart. Neurons continue from the potentials `before` and leave theirs in `after`, if there are
+// any; both may be the same.
 struct Target {
     float* currents;
     BFloat16* rounded_currents;
@@ -237,6 +238,8 @@ struct Target {
     Int sums_step;
     std::uint8_t* spikes;
     Int spikes_step;
+    const float* before;
+    float* after;
 };
 
 // From sums over the neurons that fire at every k-th step, for each k, to those over all that fire at a step.
@@ -254,6 +257,7 @@ void fire(Sums& currents, const float* bias, const float* scale, Int T, Int posi
     for (Int p = 0; p < positions; ++p, at += C_out) {
         float x[WIDTH], v[WIDTH] = {};
         std::int32_t fired[WIDTH];
+        if (to.before != nullptr) std::copy_n(to.before + at, WIDTH, v);
         for (Int t = 0; t < T; ++t) {
             currents.store(t * positions + p, x, bias, scale);
             step(x, v, fired, WIDTH, *to.neuron);
@@ -265,6 +269,7 @@ void fire(Sums& currents, const float* bias, const float* scale, Int T, Int posi
                 for (int i = 0; i < WIDTH; ++i) out[i] = static_cast<std::uint8_t>(from[i] + fired[i]);
             }
         }
+        if (to.after != nullptr) std::copy_n(v, WIDTH, to.after + at);
     }
 }
 
@@ -350,14 +355,15 @@ void convolve(const std::uint8_t* x, const Weight* weight, const float* bias, co
     EXPORT void convolve_##NAME(const std::uint8_t* x, const WEIGHT* weight, const float* bias, const float* scale,   \
                                 Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, Int width, Int periods,  \
                                 float* out, BFloat16* rounded_out, int threads) {                                     \
-        const Target to{out, rounded_out, nullptr, nullptr, 0, nullptr, 0};                                           \
+        const Target to{out, rounded_out, nullptr, nullptr, 0, nullptr, 0, nullptr, nullptr};                         \
         convolve(x, weight, bias, scale, to, periods, periods > 1, M, H, W, C, C_out, side, stride, width, threads);  \
     }                                                                                                                 \
     EXPORT void convolve_fire_##NAME(const std::uint8_t* x, const WEIGHT* weight, const float* bias,                  \
                                      const float* scale, Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, \
                                      Int width, Int T, const Neuron* neuron, const std::uint8_t* sums,                \
-                                     Int sums_step, std::uint8_t* spikes, Int spikes_step, int threads) {             \
-        const Target to{nullptr, nullptr, neuron, sums, sums_step, spikes, spikes_step};                              \
+                                     Int sums_step, std::uint8_t* spikes, Int spikes_step, const float* before,       \
+                                     float* after, int threads) {                                                     \
+        const Target to{nullptr, nullptr, neuron, sums, sums_step, spikes, spikes_step, before, after};               \
         convolve(x, weight, bias, scale, to, T, false, M, H, W, C, C_out, side, stride, width, threads);              \
     }
 

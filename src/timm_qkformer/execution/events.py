@@ -24,7 +24,7 @@ _CHUNK = 256  # pixels of a chunk in event_gradients.cpp, about
 _CONVOLUTION: list[Any] = [*[POINTER] * 4, *[INT] * 8]
 _OPERANDS: dict[str, list[Any]] = {
     "convolve": [*_CONVOLUTION, INT, POINTER, POINTER, THREADS],
-    "convolve_fire": [*_CONVOLUTION, INT, POINTER, POINTER, INT, POINTER, INT, THREADS],
+    "convolve_fire": [*_CONVOLUTION, INT, POINTER, POINTER, INT, POINTER, INT, POINTER, POINTER, THREADS],
     "weight_gradient": [POINTER, POINTER, *[INT] * 8, POINTER, THREADS],
 }
 # The functions of each file, for weights or gradients of these types
@@ -144,10 +144,13 @@ class EventWeights:
         """Whether `currents` may make use of periods."""
         return steps <= _MOST_STEPS
 
-    def fire(self, x: Tensor, neuron: Any, sums: Tensor | None) -> Tensor:
+    def fire(
+        self, x: Tensor, neuron: Any, sums: Tensor | None, before: Tensor | None = None, after: Tensor | None = None
+    ) -> Tensor:
         """Spikes [T, B, H, W, C] to those of the neurons that follow, [T, B, H', W', C'], or `sums` with them added.
 
-        `neuron` is the `NeuronSpec` of binary neurons.
+        `neuron` is the `NeuronSpec` of binary neurons, which continue from the potentials `before` and leave theirs in
+        `after`: float32 [B, H', W', C'], contiguous, perhaps the same tensor.
         Steps of `sums` may lie anywhere; each is contiguous.
         """
         T, B = x.shape[:2]
@@ -157,7 +160,8 @@ class EventWeights:
         target = out.data_ptr(), out.stride(0)
         kernel = _kernel("convolve_fire", self.arithmetic)
         assert kernel is not None
-        operands = (*((None, 0) if sums is None else target), *target, torch.get_num_threads())
+        potentials = (None if v is None else v.data_ptr() for v in (before, after))
+        operands = (*((None, 0) if sums is None else target), *target, *potentials, torch.get_num_threads())
         kernel(*self._operands(images, stride), T, neuron_operand(neuron), *operands)
         return out
 
@@ -166,6 +170,11 @@ class EventWeights:
         if self.side == 1 and self.stride > 1:
             return x[:, :: self.stride, :: self.stride].contiguous(), 1
         return x.contiguous(), self.stride
+
+    def fired_shape(self, x: Tensor) -> tuple[int, ...]:
+        """[B, H', W', C'], of one step of what `fire` gives for spikes [T, B, H, W, C]."""
+        B, H, W = x.shape[1:4]
+        return B, (H - 1) // self.stride + 1, (W - 1) // self.stride + 1, self.outputs
 
     def _size(self, x: Tensor, stride: int) -> tuple[int, int]:
         _, H, W, _ = x.shape

@@ -3,8 +3,8 @@
     clip    images [B, C, H, W] or event clips [B, T, C, H, W] to logits; T is fixed
     step    a frame [B, C, H, W] and the state to logits and the next state
 
-A state at rest is zeros. How large each of its tensors is depends on the batch and the frame; `dims` says how, in names:
-"height_8" is ceil(height / 8), "tokens_8" is height_8 * width_8.
+A state at rest is zeros. How large each of its tensors is depends on the batch and the frame; `dims` says how, in
+names: "height_8" is ceil(height / 8), "tokens_8" is height_8 * width_8.
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .checkpoints import Checkpoint, CheckpointError, read_checkpoint
 from .data_config import pretrained_overlay
 from .infer import RELEASES, InferredModel, Release, architectures, find_asset, find_release, infer_architecture
 from .publish import FILES
-from .verify import coupled_layers
+from .verify import coupled_layers, takes_coupling
 
 # Of a pretrained config: what is true of its file alone.
 _OF_THE_FILE = (
@@ -53,6 +53,7 @@ def convert(
     *,
     model: str | None = None,
     time_steps: int | None = None,
+    model_args: Mapping[str, Any] | None = None,
     tag: str | None = None,
     input_size: int | None = None,
     batch_coupled: bool = False,
@@ -68,10 +69,12 @@ def convert(
     "hf-hub:REPOSITORY". It appears complete or not at all.
 
     Args:
-        source: Checkpoint of the QKFormer or Max-Former release or of this package.
+        source: Checkpoint of one of the authors' releases, of STEP or of this package.
         folder: Where the result goes; must be new or empty unless `force`.
         model: Registered name, if the tensors alone should not decide.
         time_steps: Time steps T that images are shown for. None: what the checkpoint says, else the model's default.
+        model_args: Arguments of the model that the tensors do not show, such as `num_heads`; they go before what the
+            file says.
         tag: Pretrained tag to write down, of letters, digits, "_", "-" and ".". None: the one of the file that it is by
             md5 or name, else "custom". The names of the classes and the licence of a registered tag are written down
             only for that tag's own file.
@@ -99,7 +102,7 @@ def convert(
     _check_target(folder, force)
     checkpoint = read_checkpoint(source, ema)
     release = find_release(checkpoint.md5)
-    found = infer_architecture(checkpoint, model or (release.model if release else None), time_steps)
+    found = infer_architecture(checkpoint, model or (release.model if release else None), time_steps, model_args)
     asset = find_asset(source.name)
     own = None if release or quantize_weights else _shipped_tag(found.model, checkpoint)
     if tag is None and not quantize_weights:
@@ -193,7 +196,8 @@ def _build(
     found: InferredModel, cfg: dict[str, Any], batch_coupled: bool, dtype: torch.dtype, quantized: bool
 ) -> nn.Module:
     args = dict(found.model_args, time_steps=found.time_steps)
-    if coupled_layers(timm.create_model(found.model, device="meta")):
+    plain = timm.create_model(found.model, device="meta")
+    if coupled_layers(plain) or (batch_coupled and takes_coupling(plain)):
         args["batch_coupled"] = batch_coupled or args.get("batch_coupled", False)
     elif batch_coupled:
         raise ValueError(f"batch_coupled=True: {found.model} has no coupled neurons, its release has none either")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import first_line
 from ..models.checkpoints import check_against_model
+from .ambiguity import choose, misfit, release_args
 from .bounds import MAX_TIME_STEPS, check_model_args, shown
 from .checkpoints import Checkpoint, CheckpointError
 
@@ -24,7 +25,7 @@ _NOT_STATED = {
     "proj_drop_rate",
 }  # fmt: skip
 _FIRST_STAGE = re.compile(r"(patch_embed1?|stem)\..*weight")
-_MLP = re.compile(r".*mlp\.(?:fc|mlp)1[_.](?:conv|linear)\.weight")
+_MLP = re.compile(r".*mlp\.(?:(?:fc|mlp)1[_.](?:conv|linear)|fc_conv1)\.weight")
 _SHOWN = 800  # characters of a reason; names of tensors may have any length
 _TIME_STEPS_IN_NAME = re.compile(r"[-_]T(\d{1,2})(?![0-9A-Za-z])")
 
@@ -83,7 +84,10 @@ class InferredModel:
 
 
 def infer_architecture(
-    checkpoint: Checkpoint, model: str | None = None, time_steps: int | None = None
+    checkpoint: Checkpoint,
+    model: str | None = None,
+    time_steps: int | None = None,
+    model_args: Mapping[str, Any] | None = None,
 ) -> InferredModel:
     """Find the registered model that a checkpoint's tensors fit, all of them and exactly.
 
@@ -94,9 +98,12 @@ def infer_architecture(
         model: Registered name, to be asked about this one alone. It may then fit by the order of its tensors, too.
         time_steps: Time steps T to write down. None: from the training's arguments, the file's name or the model's
             default, in this order.
+        model_args: Arguments of the model that the tensors do not show, such as its heads; they go before what the
+            training states.
 
     Raises:
-        CheckpointError: If nothing fits, with what is wrong for the models that come closest.
+        CheckpointError: If nothing fits, with what is wrong for the models that come closest, or if a release's
+            tensors are those of several networks, with their names.
         ValueError: For a `model` or `time_steps` outside its range.
     """
     known = architectures()
@@ -107,13 +114,19 @@ def infer_architecture(
     likely = named or _likely_model(checkpoint)
     width, args = _sizes(checkpoint, shapes, any_names=likely is not None)
     fits: dict[str, InferredModel] = {}
-    reasons = []
+    released, reasons = [], []
     candidates = [named] if named else sorted(known, key=lambda name: name != likely)
     for name in candidates:
         stated = stated_args(checkpoint) if name in stated_names(checkpoint) else {}
+        stated |= model_args or {}
         if not stated and _width(name) != width:
             continue
+        if name != likely and (reason := misfit(name, shapes)):
+            reasons.append(f"{name}: {reason}")
+            continue
         try:
+            if not _is_own(shapes):
+                stated = {**release_args(name, args["num_classes"], checkpoint), **stated}
             found = _fit(name, checkpoint.tensors, shapes, args, stated)
         except ValueError as error:
             reasons.append(f"{name}: {error}")
@@ -123,8 +136,10 @@ def infer_architecture(
             fits[name] = found
         else:
             reasons.append(f"{name}: fits by the order of its tensors alone, not by their names; if it is that, say so")
-        if not by_position and found.state_dict.keys() != checkpoint.tensors.keys():
-            break  # a release's spelling is that of one model; our own is shared by variants
+        if not by_position and not _is_own(shapes):
+            released.append(name)
+            if any(name.startswith("patch_embed1.") for name in shapes):
+                break  # of hierarchical releases, no two have the same names
     if not fits:
         reasons = reasons or [f"its classifier takes {width} features, the width of none of {', '.join(candidates)}"]
         listed = "\n".join(f"- {textwrap.shorten(reason, _SHOWN)}" for reason in reasons)
@@ -132,10 +147,18 @@ def infer_architecture(
             named_but = f"its training names the model {named}, which it does not fit; another one has to be named"
             raise CheckpointError(f"{checkpoint.path}: {named_but} (--model)\n{listed}")
         raise CheckpointError(f"{checkpoint.path}: no model fits\n{listed}")
-    found = fits.pop(likely if likely in fits else next(iter(fits)))
-    found.also_fits = list(fits)
+    if released and likely not in fits:
+        found = choose({name: fits[name] for name in released}, checkpoint)
+    else:
+        found = fits.pop(likely if likely in fits else next(iter(fits)))
+        found.also_fits = [] if released else list(fits)
     _find_time_steps(found, checkpoint, time_steps)
     return found
+
+
+def _is_own(shapes: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has this package's names, which its models share, and not those of a release."""
+    return any(name.startswith("stages.") for name in shapes)
 
 
 def stated_args(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -175,7 +198,12 @@ def architectures() -> list[str]:
 
 @cache
 def _width(name: str) -> int:
-    model: Any = timm.create_model(name, device="meta")
+    for args in ({"depth": 0}, {"depths": (0, 0, 0)}, {}):  # blocks take time to build and do not change it
+        try:
+            model: Any = timm.create_model(name, device="meta", **args)
+            break
+        except (TypeError, ValueError):  # not an argument of this one
+            continue
     return int(model.num_features)
 
 
@@ -228,6 +256,7 @@ def _skeleton(name: str, args: dict[str, Any]) -> Any:
 
 
 def fit_tensors(name: str, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors under the names of `model`, which is registered as `name`; ValueError where they do not fit it."""
     module = sys.modules[model_entrypoint(name).__module__]
     state_dict: dict[str, Tensor] = module.checkpoint_filter_fn(dict(tensors), model)
     check_against_model(state_dict, model, original_names={}, adaptable={})
@@ -306,7 +335,7 @@ def _find_time_steps(found: InferredModel, checkpoint: Checkpoint, time_steps: i
         found.time_steps, found.time_steps_from = time_steps, "as given"
         return
     args = {**stated_args(checkpoint), **checkpoint.args}
-    for key in ("time_step", "time_steps", "T"):
+    for key in ("time_step", "time_steps", "T", "step"):
         value = args.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
             if value > MAX_TIME_STEPS:

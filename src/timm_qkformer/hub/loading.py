@@ -29,6 +29,7 @@ class LoadedModel:
 
     @property
     def title(self) -> str:
+        """Name and weights, for pictures."""
         return f"{self.name}, {self.weights}"
 
 

@@ -1,6 +1,7 @@
 """ImageNet-style evaluation of a converted checkpoint or a model's pretrained weights."""
 
 import hashlib
+import inspect
 import json
 import re
 import time
@@ -16,14 +17,15 @@ from timm.data.readers import get_img_extensions
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..data.images import ImageDataset
 from ..data.sampling import draw
+from ..devices import usable_device
 from ..files import write_atomically
 from ..layers import SpikingConv
 from ..models.loading import check_tag
 from ..operators import Operator
+from ..progress import Bar
 from .evaluate import Evaluation, classify_batches, report
 from .folder import check_folder
 
@@ -91,7 +93,7 @@ def verify(
         batch_size: Images in a batch.
         limit: Take the first so many images of a fixed random order of all. None: take all, sorted.
         workers: Processes that decode images; 0 for none.
-        device: Where to run. None: CUDA if there is one, else CPU.
+        device: Where to run. None and "auto": CUDA if there is one, else CPU.
         progress: File to keep the counts in; a second call with the same arguments resumes from them.
         quiet: Show no progress bar.
 
@@ -104,7 +106,7 @@ def verify(
             neither 1 nor 3 channels.
     """
     _check_arguments(neurons, batch_size, limit, workers)
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on = usable_device(device)
     net: Any = _load(model, time_steps).to(on).eval()
     modes_of_images = {1: "L", 3: "RGB"}
     if net.in_chans not in modes_of_images:
@@ -129,7 +131,7 @@ def verify(
         device=on,
     )
     saved = time.monotonic()
-    with tqdm(total=len(samples), initial=done, unit="img", disable=quiet or None) as bar:
+    with Bar(total=len(samples), initial=done, unit="img", disable=quiet or None) as bar:
         pairs = [(one, one) for one in passes.values()]
         for images in classify_batches(pairs, loader, on) if done < len(samples) else ():
             done += len(images)
@@ -214,10 +216,17 @@ def _by_file_name(paths: list[str], classes: dict[str, int], num_classes: int) -
 
 
 def coupled_layers(net: nn.Module) -> list[SpikingConv]:
-    """Layers whose neurons the QKFormer release couples: with membrane shortcuts there are none."""
+    """Layers whose neurons a release couples (QKFormer's, SpiLiFormer's): with membrane shortcuts there are none."""
+    if not takes_coupling(net):  # self-attention in another paper's model
+        return []
     operators = [module for module in net.modules() if isinstance(module, Operator) and module.couples_batch]
     last = [getattr(operator, operator.output) for operator in operators]
     return [layer for layer in last if not isinstance(layer.neuron, nn.Identity)]
+
+
+def takes_coupling(net: nn.Module) -> bool:
+    """Whether a model takes `batch_coupled`."""
+    return "batch_coupled" in inspect.signature(type(net).__init__).parameters
 
 
 def _modes(net: nn.Module, neurons: str) -> dict[str, bool]:

@@ -230,6 +230,7 @@ class DeployedOperator(nn.Module):
 
     @property
     def last(self) -> Projection:
+        """The convolution behind the attention."""
         unit = getattr(self, self.output)
         projection: Projection = unit.projection if isinstance(unit, DeployedUnit) else unit
         return projection

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..execution.memory import fresh
 from ..execution.native import DOUBLE, INT, POINTER, THREADS, function, may_run, neuron_operand
 from ..neurons import NeuronSpec, integrate_and_fire, membrane_dtype, run_neurons
-from ..neurons.state import carried_state
+from ..neurons.state import Carried, carried_state
 from ..operators import NativeKernel
 
 # (currents, spikes), as the C++ sources spell them
@@ -26,10 +27,10 @@ _TYPES: dict[tuple[torch.dtype, torch.dtype], str] = {
 }
 
 _OWN: dict[str, list[Any]] = {
-    "fire": [POINTER, INT, POINTER, INT, POINTER, INT, INT, INT, POINTER, POINTER, THREADS],
-    "pool_fire": [POINTER, INT, POINTER, *[INT] * 5, POINTER, THREADS],
+    "fire": [POINTER, INT, POINTER, INT, POINTER, INT, INT, INT, *[POINTER] * 3, THREADS],
+    "pool_fire": [POINTER, INT, POINTER, *[INT] * 5, *[POINTER] * 3, THREADS],
 }
-_OPERATOR: list[Any] = [POINTER, POINTER, *[INT] * 5, DOUBLE, POINTER, THREADS]
+_OPERATOR: list[Any] = [POINTER, POINTER, *[INT] * 5, DOUBLE, *[POINTER] * 3, THREADS]
 
 
 def _kernel(
@@ -68,29 +69,34 @@ def fire(
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
     kernel = _own("fire", x, neuron, out.dtype)
     carried = carried_state() if neuron.levels != "real" else None
-    v = None if carried is None else carried.take()
-    if v is not None and v.shape != x.shape[1:]:
+    if carried is not None and not carried.fits(x.shape[1:]):
         kernel = None  # `run_neurons` says what is wrong
     if kernel is None or not all(_has_dense_steps(tensor) for tensor in (x, sums, out)):
         if carried is None:
             spikes = integrate_and_fire(x, neuron)
         else:
-            spikes, v = run_neurons(x, neuron, v)
+            spikes, v = run_neurons(x, neuron, carried.take())
+            carried.put(v)
         out.copy_(spikes if sums is None else sums + spikes)
     else:
-        v = None if carried is None else _copy_of_potential(x, v)
-        _fire(kernel, x, neuron, sums, out, v)
-    if carried is not None:
-        assert v is not None
-        carried.put(v)
+        _fire(kernel, x, neuron, sums, out, *potentials(carried, x.shape[1:], membrane_dtype(x)))
     return out
 
 
-def _copy_of_potential(x: Tensor, v: Tensor | None) -> Tensor:
-    """The potential [...] before currents x [T, ...], for a kernel to write on."""
-    if v is None:
-        return torch.zeros(x.shape[1:], dtype=membrane_dtype(x))
-    return v.to(membrane_dtype(x), copy=True).contiguous()
+def potentials(
+    carried: Carried | None, shape: Sequence[int], dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """What a kernel reads, the next neurons' potential (None at rest), and what it is to write, that after the call.
+
+    The same tensor where the state is the call's to write on. Without a carried state there is neither.
+    """
+    if carried is None:
+        return None, None
+    before = carried.take()
+    before = None if before is None else before.to(dtype).contiguous()
+    after = before if before is not None and carried.donated else fresh(shape, dtype)
+    carried.put(after)
+    return before, after
 
 
 def run(x: Tensor, neuron: NeuronSpec, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -98,22 +104,32 @@ def run(x: Tensor, neuron: NeuronSpec, v: Tensor | None = None) -> tuple[Tensor,
     kernel = _own("fire", x, neuron, x.dtype)
     if kernel is None or not _has_dense_steps(x) or (v is not None and v.shape != x.shape[1:]):
         return run_neurons(x, neuron, v)  # which refuses a potential of another shape
-    potential = _copy_of_potential(x, v)
-    out = torch.empty(x.shape, dtype=x.dtype)
-    _fire(kernel, x, neuron, None, out, potential)
-    return out, potential
+    before = None if v is None else v.to(membrane_dtype(x)).contiguous()
+    out, after = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[1:], dtype=membrane_dtype(x))
+    _fire(kernel, x, neuron, None, out, before, after)
+    return out, after
 
 
 def _fire(
-    kernel: Callable[..., None], x: Tensor, neuron: NeuronSpec, sums: Tensor | None, out: Tensor, v: Tensor | None
+    kernel: Callable[..., None],
+    x: Tensor,
+    neuron: NeuronSpec,
+    sums: Tensor | None,
+    out: Tensor,
+    before: Tensor | None,
+    after: Tensor | None,
 ) -> None:
     kernel(
         *(x.data_ptr(), x.stride(0)),
         *((None, 0) if sums is None else (sums.data_ptr(), sums.stride(0))),
         *(out.data_ptr(), out.stride(0)),
         *(x.shape[0], x[0].numel(), neuron_operand(neuron)),
-        *(None if v is None else v.data_ptr(), torch.get_num_threads()),
+        *(_address(before), _address(after), torch.get_num_threads()),
     )
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 def _has_dense_steps(x: Tensor | None) -> bool:
@@ -141,10 +157,13 @@ def pool_fire(x: Tensor, neuron: NeuronSpec, dtype: torch.dtype) -> Tensor:
     """Spikes of max-pooled currents: x [T, B, H, W, C] to [T, B, ceil(H / 2), ceil(W / 2), C]."""
     T, B, H, W, C = x.shape
     kernel = _own("pool_fire", x, neuron, dtype)
-    if kernel is None or not _has_dense_steps(x) or carried_state() is not None:
+    size = (B, (H + 1) // 2, (W + 1) // 2, C)
+    carried = carried_state()
+    if kernel is None or not _has_dense_steps(x) or (carried is not None and not carried.fits(size)):
         return fire(max_pool(x), neuron, dtype)
-    out = torch.empty(T, B, (H + 1) // 2, (W + 1) // 2, C, dtype=dtype, device=x.device)
-    operands = (neuron_operand(neuron), torch.get_num_threads())
+    before, after = potentials(carried, size, membrane_dtype(x))
+    out = torch.empty(T, *size, dtype=dtype, device=x.device)
+    operands = (neuron_operand(neuron), _address(before), _address(after), torch.get_num_threads())
     kernel(x.data_ptr(), x.stride(0), out.data_ptr(), T, B, H, W, C, *operands)
     return out
 
@@ -156,13 +175,27 @@ def operator_kernel(
 
     None where there is no kernel for these types, here and now.
     """
-    if any(neuron.levels != "binary" for neuron in neurons) or carried_state() is not None:
+    if any(neuron.levels != "binary" for neuron in neurons):
         return None
     kernel = _kernel((declared.package, declared.file), {declared.name: _OPERATOR}, declared.name, x, dtype)
     if kernel is None:
         return None
     x = x.contiguous()
     out = torch.empty(*x.shape[:3], x.shape[3] // inputs, dtype=dtype, device=x.device)
-    operands = (heads, declared.scale, neuron_operand(*neurons), torch.get_num_threads())
+    _, B, N, C = out.shape
+    shapes: list[tuple[int, ...]] = [(B, N, C)] * inputs
+    shapes += [(B, heads, channels or C // heads, tokens or N) for channels, tokens in declared.inner]
+    carried = carried_state()
+    if carried is not None and not carried.fits(*shapes):
+        return None
+    kept = [potentials(carried, shape, membrane_dtype(x)) for shape in shapes]  # till the kernel is done
+    before, after = (_addresses(tensors) for tensors in zip(*kept, strict=True))
+    operands = (heads, declared.scale, neuron_operand(*neurons), before, after, torch.get_num_threads())
     kernel(x.data_ptr(), out.data_ptr(), *out.shape, *operands)
     return out
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> Any:
+    """An array of pointers; None for no tensors."""
+    found = [tensor.data_ptr() for tensor in tensors if tensor is not None]
+    return (POINTER * len(found))(*found) if found else None

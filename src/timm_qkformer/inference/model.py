@@ -101,6 +101,7 @@ class DeployedModel(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> "DeployedModel":
+        """Stay in eval mode; RuntimeError for train mode, which a deployed model has not."""
         if mode:
             raise RuntimeError("a deployed model is for inference alone: train the model that it was made from")
         return super().train(False)
@@ -144,7 +145,9 @@ class DeployedModel(nn.Module):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def step(self, frame: Tensor | None, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
+    def step(
+        self, frame: Tensor | None, state: StreamState | None = None, donate: bool = False
+    ) -> tuple[Tensor, StreamState]:
         """One time step, see `SpikingTransformer.step`; its state belongs to this precision."""
         if frame is not None:
             check_can_run(frame)
@@ -159,7 +162,7 @@ class DeployedModel(nn.Module):
                 x = stage(x, spikes)
             return self._sequence(x)
 
-        return run_step(self, (self.stem, to_currents, to_maps), frame, state)
+        return run_step(self, (to_currents, to_maps), frame, state, donate)
 
     @torch.compiler.disable
     @torch.no_grad()

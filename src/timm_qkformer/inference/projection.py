@@ -82,10 +82,12 @@ class Projection(DerivedState):
 
     @property
     def in_channels(self) -> int:
+        """Channels that it takes."""
         return self.weight.shape[1] * self.groups
 
     @property
     def out_channels(self) -> int:
+        """Channels that it returns."""
         return self.weight.shape[0]
 
     @property
@@ -118,10 +120,13 @@ class Projection(DerivedState):
         pixels = x if x.dim() == 5 else x.unsqueeze(2)
         events = self._event_weights(pixels)
         dense_steps = sums is None or sums[0].is_contiguous()
-        from_rest = carried_state() is None
-        if events is not None and dtype == torch.uint8 and dense_steps and from_rest and events.can_fire(len(x)):
-            spikes = events.fire(pixels, neuron, sums)
-            return spikes if sums is not None or x.dim() == 5 else spikes.squeeze(2)
+        carried = carried_state()
+        if events is not None and dtype == torch.uint8 and dense_steps and events.can_fire(len(x)):
+            shape = events.fired_shape(pixels)
+            shape = shape if x.dim() == 5 else (shape[0], *shape[2:])
+            if carried is None or carried.fits(shape):
+                spikes = events.fire(pixels, neuron, sums, *kernels.potentials(carried, shape, torch.float32))
+                return spikes if sums is not None or x.dim() == 5 else spikes.squeeze(2)
         return kernels.fire(self.currents(x), neuron, dtype, sums=sums, out=sums)
 
     def currents(self, x: Tensor, periodic: bool = False) -> Tensor:

@@ -68,6 +68,8 @@ class MeanReadout(nn.Module):
     one that is read in one call (`forward`) to the last bit.
     """
 
+    num_sums: int = 1
+
     def add(self, x: Tensor, sums: List[Tensor]) -> List[Tensor]:
         """Sums of the steps before, none at first, and of more steps [T, B, C, H, W]."""
         return [_add_steps(x, sums[0] if len(sums) > 0 else None)]
@@ -100,6 +102,8 @@ class MembraneReadout(nn.Module):
     Args:
         neuron_layer: Factory of the neurons.
     """
+
+    num_sums: int = 2
 
     def __init__(self, neuron_layer: NeuronLayer = LIF, device: Any = None, dtype: Any = None) -> None:
         super().__init__()

@@ -11,12 +11,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm.models._registry import generate_default_cfgs
+from torch import nn
 
+from .checkpoints import StateDict, unwrap_checkpoint
 from .flat import CIFAR_POOLS, flat_cfgs
-from .sdt import SpikeDrivenTransformer, checkpoint_filter_fn
+from .sdt import SpikeDrivenTransformer
 from .variants import Variant, register_variants
 
-__all__ = ["checkpoint_filter_fn"]  # which looks for a release's; there is none
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateDict:
+    """The tensors of a checkpoint of this package's; there is no release.
+
+    Raises:
+        ValueError: For the names of the Spike-driven Transformer's release, whose tensors are shaped as these are.
+    """
+    tensors = unwrap_checkpoint(state_dict)
+    if any(name.startswith("patch_embed.") for name in tensors):
+        raise ValueError("these are a release's names, and A2OS2A has none: create the model that they belong to")
+    return tensors
+
 
 _ATTN: Mapping[str, Any] = {"attn": "a2os2a"}
 _CIFAR: Mapping[str, Any] = {**_ATTN, "pools": CIFAR_POOLS, "depth": 2}

@@ -27,6 +27,7 @@ class EmbedSpec(NamedTuple):
 
     @property
     def stride(self) -> int:
+        """Stride of the whole embedding."""
         return int(2 ** sum(self.pools))
 
 
@@ -39,6 +40,7 @@ class ChainSpec(NamedTuple):
 
     @property
     def stride(self) -> int:
+        """Stride of the whole chain."""
         return prod(unit.reduction for unit in self.units)
 
 

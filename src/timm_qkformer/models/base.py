@@ -193,10 +193,12 @@ class SpikingTransformer(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
+        """Parameters that timm's optimizers do not decay."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns by which timm groups parameters for layer-wise learning rates."""
         return {
             "stem": r"^stem",
             "blocks": r"^stages\.(\d+)"
@@ -219,10 +221,12 @@ class SpikingTransformer(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
+        """The classifier: a Linear, or Identity without classes."""
         return self.head
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """A new classifier for `num_classes` classes (0: none) and, if given, another pooling."""
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self._create_head(pool, **get_device_dtype(self))
@@ -300,7 +304,9 @@ class SpikingTransformer(nn.Module):
         return self.readout(self.stages(self.stem(x, self.time_steps)))
 
     @torch.jit.ignore
-    def step(self, frame: Optional[Tensor], state: Optional[StreamState] = None) -> Tuple[Tensor, StreamState]:
+    def step(
+        self, frame: Optional[Tensor], state: Optional[StreamState] = None, donate: bool = False
+    ) -> Tuple[Tensor, StreamState]:
         """One time step: a frame [B, C, H, W] to the logits [B, num_classes] of all steps so far, and the next state.
 
         T steps give what `forward` gives for a clip of these frames. Normalise frames as clips. In train mode batch
@@ -308,8 +314,9 @@ class SpikingTransformer(nn.Module):
 
         Args:
             frame: [B, C, H, W]. None: the one of the step before, as a static image is; its first convolution is then
-                not run again. Nor is it for the same tensor, unchanged.
+                not run again.
             state: What the step before returned; None at rest.
+            donate: The state is not used again, and the next one may take its memory. Deployed models are faster so.
 
         Raises:
             ValueError: For a state of another model, input size, dtype or batch, or a model that couples samples.
@@ -322,7 +329,7 @@ class SpikingTransformer(nn.Module):
             maps: Tensor = self.stages(self.stem.fire(currents.unsqueeze(0)))
             return maps
 
-        return run_step(self, (self.stem, to_currents, to_maps), frame, state)
+        return run_step(self, (to_currents, to_maps), frame, state, donate)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature map [B, C', H', W'] to logits [B, num_classes] (features [B, C'] with `pre_logits`)."""

@@ -341,6 +341,20 @@ def take_thresholds(checkpoint: Mapping[str, Any]) -> tuple[StateDict, dict[str,
     return tensors, thresholds
 
 
+def without_constants(checkpoint: Mapping[str, Any], model: SpikingTransformer) -> StateDict:
+    """Tensors of a checkpoint without the constants that STEP (github.com/Fancyssc/STEP) keeps in its own.
+
+    Raises:
+        ValueError: For thresholds other than the model's, 0.5 behind attention.
+    """
+    tensors, thresholds = take_thresholds(checkpoint)
+    attention = {name: value for name, value in thresholds.items() if name.endswith(".attn_lif")}
+    check_thresholds(attention, 0.5)
+    others = {name: value for name, value in thresholds.items() if name not in attention}
+    check_thresholds(others, float(getattr(model.stem.neuron, "v_threshold", 1.0)))
+    return tensors
+
+
 def check_thresholds(thresholds: Mapping[str, float], expected: float = 1.0) -> None:
     """Refuse a checkpoint whose neurons have other thresholds than the model's.
 

@@ -57,6 +57,7 @@ class PendingCfg(PretrainedCfg):
 
     @property
     def has_weights(self) -> bool:
+        """Whether there is something to load."""
         return False
 
 

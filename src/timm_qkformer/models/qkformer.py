@@ -27,7 +27,7 @@ from .checkpoints import (
     check_against_model,
     rename_tensors,
     translate_release,
-    unwrap_checkpoint,
+    without_constants,
 )
 from .loading import PendingCfg, create
 
@@ -116,10 +116,13 @@ _RELEASE_EMBED = re.compile(r"patch_embed(\d)\.proj(\d*)_(conv|bn)\.(\w+)")
 _RELEASE_SHORTCUT = re.compile(r"patch_embed(\d)\.proj_res_(conv|bn)\.(\w+)")
 _RELEASE_ATTN = re.compile(r"stage(\d)\.(\d+)\.(?:tssa|ssa|attn)\.([qkv]|proj)_(conv|bn)\.(\w+)")
 _RELEASE_MLP = re.compile(r"stage(\d)\.(\d+)\.mlp\.(?:fc|mlp)([12])_(conv|bn)\.(\w+)")
+_STEP_MLP = re.compile(r"(stage\d\.\d+\.mlp\.fc)_(conv|bn)([12])(\.\w+)")
 
 
 class ReleaseNames:
     """The release's tensor names in terms of ours: ImageNet, CIFAR and event spellings.
+
+    STEP (github.com/Fancyssc/STEP) has the CIFAR release's names but for those in its MLPs.
 
     The release numbers only the stages that have blocks, counts the event models' first pooling to the stem, and
     numbers convolutions within an embedding with gaps; so what counts is each one's position in the order.
@@ -141,6 +144,7 @@ class ReleaseNames:
     def __call__(self, name: str) -> Optional[str]:
         if name in ("head.weight", "head.bias"):
             return name
+        name = _STEP_MLP.sub(r"\1\3_\2\4", name)
         if m := _RELEASE_EMBED.fullmatch(name):
             unit, rest = self.convs.get((m[1], m[2])), f"{m[3]}.{m[4]}"
         elif m := _RELEASE_SHORTCUT.fullmatch(name):
@@ -173,14 +177,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
 
     Takes plain state dicts and training checkpoints ("model" or "state_dict"), with or without DDP's "module."
     prefix: the authors' ImageNet, CIFAR and event spellings or, for a model with membrane shortcuts, the ImageNet
-    checkpoints of the Max-Former authors, by name or by position. The number of classes and of input channels may
-    differ from the model's: timm adapts those two afterwards.
+    checkpoints of the Max-Former authors, by name or by position. STEP's CIFAR checkpoints are taken, too; the
+    thresholds that they hold must be the model's. The number of classes and of input channels may differ from the
+    model's: timm adapts those two afterwards.
 
     Raises:
         ValueError: Naming every missing, extra or misshapen tensor.
     """
-    tensors = unwrap_checkpoint(state_dict)
     assert isinstance(model, QKFormer)
+    tensors = without_constants(state_dict, model)
     if model.membrane_shortcut:
         return _filter_membrane(tensors, model)
     if not any(name.startswith("patch_embed") for name in tensors):

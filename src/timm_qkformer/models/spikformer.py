@@ -17,7 +17,7 @@ from torch import nn
 from ..layers import PositionSpec
 from .architecture import Architecture, flat, hierarchy
 from .base import SpikingTransformer
-from .checkpoints import StateDict, translate_flat, unwrap_checkpoint
+from .checkpoints import StateDict, translate_flat, unwrap_checkpoint, without_constants
 from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, splitting
 from .qkformer import EMBEDDINGS
 from .variants import Variant, register_variants
@@ -96,8 +96,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
 
     Takes plain state dicts and training checkpoints ("model" or "state_dict"), with or without DDP's "module." prefix:
     the ImageNet, CIFAR and event spellings of Spikformer and, for models with `cml`, of CML Spikformer, by name or by
-    position. What the releases hold and never use (LayerNorms, `pos_embed`) is dropped. The number of classes and of
-    input channels may differ from the model's: timm adapts those two afterwards.
+    position, and STEP's Spikformer (github.com/Fancyssc/STEP), whose thresholds must be the model's. What the releases
+    hold and never use (LayerNorms, `pos_embed`) is dropped. The number of classes and of input channels may differ from
+    the model's: timm adapts those two afterwards.
 
     Raises:
         ValueError: Naming every missing, extra or misshapen tensor.
@@ -105,7 +106,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
     assert isinstance(model, Spikformer)
     if len(model.stages) > 1:  # no release has SPEDS
         return unwrap_checkpoint(state_dict)
-    return translate_flat(state_dict, model, _CML_STEM if model.cml else _STEM, _UNUSED)
+    return translate_flat(without_constants(state_dict, model), model, _CML_STEM if model.cml else _STEM, _UNUSED)
 
 
 _CIFAR: Mapping[str, Any] = {"pools": CIFAR_POOLS, "num_heads": 12, "qkv_bias": True}

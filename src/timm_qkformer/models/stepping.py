@@ -9,18 +9,16 @@ is the same, and so are the gradients: a step is the network on a sequence of on
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Optional, Tuple
+from dataclasses import dataclass, replace
+from typing import Any
 from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from ..neurons import membrane_dtype
 from ..neurons.state import State, run_with_state
-
-# What a state holds beside tensors: the first convolution's input and weights at that time, as keys, not as values.
-Key = Optional[Tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,6 @@ class StreamState:
     currents: Tensor
     steps: Tensor
     model: str
-    frame: Key = field(default=None, repr=False, compare=False)
 
     @property
     def batch_size(self) -> int:
@@ -57,7 +54,6 @@ class StreamState:
             sums=tuple(map(function, self.sums)),
             currents=function(self.currents),
             steps=function(self.steps),
-            frame=None,
         )
 
     def to(self, device: Any) -> "StreamState":
@@ -66,20 +62,27 @@ class StreamState:
 
     def detach(self) -> "StreamState":
         """Cut off from the steps before: gradients end here (truncated backpropagation through time)."""
-        return replace(self.map(Tensor.detach), frame=self.frame)
+        return self.map(Tensor.detach)
 
-    def select(self, samples: Any) -> "StreamState":
+    def select(self, samples: Any, donate: bool = False) -> "StreamState":
         """Of some samples: a mask [B], indices, or a slice.
+
+        Args:
+            samples: Which, and in which order.
+            donate: This state is not used again, and the new one may take its memory.
 
         Raises:
             IndexError: For samples that there are not.
         """
         if isinstance(samples, int):
             raise TypeError(f"samples={samples} must be a mask, indices or a slice: [{samples}] is this sample alone")
-        if isinstance(samples, Sequence):
-            samples = torch.as_tensor(samples, device=self.steps.device)
-            samples = samples.long() if samples.numel() == 0 else samples
-        return self.map(lambda tensor: tensor[samples])
+        if isinstance(samples, slice):
+            return self.map(lambda tensor: tensor[samples])
+        indices = torch.arange(len(self.steps), device=self.steps.device)[_as_index(samples, self.steps.device)]
+        if donate and bool((indices[1:] > indices[:-1]).all()):
+            moves = [(to, place) for to, place in enumerate(indices.tolist()) if to != place]
+            return self.map(lambda tensor: _move_up(tensor, moves, indices))
+        return self.map(lambda tensor: tensor.index_select(0, indices))
 
     @staticmethod
     def cat(states: Sequence["StreamState"]) -> "StreamState":
@@ -88,6 +91,7 @@ class StreamState:
         Raises:
             ValueError: For no state, or states of different models.
         """
+        states = list(states)
         if not states:
             raise ValueError("states is empty: give at least one")
         for state in states[1:]:
@@ -121,8 +125,22 @@ class StreamState:
             raise ValueError("this is no state of a model: its entries must be tensors, `model` a string")
         return _from_leaves(tensors, (len(parts["potentials"]), state["model"]))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "frame"}
+
+def _move_up(tensor: Tensor, moves: Sequence[tuple[int, int]], indices: Tensor) -> Tensor:
+    """Rows `indices`, which rise, moved to the front of the same memory where that is simple."""
+    if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous():
+        return tensor.index_select(0, indices)
+    rows = tensor.unbind(0)
+    for to, place in moves:
+        rows[to].copy_(rows[place])
+    return tensor[: len(indices)]
+
+
+def _as_index(samples: Any, device: torch.device) -> Any:
+    if not isinstance(samples, Sequence):
+        return samples
+    tensor = torch.as_tensor(samples, device=device)
+    return tensor.long() if tensor.numel() == 0 else tensor
 
 
 def _leaves(state: StreamState) -> list[Tensor]:
@@ -152,35 +170,38 @@ torch.serialization.add_safe_globals([StreamState])
 
 def run_step(
     model: Any,
-    parts: tuple[nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    parts: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
     frame: Tensor | None,
     state: StreamState | None,
+    donate: bool,
 ) -> tuple[Tensor, StreamState]:
     """`step` of a plain or a deployed model.
 
     Args:
         model: The model, whose `readout` and `forward_head` are used.
-        parts: Its stem; from a frame [B, C, H, W] to currents of the first neurons, samples first; from those to what
-            the readout takes [1, B, C', H', W'].
+        parts: From a frame [B, C, H, W] to currents of the first neurons, samples first; from those to what the readout
+            takes [1, B, C', H', W'].
         frame: [B, C, H, W]; None: the frame of the step before.
         state: Of the steps before; None at rest.
+        donate: The state is not used again.
     """
-    stem, to_currents, to_maps = parts
+    to_currents, to_maps = parts
     _check(model, frame, state)
-    key = None if frame is None else _key(stem, frame)
-    if state is not None and (frame is None or (key is not None and key == state.frame)):
-        currents, name = state.currents, state.model
-        key = state.frame
+    if frame is None:
+        assert state is not None
+        currents, name = state.currents, _describe(model, state.model.rpartition(_FRAMES)[2])
     else:
-        assert frame is not None
+        # Whether it is the frame of the step before cannot be known: its memory may have been written to by others, or
+        # be that of a tensor which is no more.
         currents, name = to_currents(frame), describe(model, frame)
-        if state is not None:
-            _require_same(name, state.model)
-            if len(frame) != state.batch_size:
-                raise ValueError(
-                    f"frame has {len(frame)} samples, the state {state.batch_size}: cut it with state.select, or join "
-                    "states with StreamState.cat"
-                )
+    if state is not None:
+        _require_same(name, state.model)
+        if len(currents) != state.batch_size:
+            raise ValueError(
+                f"frame has {len(currents)} samples, the state {state.batch_size}: cut it with state.select, or join "
+                "states with StreamState.cat"
+            )
+        _check_tensors(state, currents, model.readout)
 
     def run(currents: Tensor, sums: list[Tensor]) -> list[Tensor]:
         added: list[Tensor] = model.readout.add(to_maps(currents), sums)
@@ -188,10 +209,13 @@ def run_step(
 
     before = None if state is None else state.potentials
     sums, potentials = run_with_state(
-        _Part(model, run), currents, [] if state is None else list(state.sums), state=before
+        _Part(model, run), currents, [] if state is None else list(state.sums), state=before, donate=donate
     )
+    if state is not None and [t.shape for t in sums] != [t.shape for t in state.sums]:
+        found, expected = ([list(t.shape) for t in tensors] for tensors in (state.sums, sums))
+        raise ValueError(f"the state's sums have the shapes {found}, the model's {expected}")
     steps = torch.zeros(len(currents), dtype=torch.int64, device=currents.device) if state is None else state.steps
-    after = StreamState(potentials, tuple(sums), currents, steps + 1, name, key)
+    after = StreamState(potentials, tuple(sums), currents, steps + 1, name)
     logits: Tensor = model.forward_head(model.readout.finish(sums, after.steps).to(sums[0].dtype))
     return logits, after
 
@@ -208,15 +232,22 @@ class _Part(nn.Module):
         return self.run(*inputs)
 
 
+_FRAMES = ", frames "
+
+
 def describe(model: Any, frame: Tensor) -> str:
     """A model and its input, as states remember them: class, arithmetic, width and depth, size and dtype of frames."""
+    size = "x".join(str(side) for side in frame.shape[1:])
+    return _describe(model, f"{size}, {str(frame.dtype).removeprefix('torch.')}")
+
+
+def _describe(model: Any, frames: str) -> str:
     shapes = [tuple(t.shape) for part in (model.stem, model.stages) for t in part.state_dict().values()]
     neurons = sum(hasattr(part, "spec") for part in model.modules())
     precision = getattr(model, "precision", None)
     kind = type(model).__name__ if precision is None else f"deployed in {precision}"
-    size = "x".join(str(side) for side in frame.shape[1:])
     parts = f"{neurons} layers of neurons, {len(shapes)} tensors ({crc32(repr(shapes).encode()):08x})"
-    return f"{kind}, {parts}, frames {size}, {str(frame.dtype).removeprefix('torch.')}"
+    return f"{kind}, {parts}{_FRAMES}{frames}"
 
 
 def _check(model: Any, frame: Tensor | None, state: StreamState | None) -> None:
@@ -224,24 +255,34 @@ def _check(model: Any, frame: Tensor | None, state: StreamState | None) -> None:
         raise TypeError(f"state is a {type(state).__name__}: give what the step before returned, or None at rest")
     if frame is None and state is None:
         raise ValueError("frame=None shows the frame of the step before, and there is none: give the first one")
+    if frame is not None and not isinstance(frame, Tensor):
+        raise TypeError(f"frame is a {type(frame).__name__}: give a tensor [B, C, H, W]")
     if frame is not None and frame.dim() != 4:
         raise ValueError(
             f"frame of shape {list(frame.shape)}: give one time step [B, C, H, W], clip[:, t] of a clip [B, T, C, H, W]"
         )
-    if any(getattr(part, "batch_coupled", False) for part in model.modules()):
+    # A state of such a model cannot be, so that one look is enough.
+    if state is None and any(getattr(part, "batch_coupled", False) for part in model.modules()):
         raise ValueError("batch_coupled=True: samples that influence each other cannot run step by step")
+
+
+def _check_tensors(state: StreamState, currents: Tensor, readout: Any) -> None:
+    """Refuse what cannot follow `currents`: a state may come from a file, or have been cast, cut or moved by hand."""
+    if len(state.sums) != readout.num_sums:
+        raise ValueError(f"the state has {len(state.sums)} sums, the model's readout adds up {readout.num_sums}")
+    potentials = membrane_dtype(currents)
+    expected = [potentials] * (len(state.potentials) + len(state.sums)) + [currents.dtype, torch.int64]
+    for tensor, dtype in zip(_leaves(state), expected, strict=True):
+        found = (tensor.dtype, len(tensor) if tensor.dim() else 0, tensor.device)
+        # Currents of the step before are of no use where a frame is given; autocast may have rounded them.
+        if found != (dtype, state.batch_size, currents.device) and tensor is not state.currents:
+            raise ValueError(
+                f"the state has a tensor of shape {list(tensor.shape)}, {tensor.dtype} on {tensor.device}, where "
+                f"{dtype} of {state.batch_size} samples on {currents.device} is expected: give it as `step` returned "
+                "it, or moved with state.to(device)"
+            )
 
 
 def _require_same(expected: str, found: str) -> None:
     if expected != found:
         raise ValueError(f"the state belongs to another model or input: it is of {found}; expected {expected}")
-
-
-def _key(stem: nn.Module, frame: Tensor) -> Key:
-    """The same for a frame that is shown again to the same first convolution, if neither was changed in between."""
-    if stem.training:
-        return None  # batch statistics move
-    tensors = [frame, *stem.parameters(), *stem.buffers()]
-    if any(tensor.is_inference() for tensor in tensors):
-        return None  # they count no versions
-    return tuple(number for tensor in tensors for number in (id(tensor), tensor.data_ptr(), tensor._version))

@@ -1,9 +1,11 @@
 """Registered models from a table: entry points for timm that differ in a name, a line of text and default arguments."""
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from timm.models import model_entrypoint
 from timm.models._registry import register_model
 from torch import nn
 
@@ -60,4 +62,16 @@ def _entry_point(
     build.__name__ = build.__qualname__ = name
     build.__module__ = module
     build.__doc__ = variant.text
+    build.defaults = {**_defaults(model_cls), **variant.args}  # type: ignore[attr-defined]
     return build
+
+
+def _defaults(model_cls: type[nn.Module]) -> dict[str, Any]:
+    parameters = inspect.signature(model_cls.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def default_args(name: str) -> Mapping[str, Any]:
+    """Arguments of a model that `register_variants` registered, where none are given; empty for other models."""
+    known: Mapping[str, Any] = getattr(model_entrypoint(name), "defaults", {})
+    return known

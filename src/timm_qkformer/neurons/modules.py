@@ -251,6 +251,7 @@ class ParametricLIF(SpikingNeuron):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Set w to what the initial time constant means."""
         nn.init.constant_(self.w, -math.log(self.init_tau - 1.0))
 
     def leak_at(self, dtype: torch.dtype) -> Tensor:

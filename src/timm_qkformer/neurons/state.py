@@ -8,6 +8,7 @@ pieces give what one call with all of them gives, gradients included; a state is
 which the neurons fire, so it moves, saves and stacks as tensors do.
 """
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,11 +22,12 @@ class Carried:
     """The potentials of one call: those before it, handed out in order, and those after it.
 
     The first dimension of each is that of samples, so that a state can be cut and joined; neurons without a potential
-    put nothing.
+    put nothing. Those before it may be written on where they were `donated`.
     """
 
-    def __init__(self, before: State | None) -> None:
+    def __init__(self, before: State | None, donated: bool = False) -> None:
         self.before = before
+        self.donated = donated
         self.after: list[Tensor] = []
 
     def take(self) -> Tensor | None:
@@ -38,6 +40,13 @@ class Carried:
                 "module"
             )
         return self.before[len(self.after)]
+
+    def fits(self, *shapes: Sequence[int]) -> bool:
+        """Whether the next potentials, if they are not at rest, have these shapes."""
+        if self.before is None:
+            return True
+        start = len(self.after)
+        return [v.shape for v in self.before[start : start + len(shapes)]] == [torch.Size(shape) for shape in shapes]
 
     def put(self, v: Tensor) -> None:
         """Their potential after the call."""
@@ -52,13 +61,16 @@ def carried_state() -> Carried | None:
     return None if torch.compiler.is_dynamo_compiling() else _carried.get()
 
 
-def run_with_state(module: nn.Module, *inputs: Any, state: State | None = None) -> tuple[Any, State]:
+def run_with_state(
+    module: nn.Module, *inputs: Any, state: State | None = None, donate: bool = False
+) -> tuple[Any, State]:
     """Call a module whose neurons continue from `state`.
 
     Args:
         module: Any module with neurons of this package.
         *inputs: Its inputs; sequences [T, B, ...] may hold any number of steps.
         state: What the previous call returned; None at rest.
+        donate: The state is not used again, and its memory may hold the next one: without gradients that is faster.
 
     Returns:
         The module's result, and the potentials after it.
@@ -68,7 +80,7 @@ def run_with_state(module: nn.Module, *inputs: Any, state: State | None = None) 
             torch.export gives.
     """
     _refuse_compiled_parts(module)
-    carried = Carried(state)
+    carried = Carried(state, donate)
     token = _carried.set(carried)
     try:
         result = module(*inputs)
@@ -93,9 +105,12 @@ def _is_graph(module: Any) -> bool:
 
 def _refuse_compiled_parts(module: Any) -> None:
     """Code that torch.compile or TorchScript compiled starts from rest at every call, and does not say so."""
-    for name, part in module.named_modules() if isinstance(module, nn.Module) else ():
-        is_compiled = "_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) is not None
+    found = [("the module", module)] if isinstance(module, nn.Module) else []
+    while found:  # at every step, and several times as fast as named_modules
+        name, part = found.pop()
+        children = part._modules
+        is_compiled = "_orig_mod" in children or part.__dict__.get("_compiled_call_impl") is not None
         if is_compiled or isinstance(part, torch.jit.ScriptModule):
-            raise ValueError(
-                f"{name or 'the module'} is compiled and carries no state: give the module as it was before"
-            )
+            name = name.removeprefix("the module.")
+            raise ValueError(f"{name} is compiled and carries no state: give the module as it was before")
+        found += [(f"{name}.{child}", inner) for child, inner in children.items() if inner is not None]

@@ -35,4 +35,4 @@ for _found in iter_modules(__path__):
     if _found.name != "base":
         _module = import_module(f"{__name__}.{_found.name}")
         globals().update({_name: getattr(_module, _name) for _name in _module.__all__})
-        __all__ += _module.__all__
+        __all__.extend(_module.__all__)

@@ -69,14 +69,18 @@ class NativeKernel(NamedTuple):
     Attributes:
         package, file: Where its source is; it defines the macro KERNEL(SUFFIX, X, S), which exports
             `NAME_SUFFIX(const X* currents, S* out, Int T, Int B, Int N, Int C, Int heads, double scale,
-            const Neuron* neurons, int threads)` for neurons of all inputs, then the inner ones.
+            const Neuron* neurons, const V* const* before, V* const* after, int threads)` for neurons of all inputs,
+            then the inner ones, and their potentials, of type V = Membrane<X>::type (common.cpp, `Potentials`).
         name: NAME.
+        inner: What the inner neurons see in each head: 1 or, for all of them, None channels; likewise tokens.
+            Potentials are [B, N, C] of inputs and [B, heads, channels, tokens] of inner neurons.
         scale: Passed on to it.
     """
 
     package: str
     file: str
     name: str
+    inner: Sequence[tuple[int | None, int | None]]
     scale: float = 1.0
 
 

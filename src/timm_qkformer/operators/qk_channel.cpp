@@ -9,7 +9,8 @@ namespace {
 // Q-K channel attention: currents [T, B, N, 2 C] of queries and keys to masked keys [T, B, N, C].
 template <class X, class S>
 void channel_attention(const X* x, S* out, Int T, Int B, Int N, Int C, const Neuron& neuron_q, const Neuron& neuron_k,
-                       const Neuron& neuron_attn, int threads) {
+                       const Neuron& neuron_attn, const Potentials<typename Membrane<X>::type>& carried,
+                       int threads) {
     using V = typename Membrane<X>::type;
     constexpr Int width = 32;
     const Int strips = (C + width - 1) / width;
@@ -20,9 +21,12 @@ void channel_attention(const X* x, S* out, Int T, Int B, Int N, Int C, const Neu
         for (Int item = 0; item < B * strips; ++item) {
             const Int b = item / strips, start = item % strips * width;
             const Int n = std::min(width, C - start);
-            V potentials[width] = {};
-            std::fill(q.begin(), q.end(), V(0));
-            std::fill(k.begin(), k.end(), V(0));
+            V potentials[width];
+            carried.take(2, b * C + start, n, potentials);
+            for (Int token = 0; token < N; ++token) {
+                carried.take(0, (b * N + token) * C + start, n, q.data() + token * width);
+                carried.take(1, (b * N + token) * C + start, n, k.data() + token * width);
+            }
             for (Int t = 0; t < T; ++t) {
                 std::int32_t sums[width] = {};
                 V counts[width] = {};
@@ -40,6 +44,11 @@ void channel_attention(const X* x, S* out, Int T, Int B, Int N, Int C, const Neu
                     for (Int i = 0; i < n; ++i) to[token * C + i] = whole<S>(fired[i] & mask[i]);
                 }
             }
+            carried.keep(2, b * C + start, n, potentials);
+            for (Int token = 0; token < N; ++token) {
+                carried.keep(0, (b * N + token) * C + start, n, q.data() + token * width);
+                carried.keep(1, (b * N + token) * C + start, n, k.data() + token * width);
+            }
         }
     }
 }
@@ -47,8 +56,9 @@ void channel_attention(const X* x, S* out, Int T, Int B, Int N, Int C, const Neu
 }  // namespace
 
 #define KERNEL(SUFFIX, X, S)                                                                                          \
-    EXPORT void channel_attention_##SUFFIX(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, double scale,                        \
-                                const Neuron* neurons, int threads) {                                                 \
-        (void)heads, (void)scale;                                                                                      \
-        channel_attention(x, out, T, B, N, C, neurons[0], neurons[1], neurons[2], threads);                           \
+    EXPORT void channel_attention_##SUFFIX(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, double scale,   \
+                                const Neuron* neurons, const Membrane<X>::type* const* before,                        \
+                                Membrane<X>::type* const* after, int threads) {                                       \
+        (void)heads, (void)scale;                                                                                     \
+        channel_attention(x, out, T, B, N, C, neurons[0], neurons[1], neurons[2], {before, after}, threads);          \
     }

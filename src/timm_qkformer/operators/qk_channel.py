@@ -29,7 +29,7 @@ class QKChannelAttention(Operator):
     neuron_names = {"attn_neuron": "A_c"}
     main_view = "channels"
     view_labels = {**Operator.view_labels, "channels": "mask $A_c$: 1 keeps the channel"}
-    kernel = NativeKernel(__package__, "qk_channel.cpp", "channel_attention")
+    kernel = NativeKernel(__package__, "qk_channel.cpp", "channel_attention", ((None, 1),))
 
     def attend(self, q: Tensor, k: Tensor) -> Tensor:
         mask = self.attn_neuron(sum_tokens(q))

@@ -6,21 +6,23 @@
 
 namespace {
 
-// Q-K token attention: currents [T, M, 2 C] of queries and keys to masked keys [T, M, C].
+// Q-K token attention: currents [T, B, N, 2 C] of queries and keys to masked keys [T, B, N, C].
 template <class X, class S>
-void token_attention(const X* x, S* out, Int T, Int M, Int C, Int heads, const Neuron& neuron_q,
-                     const Neuron& neuron_k, const Neuron& neuron_attn, int threads) {
+void token_attention(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, const Neuron& neuron_q,
+                     const Neuron& neuron_k, const Neuron& neuron_attn,
+                     const Potentials<typename Membrane<X>::type>& carried, int threads) {
     using V = typename Membrane<X>::type;
-    const Int dim = C / heads;
+    const Int dim = C / heads, M = B * N;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<V> q(C), k(C), potentials(heads), counts(heads);
         std::vector<std::int32_t> fired(C), mask(heads);
 #pragma omp for schedule(static)
         for (Int m = 0; m < M; ++m) {
-            std::fill(q.begin(), q.end(), V(0));
-            std::fill(k.begin(), k.end(), V(0));
-            std::fill(potentials.begin(), potentials.end(), V(0));
+            const Int mask_at = m / N * heads * N + m % N;  // of the first head, the others N apart
+            carried.take(0, m * C, C, q.data());
+            carried.take(1, m * C, C, k.data());
+            for (Int head = 0; head < heads; ++head) carried.take(2, mask_at + head * N, 1, &potentials[head]);
             for (Int t = 0; t < T; ++t) {
                 const X* from = x + (t * M + m) * 2 * C;
                 step(from, q.data(), fired.data(), C, neuron_q);
@@ -37,6 +39,9 @@ void token_attention(const X* x, S* out, Int T, Int M, Int C, Int heads, const N
                     for (Int i = head * dim; i < (head + 1) * dim; ++i) to[i] = whole<S>(fired[i] & kept);
                 }
             }
+            carried.keep(0, m * C, C, q.data());
+            carried.keep(1, m * C, C, k.data());
+            for (Int head = 0; head < heads; ++head) carried.keep(2, mask_at + head * N, 1, &potentials[head]);
         }
     }
 }
@@ -44,8 +49,9 @@ void token_attention(const X* x, S* out, Int T, Int M, Int C, Int heads, const N
 }  // namespace
 
 #define KERNEL(SUFFIX, X, S)                                                                                          \
-    EXPORT void token_attention_##SUFFIX(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, double scale,                          \
-                                const Neuron* neurons, int threads) {                                                 \
-        (void)scale;                                                                                                   \
-        token_attention(x, out, T, B * N, C, heads, neurons[0], neurons[1], neurons[2], threads);                     \
+    EXPORT void token_attention_##SUFFIX(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, double scale,     \
+                                const Neuron* neurons, const Membrane<X>::type* const* before,                        \
+                                Membrane<X>::type* const* after, int threads) {                                       \
+        (void)scale;                                                                                                  \
+        token_attention(x, out, T, B, N, C, heads, neurons[0], neurons[1], neurons[2], {before, after}, threads);     \
     }

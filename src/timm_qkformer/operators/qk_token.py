@@ -29,7 +29,7 @@ class QKTokenAttention(Operator):
     neuron_names = {"attn_neuron": "A_t"}
     view_labels = {**Operator.view_labels, "tokens": "token mask $A_t$: 1 keeps the token"}
     tokens_are_independent = True
-    kernel: ClassVar[NativeKernel | None] = NativeKernel(__package__, "qk_token.cpp", "token_attention")
+    kernel: ClassVar[NativeKernel | None] = NativeKernel(__package__, "qk_token.cpp", "token_attention", ((1, None),))
 
     def attend(self, q: Tensor, k: Tensor) -> Tensor:
         mask = self.attn_neuron(sum_channels(q))

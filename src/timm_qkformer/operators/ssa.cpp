@@ -27,7 +27,8 @@ inline Int indices_of(const std::int32_t* fired, Int n, Int* indices) {
 // N * C / heads, which must fit Sum.
 template <class Sum, class X, class S>
 void self_attention_as(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, double scale, const Neuron& neuron_q,
-                       const Neuron& neuron_k, const Neuron& neuron_v, const Neuron& neuron_attn, int threads) {
+                       const Neuron& neuron_k, const Neuron& neuron_v, const Neuron& neuron_attn,
+                       const Potentials<typename Membrane<X>::type>& carried, int threads) {
     using V = typename Membrane<X>::type;
     const Int dim = C / heads;
 #pragma omp parallel num_threads(threads)
@@ -39,7 +40,13 @@ void self_attention_as(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads
 #pragma omp for schedule(static)
         for (Int item = 0; item < B * heads; ++item) {
             const Int b = item / heads, start = item % heads * dim;
-            for (auto* potentials : {&q, &k, &v, &attn}) std::fill(potentials->begin(), potentials->end(), V(0));
+            for (Int token = 0; token < N; ++token) {
+                const Int at = (b * N + token) * C + start;
+                carried.take(0, at, dim, q.data() + token * dim);
+                carried.take(1, at, dim, k.data() + token * dim);
+                carried.take(2, at, dim, v.data() + token * dim);
+                for (Int i = 0; i < dim; ++i) carried.take(3, (item * dim + i) * N + token, 1, &attn[token * dim + i]);
+            }
             for (Int t = 0; t < T; ++t) {
                 const X* from = x + (t * B + b) * N * 3 * C + start;
                 std::fill(product.begin(), product.end(), Sum(0));
@@ -62,22 +69,30 @@ void self_attention_as(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads
                     for (Int i = 0; i < dim; ++i) to[token * C + i] = whole<S>(fired[i]);
                 }
             }
+            for (Int token = 0; token < N && carried.after != nullptr; ++token) {
+                const Int at = (b * N + token) * C + start;
+                carried.keep(0, at, dim, q.data() + token * dim);
+                carried.keep(1, at, dim, k.data() + token * dim);
+                carried.keep(2, at, dim, v.data() + token * dim);
+                for (Int i = 0; i < dim; ++i) carried.keep(3, (item * dim + i) * N + token, 1, &attn[token * dim + i]);
+            }
         }
     }
 }
 
 template <class X, class S>
 void self_attention(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, double scale, const Neuron* neurons,
-                    int threads) {
+                    const Potentials<typename Membrane<X>::type>& carried, int threads) {
     const bool fits = N * (C / heads) <= std::numeric_limits<std::uint16_t>::max();
     (fits ? self_attention_as<std::uint16_t, X, S> : self_attention_as<std::int32_t, X, S>)(
-        x, out, T, B, N, C, heads, scale, neurons[0], neurons[1], neurons[2], neurons[3], threads);
+        x, out, T, B, N, C, heads, scale, neurons[0], neurons[1], neurons[2], neurons[3], carried, threads);
 }
 
 }  // namespace
 
 #define KERNEL(SUFFIX, X, S)                                                                                          \
-    EXPORT void self_attention_##SUFFIX(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, double scale,                           \
-                                const Neuron* neurons, int threads) {                                                 \
-        self_attention(x, out, T, B, N, C, heads, scale, neurons, threads);                                            \
+    EXPORT void self_attention_##SUFFIX(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, double scale,      \
+                                const Neuron* neurons, const Membrane<X>::type* const* before,                        \
+                                Membrane<X>::type* const* after, int threads) {                                       \
+        self_attention(x, out, T, B, N, C, heads, scale, neurons, {before, after}, threads);                          \
     }

@@ -42,7 +42,7 @@ class SpikingSelfAttention(Operator):
     }
     couples_batch = True
     built_last = ("v",)
-    kernel = NativeKernel(__package__, "ssa.cpp", "self_attention", SCALE)
+    kernel = NativeKernel(__package__, "ssa.cpp", "self_attention", ((None, None),), SCALE)
     scale: torch.jit.Final[float]
 
     def __init__(self, dim: int, *args: Any, scale: float = SCALE, **kwargs: Any) -> None:

@@ -136,10 +136,10 @@ def _interact(interaction: TemporalInteraction, q: Tensor) -> Tensor:
     """`interaction.run`, on from the state that `run_with_state` carries here and now."""
     carried = carried_state()
     before = None if carried is None else carried.take()
-    z, last = interaction.run(q, None if before is None else (before[0], before[1], before[2]))
+    z, last = interaction.run(q, None if before is None else (before[:, 0], before[:, 1], before[:, 2]))
     if carried is not None:
         rest = torch.zeros_like(last[0], dtype=membrane_dtype(q))
-        carried.put(torch.stack([rest if part is None else part.to(rest.dtype) for part in last]))
+        carried.put(torch.stack([rest if part is None else part.to(rest.dtype) for part in last], 1))  # samples first
     return z
 
 

@@ -12,9 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..files import refuse_existing, write_atomically
+from ..progress import Bar
 from .results import Run, read_runs
 from .subject import Subject, attention_section, rates_section
 from .tables import (
@@ -60,7 +60,7 @@ def write_page(
         ("memory", partial(memory_section, memory, quick)),
     ]
     lines = _head(command, quick)
-    with tqdm(sections, unit="table") as bar:
+    with Bar(sections, unit="table") as bar:
         for name, section in bar:
             bar.set_description(name)
             lines += ["", *section()]

@@ -51,6 +51,7 @@ def photographs(inputs: ModelInputs) -> Tensor:
 
 
 def rates_section(subject: Subject) -> list[str]:
+    """Table 7: firing rates."""
     with _calibrated(subject):
         found = firing_rates(subject.model, subject.x)
     rates = found.by_stage()
@@ -86,6 +87,7 @@ def _caveat(subject: Subject) -> list[str]:
 
 
 def attention_section(subject: Subject, matrices: Path, masks: Path) -> list[str]:
+    """Fig. 3: queries, masks and keys."""
     x = subject.x[:1]
     with _calibrated(subject):
         records = [record for record in record_attention(subject.model, x) if record.mask is not None]

@@ -31,6 +31,7 @@ def table(header: str, rows: Sequence[Sequence[str]], left: int = 1) -> list[str
 
 
 def complexity_section(quick: bool) -> list[str]:
+    """Table 1: complexity of attention."""
     sizes: dict[str, Any] = {"tokens": (16, 64), "dims": (8, 32)} if quick else {}
     found = attention_complexity(**sizes)
     last = found[0].counts[-1]
@@ -70,6 +71,7 @@ def complexity_section(quick: bool) -> list[str]:
 
 
 def parameters_section() -> list[str]:
+    """Table 2: parameters."""
     rows = [
         [f"`{name}`", str(PARAMETERS.get(name, "-")), f"{count / 1e6:.2f}", f"{count:,}"]
         for name, count in parameter_counts().items()
@@ -112,6 +114,7 @@ def _count(name: str, **kwargs: Any) -> int:
 
 
 def ablation_section(experiment: str, runs: Sequence[Run]) -> list[str]:
+    """Tables 5, 6 and 9: ablations."""
     title, header = ABLATIONS[experiment]
     measured = {summary.variant: summary for summary in summarize(runs, experiment)}
     published = TOP1[experiment]
@@ -147,6 +150,7 @@ def _provenance(summaries: Sequence[Summary]) -> list[str]:
 
 
 def other_runs_section(runs: Sequence[Run]) -> list[str]:
+    """Trainings that belong to no table."""
     experiments = list(dict.fromkeys(run.experiment for run in runs if run.experiment not in ABLATIONS))
     if not experiments:
         return ["## Trained models", "", "No results of other training runs are in this package."]
@@ -162,6 +166,7 @@ def other_runs_section(runs: Sequence[Run]) -> list[str]:
 
 
 def memory_section(picture: Path, quick: bool) -> list[str]:
+    """Table 8 and Fig. 4: memory of attention."""
     sides = (10, 20, 30) if quick else PAPER_SIDES
     points: list[AttentionMemory] = []
     for device, chosen in (

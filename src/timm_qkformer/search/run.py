@@ -10,11 +10,11 @@ import timm
 import torch
 import yaml
 from torch import Tensor
-from tqdm import tqdm
 
 from ..analysis.energy import energy
 from ..analysis.hooks import recalibrated_norms
 from ..files import write_atomically
+from ..progress import Bar
 from ..training.recipes import recipe_path
 from .evolution import Candidate, Evolution, SearchState, evolve, pareto_front
 from .scores import SCORES, score_model
@@ -113,7 +113,7 @@ def search(settings: SearchSettings, folder: Path, images: Tensor | None = None,
         write_atomically(folder / STATE, json.dumps({"settings": stated, **asdict(state)}))
 
     folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=settings.evolution.evaluations, unit="net", disable=not progress) as bar:
+    with Bar(total=settings.evolution.evaluations, unit="net", disable=not progress) as bar:
         best = float("-inf")
 
         def count(candidate: Candidate) -> None:
@@ -134,7 +134,7 @@ def search(settings: SearchSettings, folder: Path, images: Tensor | None = None,
     chosen = ranked[: settings.evolution.keep]
     chosen += [candidate for candidate in reversed(front) if candidate not in chosen]
     winners = []
-    for candidate in tqdm(chosen, desc="energy", unit="net", disable=not progress):
+    for candidate in Bar(chosen, desc="energy", unit="net", disable=not progress):
         model = build(space, candidate.genome, settings)
         with recalibrated_norms(model, [images]):
             winners.append(Winner(candidate, energy(model, images[:1]).pj))

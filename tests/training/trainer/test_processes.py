@@ -31,6 +31,7 @@ def torchrun(*arguments):
     return process.returncode, out
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(data, tmp_path):
     recipe = write_recipe(tmp_path / "two.yaml", **SAME, batch_size=4, sync_bn=True, recovery_interval=1)
     code, out = torchrun("train", *flags(data, tmp_path, "two", recipe))

@@ -19,9 +19,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ...analysis import firing_rates
+from ...progress import Bar
 from .report import Answers, draw_masks, print_answers
 
 __all__ = ["MODEL", "DemoResult", "classify_photographs", "run_demo"]
@@ -149,7 +149,7 @@ def _train(model: nn.Module, folder: Path, epochs: int) -> None:
     scheduler, _ = create_scheduler_v2(
         optimizer, sched="cosine", num_epochs=epochs, min_lr=1e-5, step_on_epochs=False, updates_per_epoch=len(loader)
     )
-    with tqdm(total=epochs * len(loader), desc="training", unit="batch") as bar:
+    with Bar(total=epochs * len(loader), desc="training", unit="batch") as bar:
         task.train()
         for epoch in range(epochs):
             losses = AverageMeter()
@@ -169,7 +169,7 @@ def _classify(model: nn.Module, folder: Path) -> tuple[Tensor, Tensor, Tensor, f
     """Held-out images, labels, logits, and images classified per second."""
     model.eval()
     seen, answers, seconds, top1 = [], [], 0.0, AverageMeter()
-    with tqdm(_loader(folder, "test", 64), desc="classifying", unit="batch") as bar:
+    with Bar(_loader(folder, "test", 64), desc="classifying", unit="batch") as bar:
         for images, labels in bar:
             start = time.perf_counter()
             logits = model(images)

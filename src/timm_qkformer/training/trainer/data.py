@@ -52,6 +52,7 @@ _AUGMENTATION = {
 _EVENT_FLAGS = {
     "name": "--dataset", "root": "--data-dir", "time_steps": "--model-kwargs time_steps=T",
     "split_by": "--event-split-by", "size": "--input-size", "sensor_size": "--event-sensor-size",
+    "train_ratio": "--event-train-ratio", "split_seed": "--event-split-seed",
 }  # fmt: skip
 
 
@@ -123,6 +124,8 @@ def _open_events(settings: Settings, split: str, is_training: bool, time_steps: 
             split_by=settings.event_split_by,
             size=to_2tuple(settings.input_size[1:]) if settings.input_size else None,
             sensor_size=to_2tuple(settings.event_sensor_size) if settings.event_sensor_size else None,
+            train_ratio=settings.event_train_ratio,
+            split_seed=settings.event_split_seed,
             on_error=settings.on_error,
             cache_dir=settings.event_cache,
             transform=Compose(transforms) if transforms else None,

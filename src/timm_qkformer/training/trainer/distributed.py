@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...devices import device_name, require_cuda, usable_device
 from ...errors import first_line
 
 
@@ -62,7 +63,8 @@ class Processes:
 @contextmanager
 def join_processes(device: str) -> Iterator[Processes]:
     """Join the group that torchrun started, if it did; ValueError if the device is not there."""
-    _require_cuda(device)
+    device = device_name(device)
+    require_cuda(device)
     try:
         facts = init_distributed_device_so(device)
     except RuntimeError as error:
@@ -73,21 +75,6 @@ def join_processes(device: str) -> Iterator[Processes]:
     finally:
         if facts["distributed"]:
             torch.distributed.destroy_process_group()
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of this name; ValueError if it is not there."""
-    _require_cuda(name)
-    try:
-        torch.empty(1, device=name)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"device={name!r} cannot be used: {first_line(error)}") from error
-    return torch.device(name)
-
-
-def _require_cuda(name: str) -> None:
-    if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name!r} is not available here; --device cpu is")
 
 
 class CPUSyncBatchNorm(_BatchNorm):

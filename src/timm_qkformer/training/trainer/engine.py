@@ -22,6 +22,7 @@ from ...errors import naming_settings
 from ...files import write_atomically
 from ...hub.checkpoints import CheckpointError
 from ...hub.evaluate import Evaluation
+from ...progress import Pace
 from .checkpoint import (
     DivergedError,
     RunSaver,
@@ -132,6 +133,7 @@ class _Run:
             task=task,
         )
         self.state = RunState()
+        self.pace = Pace()
         notes = self._resume(content, Path(resume), model) if content is not None else []
         if settings.start_epoch is not None:
             self.state.epoch, self.state.consumed = settings.start_epoch, 0
@@ -312,7 +314,7 @@ class _Run:
         known = [row["firing_rate"] for row in state.history if row.get("firing_rate") is not None]
         progress = Progress(
             self.log, state.epoch, self.epochs, len(self.loader), state.consumed, left, settings.log_interval,
-            settings.grad_accum_steps, known[-1] if known else None,
+            settings.grad_accum_steps, known[-1] if known else None, self.pace,
         )  # fmt: skip
 
         def on_update(update: Update) -> None:

@@ -12,18 +12,19 @@ import torch
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from timm.utils import unwrap_model
 from torch import nn
-from tqdm import tqdm
 
 from ...analysis import firing_rates
+from ...devices import usable_device
 from ...files import write_atomically
 from ...hub.checkpoints import CheckpointError, read_content
 from ...hub.evaluate import Evaluation, classify_batches, report
 from ...hub.folder import check_folder
 from ...neurons import SpikingNeuron
+from ...progress import Bar
 from .checkpoint import settings_in
 from .config import merge_settings, require_data_dir
 from .data import check_classes, create_eval_loader, open_split
-from .distributed import Processes, usable_device
+from .distributed import Processes
 from .log import csv_text
 from .network import (
     autocast,
@@ -51,7 +52,7 @@ def evaluate(
     model: nn.Module,
     batches: Any,
     processes: Processes,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], object] | None = None,
 ) -> Evaluation:
     """Classify every sample once, in eval mode, over all processes; `on_batch` is called with each batch's size."""
     model.eval()
@@ -179,7 +180,7 @@ def validate(settings: ValidationSettings, show: bool = True) -> dict[str, Any]:
     if settings.torchcompile:
         with compiling(settings):
             runner = torch.compile(model, backend=settings.torchcompile, mode=settings.torchcompile_mode)
-    bar = tqdm(total=len(dataset), unit="image", disable=None if show else True)
+    bar = Bar(total=len(dataset), unit="image", disable=None if show else True)
     with forward_weights(settings, model), bar:
         measured = evaluate(settings, runner, loader, processes, on_batch=bar.update)
     facts = {"model": settings.model, "checkpoint": settings.checkpoint, "dataset": settings.dataset, "split": split}

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ...files import replacing, write_atomically
+from ...progress import Bar, Pace
 from .loop import Update
 
 
@@ -86,6 +87,7 @@ class Progress:
     interval: int  # updates between lines and points in TensorBoard
     accumulation: int  # batches of an update
     firing_rate: float | None  # the last one measured
+    pace: Pace  # of an update, whichever epoch it is of
     samples: int = 0
     seconds: float = 0.0
 
@@ -94,7 +96,7 @@ class Progress:
         self._start = time.perf_counter()
         self._quiet = not self.log.primary or not sys.stderr.isatty()
         title = f"epoch {self.epoch + 1}/{self.epochs}"
-        self._bar = tqdm(
+        self._bar = Bar(
             total=self.batches, initial=self.consumed, desc=title, unit="batch", disable=self._quiet, leave=False
         )
 
@@ -102,12 +104,14 @@ class Progress:
         """Show an update."""
         self.samples += update.samples
         self._updates += 1
+        self.pace.step()
         self.seconds = time.perf_counter() - self._start
         self._bar.update(update.consumed - self.consumed)
         self.consumed = update.consumed
         rate = "" if self.firing_rate is None else f", firing rate {self.firing_rate:.3f}"
         speed = self.samples_per_second
-        left = _clock(self.seconds / self._updates * max(0, self.updates_left - self._updates))
+        usual, remaining = self.pace.seconds, max(0, self.updates_left - self._updates)
+        left = "?" if usual is None and remaining else _clock((usual or 0.0) * remaining)
         self._bar.set_postfix_str(f"{speed:.1f} images/s, loss {mean_loss:.4f}{rate}, {left} left")
         # As train.py counts: the first update of an epoch, every interval-th after it, and the last.
         number = (update.consumed - 1) // self.accumulation

@@ -23,6 +23,7 @@ from ...torch_files import DamagedFileError, check_file, namespaces_allowed
 from .distributed import Processes, synchronize_batch_norm
 from .quantize import quantized_weights, require_quantizable
 from .settings import Settings
+from .task import ModelTask, require_compilable
 
 
 def build_model(settings: Settings) -> nn.Module:
@@ -180,7 +181,9 @@ def build_task(settings: Settings, processes: Processes, model: nn.Module) -> Cl
     to_device(settings, model, device)
     if processes.distributed and settings.sync_bn:
         model = synchronize_batch_norm(model, device)
-    return ClassificationTask(
+    if settings.torchcompile:
+        require_compilable(model)
+    return ModelTask(
         model=model, criterion=_loss(settings).to(device), device=device, dtype=model_dtype(settings), verbose=False
     )
 

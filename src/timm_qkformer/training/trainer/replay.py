@@ -144,6 +144,7 @@ class ReplayableLoader:
 
     @property
     def collate_fn(self) -> Any:
+        """The inner loader's function that makes a batch of samples."""
         return self._reporting.collate
 
     def position(self, consumed: int) -> Position:

@@ -82,7 +82,7 @@ class Settings:
     torchcompile_mode: str | None = _o(None, "mode of torch.compile", metavar="MODE")
 
     # ---- device
-    device: str = _o("cuda", "device")
+    device: str = _o("auto", "device; auto is cuda if there is one, else cpu")
     amp: bool = _o(False, "mixed precision")
     amp_dtype: Literal["float16", "bfloat16"] = _o("float16", "dtype of mixed precision")
     model_dtype: Literal["float32", "float16", "bfloat16"] | None = _o(None, "dtype of the whole model")
@@ -198,6 +198,10 @@ class Settings:
     tensorboard: bool | None = _o(None, "write TensorBoard files (where tensorboard is installed)")
     event_split_by: Literal["number", "time"] = _o("number", "frames of as many events each, or of as long a time each")
     event_sensor_size: list[int] | None = _o(None, "height and width of the camera, for events/folder", length=2)
+    event_train_ratio: float = _o(0.9, "share of each class to train on, where events have no split of their own")
+    event_split_seed: int | None = _o(
+        None, "shuffle before such a split (default: in the order of names, as published)"
+    )
     event_cache: str | None = _o(None, "folder to keep event frames in", metavar="DIR")
 
     @property
@@ -317,5 +321,6 @@ LOADED = (
     "num_classes", "gp", "img_size", "in_chans", "input_size", "crop_pct", "mean", "std", "interpolation",
     "batch_size", "channels_last", "model_kwargs", "torchcompile", "torchcompile_mode",
     "device", "amp", "amp_dtype", "model_dtype", "pretrained", "workers", "pin_mem", "no_prefetcher",
-    "on_error", "quantize_weights", "event_split_by", "event_sensor_size", "event_cache",
+    "on_error", "quantize_weights", "event_split_by", "event_sensor_size", "event_train_ratio",
+    "event_split_seed", "event_cache",
 )  # fmt: skip

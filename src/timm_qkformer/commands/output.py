@@ -1,0 +1,36 @@
+"""What commands print: a summary for people or, with `--json`, one JSON document for scripts."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..files import refuse_existing, write_atomically
+
+STDOUT = "-"
+
+
+def add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--json [FILE]`."""
+    text = f"print {what} as JSON and nothing else, or write it to a new FILE beside the summary"
+    parser.add_argument("--json", nargs="?", const=STDOUT, metavar="FILE", help=text)
+
+
+def refuse_outputs(args: argparse.Namespace, *others: Path | None) -> None:
+    """FileExistsError if the FILE of `--json`, or another file that is about to be written, is there already."""
+    refuse_existing(*(Path(path) for path in (args.json, *others) if path not in (None, STDOUT)))
+
+
+def show(args: argparse.Namespace, values: Any, summary: str) -> None:
+    """Print the summary or, with `--json`, the values; with `--json FILE` print the one and write the other."""
+    text = json.dumps(values, indent=2, default=str) + "\n"
+    if args.json == STDOUT:
+        sys.stdout.write(text)
+        return
+    print(summary)
+    if args.json is not None:
+        path = Path(args.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+        print(f"wrote {path}")

@@ -1,0 +1,138 @@
+"""Build sdist and wheel of the last commit from clean, and try them as a stranger would: `make release-check`.
+
+What comes out is in dist/. Checked are the version (against the changelog and a tag, if one is given), metadata, what
+the files hold and how large they are; then the wheel is installed in an empty environment, `pip check` is asked, and
+README's example and a command run outside of the checkout.
+"""
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMITS = {".whl": 6, ".gz": 12}  # MB; the weights of two models are 3.7
+
+
+def main(arguments: list[str]) -> None:
+    """Exits with a message at the first thing that is wrong."""
+    tag = arguments[0] if arguments else None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = _build(folder)
+        version = _check_metadata(files[".whl"])
+        if tag and tag != f"v{version}":
+            raise SystemExit(f"the tag is {tag}, the package's version {version}")
+        _check_changelog(version, released=bool(tag))
+        for suffix, path in files.items():
+            size = path.stat().st_size / 1e6
+            print(f"{path.name}: {size:.1f} MB")
+            if size > LIMITS[suffix]:
+                raise SystemExit(f"{path.name} has {size:.1f} MB, more than {LIMITS[suffix]}")
+        _check_contents(files)
+        _try(folder, files[".whl"])
+    print(f"{version} can be released: dist/ has the files")
+
+
+def _run(*command: object, cwd: Path | None = None) -> str:
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stdout}")
+    return done.stdout
+
+
+def _build(folder: Path) -> dict[str, Path]:
+    """The files in dist/, built from the last commit in an environment of their own."""
+    if _run("git", "status", "--porcelain", cwd=ROOT):
+        print("note: changes that are not committed are left out", file=sys.stderr)
+    archive = folder / "source.tar"
+    _run("git", "archive", "-o", archive, "HEAD", cwd=ROOT)
+    with tarfile.open(archive) as source:
+        source.extractall(folder / "source", filter="data")
+    venv.create(folder / "build", with_pip=True)
+    python = folder / "build/bin/python"
+    _run(python, "-m", "pip", "install", "--quiet", "build", "twine")
+    dist = ROOT / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    _run(python, "-m", "build", "--outdir", dist, folder / "source")  # the wheel is built from the sdist
+    _run(python, "-m", "twine", "check", "--strict", *dist.iterdir())
+    files = {path.suffix: path for path in dist.iterdir()}
+    if set(files) != set(LIMITS):
+        raise SystemExit(f"expected one wheel and one sdist, got {sorted(path.name for path in dist.iterdir())}")
+    return files
+
+
+def _check_metadata(wheel: Path) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    for key in ("Summary", "License-Expression", "Requires-Python", "Description-Content-Type", "Keywords"):
+        if not metadata[key]:
+            raise SystemExit(f"{wheel.name}: metadata has no {key}")
+    version = str(metadata["Version"])
+    stated = re.search(r'^__version__ = "(.*)"$', (ROOT / "src/timm_qkformer/__init__.py").read_text(), re.MULTILINE)
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    if not stated or not cited or {stated[1], cited[1]} != {version}:
+        raise SystemExit(f"the wheel's version is {version}, __version__ and CITATION.cff say otherwise")
+    return version
+
+
+def _check_changelog(version: str, released: bool) -> None:
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    if released and not any(re.fullmatch(rf"\[?{re.escape(version)}\]? - \d{{4}}-\d\d-\d\d", h) for h in headings):
+        raise SystemExit(f"CHANGELOG.md has no heading '## {version} - DATE', but {headings[:3]}")
+
+
+def _check_contents(files: dict[str, Path]) -> None:
+    with zipfile.ZipFile(files[".whl"]) as archive:
+        inside = archive.namelist()
+    roots = {name.split("/")[0] for name in inside}
+    strangers = {root for root in roots if not root.endswith(".dist-info")} - {
+        "timm_qkformer",
+        "timm_qkformer_autoload.py",
+    }
+    if strangers or any("__pycache__" in name for name in inside):
+        raise SystemExit(f"the wheel holds what it should not: {sorted(strangers)}")
+    with tarfile.open(files[".gz"]) as archive:
+        source = {name.partition("/")[2] for name in archive.getnames()}
+    for needed in (
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "Makefile",
+        "mkdocs.yml",
+        "tests/test_cli.py",
+    ):
+        if needed not in source:
+            raise SystemExit(f"the sdist has no {needed}")
+
+
+def _try(folder: Path, wheel: Path) -> None:
+    """Install the wheel in an empty environment and do what README says."""
+    venv.create(folder / "empty", with_pip=True)
+    binaries, elsewhere = folder / "empty/bin", folder / "elsewhere"
+    elsewhere.mkdir()
+    _run(binaries / "python", "-m", "pip", "install", "--quiet", wheel)
+    print(_run(binaries / "python", "-m", "pip", "check").strip())
+    print(_run(binaries / "timm-qkformer", "--version", cwd=elsewhere).strip())
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    answer = _run(binaries / "python", "-c", example[1] if example else "", cwd=elsewhere).strip()
+    print(f"README's example: {answer}")
+    if answer != "frog":
+        raise SystemExit("README's example answers something else than the comment behind it")
+    _run(binaries / "timm-qkformer", "profile", "test_qkformer", "--random", "--limit", "1", "--json", cwd=elsewhere)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
