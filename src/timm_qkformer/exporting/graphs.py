@@ -96,7 +96,7 @@ def step_graph(model: SpikingTransformer, size: tuple[int, int]) -> Graph:
     frame = torch.randn(2, model.in_chans, *size)
     logits, state = model.step(frame)
     leaves = _leaves(state)
-    graph = StepGraph(model, len(state.potentials))
+    graph = StepGraph(model, len(state.potentials)).eval()  # exporters set the model to the mode that they find
     zeros = tuple(torch.zeros_like(leaf) for leaf in leaves)
     found = graph(frame, *zeros)[0]
     if has_fixed_size(model) or not torch.allclose(found, logits, rtol=1e-5, atol=1e-5):

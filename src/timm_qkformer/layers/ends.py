@@ -15,6 +15,7 @@ from ..neurons import LIF, NeuronLayer, membrane_dtype
 
 torch.fx.wrap("membrane_dtype")
 torch.fx.wrap("_add_steps")
+torch.fx.wrap("_count_steps")
 
 
 @register_notrace_function

@@ -5,6 +5,7 @@ from . import a2os2a  # noqa: F401, registers its models
 from .architecture import Architecture, BlockSpec, ChainSpec, EmbedSpec, MixerSpec, StageSpec
 from .autost import AutoST
 from .base import SpikingTransformer
+from .conventions import ATTRIBUTION_LAYER, FX_LEAF_MODULES, PEFT_TARGET_MODULES
 from .maxformer import MaxFormer
 from .qkformer import QKFormer
 from .sdt import SpikeDrivenTransformer
@@ -16,6 +17,9 @@ from .stepping import StreamState
 from .tim import TIM
 
 __all__ = [
+    "ATTRIBUTION_LAYER",
+    "FX_LEAF_MODULES",
+    "PEFT_TARGET_MODULES",
     "SEMM",
     "TIM",
     "Architecture",
