@@ -23,6 +23,7 @@ from ...torch_files import DamagedFileError, check_file, namespaces_allowed
 from .distributed import Processes, synchronize_batch_norm
 from .quantize import quantized_weights, require_quantizable
 from .settings import Settings
+from .steps import StepsTask, check_steps
 from .task import ModelTask, require_compilable
 
 
@@ -178,14 +179,15 @@ def to_device(settings: Settings, model: nn.Module, device: torch.device) -> Non
 def build_task(settings: Settings, processes: Processes, model: nn.Module) -> ClassificationTask:
     """Move the model to its device and put it into a task with its loss, as train.py does."""
     device = processes.device
+    check_steps(settings, model)
     to_device(settings, model, device)
     if processes.distributed and settings.sync_bn:
         model = synchronize_batch_norm(model, device)
     if settings.torchcompile:
         require_compilable(model)
-    return ModelTask(
-        model=model, criterion=_loss(settings).to(device), device=device, dtype=model_dtype(settings), verbose=False
-    )
+    common: dict[str, Any] = {"device": device, "dtype": model_dtype(settings), "verbose": False}
+    common |= {"model": model, "criterion": _loss(settings).to(device)}
+    return StepsTask(settings.tet, **common) if settings.tet else ModelTask(**common)
 
 
 def _loss(settings: Settings) -> nn.Module:
