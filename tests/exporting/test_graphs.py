@@ -61,7 +61,7 @@ def test_onnx_of_torch_export_takes_any_batch_and_size(name, tmp_path):
         torch.testing.assert_close(torch.from_numpy(found), model(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "error::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "error::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", ["test_sdt", *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES)])
 def test_traces_are_saved_and_have_gradients(name):
     model, file = small(name), io.BytesIO()

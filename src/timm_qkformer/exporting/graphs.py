@@ -82,7 +82,7 @@ def clip_graph(model: SpikingTransformer, size: tuple[int, int]) -> Graph:
     H, W = size
     shape = (2, *([model.time_steps] if takes_clips(model) else []), model.in_chans, H, W)
     free: tuple[str | int, ...] = (H, W) if has_fixed_size(model) else ("height", "width")
-    dims = ("batch", *shape[1:-2], *free)
+    dims: Dims = ("batch", *shape[1:-2], *free)
     ports = (Port("clip" if takes_clips(model) else "image", dims),)
     return Graph(model, ports, (_logits(model),), (torch.randn(shape),))
 
