@@ -8,7 +8,7 @@ DOCS_STAMP := $(DOCS_VENV)/.installed
 TAG ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all attack lint spell docs docs-serve timm-suite release-check clean
+.PHONY: clients help demo test test-all attack lint spell docs docs-serve timm-suite release-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,11 @@ timm-suite: $(STAMP) ## timm's own tests, from its source distribution, on our m
 
 release-check: ## sdist and wheel from clean, installed in an empty environment and tried; TAG=v0.2.0 compares the version
 	$(PYTHON) tests/release_check.py $(TAG)
+
+# Other libraries on our models, each with its version: writes docs/compatibility.md. Slow.
+clients: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[dev,explain,export]' peft lightning
+	$(BIN)/python tests/run_clients.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

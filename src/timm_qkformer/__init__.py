@@ -14,6 +14,7 @@ from .models import MaxFormer, QKFormer
 
 if TYPE_CHECKING:
     from . import analysis, streaming
+    from .exporting import export
     from .inference import deploy, quantize_weights
     from .streaming import anytime
 
@@ -27,6 +28,7 @@ __all__ = [
     "anytime",
     "deploy",
     "execution",
+    "export",
     "layers",
     "models",
     "neurons",
@@ -40,6 +42,10 @@ def __getattr__(name: str) -> Any:
     # When it is first used: importing timm imports this package.
     if name in ("analysis", "streaming"):
         return import_module(f".{name}", __name__)
+    if name == "export":
+        from . import exporting
+
+        return exporting.export
     if name == "anytime":
         return import_module(".streaming", __name__).anytime
     if name in ("deploy", "quantize_weights"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .commands import analysis, app, events, reproduction, search, streaming
+from .commands import export as exporting
 from .commands.help import EXIT_STATUS, HelpFormatter, PrintCompletion, examples
 from .commands.model import add_device
 from .commands.output import add_json, refuse_outputs, show
@@ -170,6 +171,7 @@ COMMANDS: dict[str, Command] = {
     "stream": ("classify a recording of events window by window", streaming.add_stream, streaming.stream),
     "profile": ("firing rates, energy, memory and speed of a model", analysis.add_profile, analysis.profile),
     "visualize": ("draw a model's attention", analysis.add_visualize, analysis.visualize),
+    "export": ("write a model as a graph: ONNX, OpenVINO, torch", exporting.add_export, exporting.export),
     "app": ("look at pictures and recordings with a model, in the browser", app.add_app, app.app),
     "events": ("say what recordings of event cameras hold, and convert them", events.add_events, events.events),
     "search": ("search for architectures without training them", search.add_search, search.search),
@@ -187,6 +189,7 @@ _EXTRAS = {
     "gradio": "app",
     "matplotlib": "analysis",
     "tensorboard": "train",
+    **dict.fromkeys(("onnx", "onnxruntime", "openvino"), "export"),
 }
 
 

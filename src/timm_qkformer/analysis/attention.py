@@ -16,6 +16,7 @@ from ..layers import output_range
 from ..operators import Operator
 from .hooks import bare_model, capture
 from .names import has_mask, inner_names, operator_layers, place_of
+from .notebook import html_table
 
 Array = NDArray[Any]
 
@@ -47,6 +48,11 @@ class AttentionRecord:
     def __repr__(self) -> str:
         arrays = ", ".join([*self.inputs, *self.inner])
         return f"AttentionRecord({self.name}: {self.operator} with {arrays}, {list(self.result.shape)})"
+
+    def _repr_html_(self) -> str:
+        arrays = {**self.inputs, **self.inner, self.result_name: self.result}
+        rows = [(name, list(array.shape), f"{float(array.mean()):.4f}") for name, array in arrays.items()]
+        return html_table(repr(self), ("array", "shape", "mean"), rows)
 
     @property
     def time_steps(self) -> int:

@@ -31,6 +31,7 @@ from ..neurons import SpikingNeuron
 from ..operators import Operator
 from .hooks import Data, Watch, bare_model, run_samples
 from .names import operator_layers, place_of
+from .notebook import html_table
 
 MAC_PJ = 4.6  # Horowitz 2014, 45 nm: 32-bit floating-point multiplication 3.7 pJ and addition 0.9 pJ
 AC_PJ = 0.9
@@ -80,6 +81,11 @@ class Energy:
             f"Energy({self.pj * 1e-9:.4g} mJ, {self.sops / 1e9:.4g} G SOP and {self.macs / 1e9:.4g} G MAC in "
             f"{len(self.layers)} operations; as an ANN {self.ann_pj * 1e-9:.4g} mJ)"
         )
+
+    def _repr_html_(self) -> str:
+        largest = sorted(self.layers, key=lambda layer: layer.pj, reverse=True)
+        rows = [(e.path, e.operation, f"{e.sops / 1e6:.4g}", f"{e.pj * 1e-6:.4g}") for e in largest]
+        return html_table(repr(self), ("layer", "operation", "10^6 SOP", "microjoules"), rows)
 
     def __getitem__(self, key: tuple[str, str]) -> LayerEnergy:
         """The operation of this module name and kind."""

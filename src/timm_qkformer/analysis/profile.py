@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .energy import AC_PJ, MAC_PJ, Energy, EnergyMeter
 from .hooks import Data, bare_model, inference, run_samples
 from .memory import peak_memory
+from .notebook import html_table
 from .rates import FiringRates, RateMeter
 
 if TYPE_CHECKING:
@@ -69,6 +70,16 @@ class Profile:
 
     def __repr__(self) -> str:
         return f"Profile({self.model}, {self.weights}, on {self.data}: {self.rates!r}, {self.energy!r})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("data", self.data),
+            ("parameters", f"{self.parameters:,}"),
+            ("firing rate", f"{self.rates.mean:.4f}"),
+            ("energy, millijoules", f"{self.energy.pj * 1e-9:.4g}"),
+            ("memory of a batch, MB", f"{self.peak_bytes / 1e6:.1f}"),
+        ]
+        return html_table(f"{self.model}, {self.weights}", ("", ""), rows)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the attributes, with those of the parts."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .hooks import Data, Watch, bare_model, run_samples
 from .names import SpikeLayer, spike_layers
+from .notebook import html_table
 
 # As published for HST-10-768 on ImageNet-1k at 224 px (arXiv 2403.16552, table of firing rates in QKFormer blocks), by
 # name and stage. The blocks of stage 3 are not in the table.
@@ -67,6 +68,10 @@ class FiringRates:
             f"FiringRates(mean {self.mean:.4f} of {len(self.layers)} layers, {self.samples} samples of {shape}, "
             f"T = {self.time_steps})"
         )
+
+    def _repr_html_(self) -> str:
+        rows = [(layer.path, layer.name, f"{layer.mean:.4f}", f"{layer.std:.4f}") for layer in self.layers]
+        return html_table(repr(self), ("layer", "name", "rate", "standard deviation"), rows)
 
     def __getitem__(self, path: str) -> LayerRates:
         """The neuron layer of this module name; "....attn.proj" for an X' that no neuron fires."""

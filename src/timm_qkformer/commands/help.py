@@ -46,6 +46,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "timm-qkformer visualize qkformer_hst3_192.cifar10 cat.jpg dog.jpg --output pictures",
         "timm-qkformer visualize qkformer_hst3_128.nmnist digit.bs2 --sensor-size 34 34 --stage 1",
     ),
+    "export": (
+        "timm-qkformer export qkformer_hst3_192.cifar10 --output model.onnx --data pictures",
+        "timm-qkformer export qkformer_hst3_128.nmnist --step --format openvino --output step.xml",
+    ),
     "app": ("timm-qkformer app", "timm-qkformer app digits-model qkformer_hst3_192.cifar10 --port 8000"),
     "events": (
         "timm-qkformer events night.raw gesture.aedat4 --pictures pictures --gif",

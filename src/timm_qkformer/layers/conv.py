@@ -1,6 +1,6 @@
 """The units that the whole network is built from: convolution, batch norm, perhaps pooling; then neurons."""
 
-from typing import Any
+from typing import Any, List
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,14 @@ def output_range(neuron: nn.Module) -> Range:
     """What a layer of neurons puts out; of other modules nothing is known."""
     known = getattr(neuron, "output_range", REAL)
     return known if isinstance(known, Range) else REAL
+
+
+def unflatten(x: Tensor, dim: int, sizes: List[int]) -> Tensor:
+    """`x.unflatten`, dim >= 0, in whose place ONNX's TorchScript exporter would write the example's sizes."""
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():
+            return x.reshape([*x.shape[:dim], *sizes, *x.shape[dim + 1 :]])
+    return x.unflatten(dim, sizes)
 
 
 def max_pool() -> nn.MaxPool2d:
@@ -65,7 +73,7 @@ class ConvNorm(nn.Module):
             if packed.is_active(self, x):
                 return packed.currents(self, SharedInput(x, self.input_range))
         T, B, _, _, _ = x.shape
-        return self.pool(self.bn(self.conv(x.flatten(0, 1)))).unflatten(0, [T, B])
+        return unflatten(self.pool(self.bn(self.conv(x.flatten(0, 1)))), 0, [T, B])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.currents(x)
@@ -114,7 +122,7 @@ class SpikingConv(ConvNorm):
                 if carried_state() is not None:
                     raise ValueError("batch_coupled=True: neurons that couple the batch cannot run in pieces")
             T, B, _, _, _ = x.shape
-            return self.pooled(self.neuron(x.flatten(0, 1)).unflatten(0, [T, B]))
+            return self.pooled(unflatten(self.neuron(x.flatten(0, 1)), 0, [T, B]))
         return self.pooled(self.neuron(x))
 
     def pooled(self, x: Tensor) -> Tensor:
@@ -125,7 +133,7 @@ class SpikingConv(ConvNorm):
             if packed.is_active(self, x):
                 return packed.pooled(self.spike_pool, x)
         T, B, _, _, _ = x.shape
-        return self.spike_pool(x.flatten(0, 1)).unflatten(0, [T, B])
+        return unflatten(self.spike_pool(x.flatten(0, 1)), 0, [T, B])
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():

@@ -15,6 +15,7 @@ from ..neurons import LIF, NeuronLayer, membrane_dtype
 
 torch.fx.wrap("membrane_dtype")
 torch.fx.wrap("_add_steps")
+torch.fx.wrap("_count_steps")
 
 
 @register_notrace_function
@@ -38,6 +39,9 @@ def as_sequence(x: Tensor, in_chans: int, min_size: int) -> Tensor:
         raise ValueError(
             f"input of shape {given} has {x.dim()} dimensions: give images [B, C, H, W] or event clips [B, T, C, H, W]"
         )
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():  # a trace would hold these checks for constants, and says so
+            return x
     T, _, C, H, W = x.shape
     if C != in_chans:
         raise ValueError(
@@ -78,7 +82,7 @@ class MeanReadout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Spikes, sums of spikes or potentials [T, B, C, H, W] to their mean [B, C, H, W]."""
         sums = self.add(x, [])
-        return self.finish(sums, torch.full([1], x.shape[0], device=x.device)).to(x.dtype)
+        return self.finish(sums, _count_steps(x)).to(x.dtype)
 
 
 @register_notrace_module
@@ -121,15 +125,22 @@ class MembraneReadout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Membrane potentials [T, B, C, H, W] to the shifted map [B, C, H, W]."""
         sums = self.add(x, [])
-        return self.finish(sums, torch.full([1], x.shape[0], device=x.device)).to(x.dtype)
+        return self.finish(sums, _count_steps(x)).to(x.dtype)
 
 
 def _add_steps(x: Tensor, total: Optional[Tensor]) -> Tensor:
     """Steps [T, ...] and the total before them, added up in order, in float32 at least."""
     dtype = membrane_dtype(x)
-    summed = x[0].to(dtype)
+    steps = x.unbind(0)
+    summed = steps[0].to(dtype)
     if total is not None:
         summed = total + summed
-    for t in range(1, x.shape[0]):
-        summed = summed + x[t].to(dtype)
+    for step in steps[1:]:
+        summed = summed + step.to(dtype)
     return summed
+
+
+@register_notrace_function
+def _count_steps(x: Tensor) -> Tensor:
+    """T of steps [T, ...], as [1]; by unbinding them, which fixes T in a trace as the neurons do."""
+    return torch.full([1], len(x.unbind(0)), device=x.device)

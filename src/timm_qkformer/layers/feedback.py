@@ -24,7 +24,7 @@ from ..execution.recompute import checkpoint_once
 from ..neurons import LIF, NeuronLayer
 from ..neurons.state import carried_state
 from .block import SpikingBlock, SpikingStage
-from .conv import SpikingConv
+from .conv import SpikingConv, unflatten
 
 torch.fx.wrap("choose_tokens")  # one node in a graph of torch.fx: it builds shapes from ranks
 
@@ -54,7 +54,7 @@ class NormConv(SpikingConv):
 
     def currents(self, x: Tensor) -> Tensor:
         T, B, _, _, _ = x.shape
-        return self.conv(self.bn(x.flatten(0, 1))).unflatten(0, [T, B])
+        return unflatten(self.conv(self.bn(x.flatten(0, 1))), 0, [T, B])
 
 
 def choose_tokens(z: Tensor, prompt: Tensor, other: Tensor, gain: float, dim: int) -> Tensor:

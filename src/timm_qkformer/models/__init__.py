@@ -6,6 +6,7 @@ from .aliases import register_aliases
 from .architecture import Architecture, BlockSpec, ChainSpec, EmbedSpec, MixerSpec, StageSpec
 from .autost import AutoST
 from .base import SpikingTransformer
+from .conventions import ATTRIBUTION_LAYER, FX_LEAF_MODULES, PEFT_TARGET_MODULES
 from .maxformer import MaxFormer
 from .qkformer import QKFormer
 from .sdt import SpikeDrivenTransformer
@@ -17,6 +18,9 @@ from .stepping import StreamState
 from .tim import TIM
 
 __all__ = [
+    "ATTRIBUTION_LAYER",
+    "FX_LEAF_MODULES",
+    "PEFT_TARGET_MODULES",
     "SEMM",
     "TIM",
     "Architecture",

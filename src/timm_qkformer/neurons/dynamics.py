@@ -50,7 +50,8 @@ def run_neurons(x: Tensor, spec: NeuronSpec, v: Tensor | None = None) -> tuple[T
     Raises:
         ValueError: For a potential of another shape or device than a step of x.
     """
-    if v is not None and spec.levels != "real" and (v.shape != x.shape[1:] or v.device != x.device):
+    checked = v is not None and spec.levels != "real" and not torch.jit.is_tracing()  # a trace cannot hold the check
+    if checked and v is not None and (v.shape != x.shape[1:] or v.device != x.device):
         raise ValueError(
             f"potential v of shape {list(v.shape)} on {v.device} does not belong to input currents of shape "
             f"{list(x.shape)} on {x.device}: it must be {list(x.shape[1:])}, one value for each neuron"

@@ -297,6 +297,8 @@ def _check_tau(name: str, tau: float, minimum: float) -> None:
 
 
 def _checked(x: Tensor) -> Tensor:
+    if torch.jit.is_tracing():  # a trace would hold this check for a constant, and says so
+        return x
     if not x.is_floating_point() or x.dim() < 1 or x.shape[0] < 1:
         raise ValueError(
             "a neuron needs floating-point input currents [T, B, ...] with at least one time step, "

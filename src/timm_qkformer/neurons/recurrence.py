@@ -39,10 +39,13 @@ def integrate_and_fire_reference(
     if levels == "real":
         return torch.relu(x), x.new_empty(0)
     dtype = membrane_dtype(x)
-    potential = torch.zeros_like(x[0], dtype=dtype) if v is None else v.to(dtype)
+    potential: Optional[Tensor] = None if v is None else v.to(dtype)
     spikes: list[Tensor] = []
     for x_t in x.to(dtype).unbind(0):
-        h = charge(potential, x_t, leak, decay_input)
+        if potential is None:  # at rest: what `charge` gives for 0. Zeros would fix the size in a trace.
+            h = x_t * leak if decay_input else x_t
+        else:
+            h = charge(potential, x_t, leak, decay_input)
         up = _step_function(h - threshold, surrogate, alpha)
         s, fired = up, up
         if levels == "ternary":
@@ -53,6 +56,7 @@ def integrate_and_fire_reference(
         else:
             potential = (1.0 - (fired.detach() if detach_reset else fired)) * h
         spikes.append(s.to(x.dtype))
+    assert potential is not None
     return torch.stack(spikes), potential
 
 

@@ -58,7 +58,7 @@ _carried: ContextVar[Carried | None] = ContextVar("carried_state", default=None)
 
 def carried_state() -> Carried | None:
     """The potentials that neurons called here and now continue from; None: each call starts from rest."""
-    return None if torch.compiler.is_compiling() else _carried.get()
+    return None if torch.compiler.is_dynamo_compiling() else _carried.get()
 
 
 def run_with_state(

@@ -25,7 +25,7 @@ from ..errors import check_name
 from ..execution.packing import BINARY, Range, SharedInput
 from ..execution.recompute import call_packed
 from ..layers import packed
-from ..layers.conv import SpikingConv, output_range
+from ..layers.conv import SpikingConv, output_range, unflatten
 from ..layers.drop import TimeDropout
 from ..neurons import LIF, NeuronLayer, SpikingNeuron
 from ..neurons.spec import membrane_dtype
@@ -240,7 +240,7 @@ class Operator(nn.Module):
 
     def split(self, x: Tensor, heads: int) -> Tensor:
         """[T, B, C, H, W] to [T, B, heads, C / heads, H * W]."""
-        return x.flatten(3).unflatten(2, [heads, x.shape[2] // heads])
+        return unflatten(x.flatten(3), 2, [heads, x.shape[2] // heads])
 
     def split_input(self, name: str, x: Tensor) -> Tensor:
         """What the neurons of an input fire, [T, B, C, H, W], as `attend` takes it."""
@@ -252,7 +252,7 @@ class Operator(nn.Module):
 
     def merge(self, x: Tensor, H: int, W: int) -> Tensor:
         """[T, B, heads, C / heads, H * W] to [T, B, C, H, W]."""
-        return x.flatten(2, 3).unflatten(3, [H, W])
+        return unflatten(x.flatten(2, 3), 3, [H, W])
 
     def attend(self, *inputs: Any, **options: Any) -> Tensor:
         """See the class's docstring."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..execution.convolution import matmul
 from ..execution.packing import Range
 from ..layers import SpikingConv
+from ..layers.conv import unflatten
 from ..neurons import SpikingNeuron
 from .base import CHANNELS, Operation, Operator, register_operator
 
@@ -84,7 +85,7 @@ class ExpertsAttention(Operator):
     def routes(self, r: Tensor) -> Tensor:
         """R as [T, B, experts, 1, tokens]."""
         if self.router_misread:
-            r = r.flatten(3).unflatten(3, [-1, r.shape[3]]).transpose(3, 4)
+            r = unflatten(r.flatten(3), 3, [-1, r.shape[3]]).transpose(3, 4)
         return r.transpose(2, 3)
 
     def attend(self, k: Tensor, v: Tensor, r: Tensor, q1: Tensor, q2: Tensor, q3: Tensor, q4: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..layers.conv import unflatten
 from .base import Operation, register_operator, sum_channels
 from .qk_token import QKTokenAttention
 from .ssa import SpikingSelfAttention
@@ -36,7 +37,7 @@ class FeedforwardLateralAttention(QKTokenAttention):
             )
 
     def attend(self, q: Tensor, k: Tensor) -> Tensor:
-        halves = q.flatten(2, 3).unflatten(2, [2, self.num_heads, self.head_dim // 2])
+        halves = unflatten(q.flatten(2, 3), 2, [2, self.num_heads, self.head_dim // 2])
         mask = self.attn_neuron(sum_channels(halves[:, :, 0]) - sum_channels(halves[:, :, 1]))
         return mask.to(k.dtype) * k
 

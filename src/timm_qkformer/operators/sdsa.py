@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..execution.packing import Range
+from ..layers.conv import unflatten
 from ..neurons import SpikingNeuron
 from .base import CHANNELS, TOKENS, Operation, Operator, Views, register_operator, sum_tokens
 
@@ -77,4 +78,4 @@ def pool_plane(x: Tensor) -> Tensor:
 
 def pool_map(x: Tensor, H: int, W: int) -> Tensor:
     """`pool_plane` over the map of tokens: [T, B, heads, channels, H * W]."""
-    return F.max_pool2d(x.flatten(0, 2).unflatten(2, [H, W]), 3, 1, 1).reshape(x.shape)
+    return F.max_pool2d(unflatten(x.flatten(0, 2), 2, [H, W]), 3, 1, 1).reshape(x.shape)

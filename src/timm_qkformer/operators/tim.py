@@ -10,6 +10,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..execution.convolution import matmul
+from ..layers.conv import unflatten
 from ..neurons import LIF, NeuronLayer, SpikingNeuron
 from ..neurons.spec import membrane_dtype
 from ..neurons.state import carried_state, run_with_state
@@ -86,7 +87,7 @@ class TemporalInteraction(nn.Module):
         B, heads, _, _ = z.shape
         rows = z.flatten(0, 1).transpose(1, 2)  # [B * heads, N, channels]
         currents = F.conv1d(rows, weight.to(z.dtype), bias.to(z.dtype), padding=weight.shape[2] // 2)
-        return currents.transpose(1, 2).unflatten(0, [B, heads])
+        return unflatten(currents.transpose(1, 2), 0, [B, heads])
 
     def forward(self, q: Tensor) -> Tensor:
         if torch.jit.is_scripting():
