@@ -397,6 +397,33 @@ def test_text_that_does_not_say_what_it_is(tmp_path):
             read_events(path)
 
 
+def test_lines_that_are_too_short_and_too_long_do_not_make_up_for_each_other(tmp_path):
+    """As many numbers and lines as there should be, but not the same in each."""
+    events = random_events(200, (180, 240))
+    path = write_text(tmp_path / "a.csv", events, header="t,x,y,p\n")
+    lines = path.read_text().splitlines()
+    lines[50:52] = [lines[50] + ",7", lines[51][: lines[51].rindex(",")]]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(EventFileError, match="line 50 of events is"):
+        read_events(path)
+
+
+def test_spaces_between_numbers_of_text(tmp_path):
+    events = random_events(200, (180, 240))
+    rows = zip(events.t, events.x, events.y, events.p.astype(int), strict=True)
+    (tmp_path / "a.txt").write_text("".join(f" {t:9}  {x:4} {y:4} {p}\r\n" for t, x, y, p in rows))
+    assert_same(read_events(tmp_path / "a.txt"), events)
+
+
+def test_data_that_begins_like_a_header_line(tmp_path):
+    """Without "% end", the header ends at the first line that is no text."""
+    events = random_events(50, (480, 640))
+    words = np.concatenate([[0x80000A25], evt2_words(events)])  # bytes "%", line feed, ...
+    header = raw_header("2.0", (480, 640)).replace(b"% end\n", b"")
+    (tmp_path / "a.raw").write_bytes(header + words.astype("<u4").tobytes())
+    assert len(read_events(tmp_path / "a.raw")) == 50
+
+
 def test_text_with_the_size_of_the_sensor(tmp_path):
     events = random_events(300, (180, 240))
     read = read_events(write_text(tmp_path / "a.txt", events, header="240 180\n", separator=" "))

@@ -64,7 +64,7 @@ def read_header(file: BinaryIO) -> dict[str, str]:
     while file.tell() < _MOST_HEADER:
         start = file.tell()
         line = file.readline(_MOST_HEADER)
-        if not line.startswith(b"%") or not line.endswith(b"\n"):
+        if not _is_header_line(line):
             file.seek(start)
             break
         key, _, value = line[1:].strip().decode("utf-8", "replace").partition(" ")
@@ -72,6 +72,16 @@ def read_header(file: BinaryIO) -> dict[str, str]:
             break
         header.setdefault(key.lower(), value.strip())
     return header
+
+
+def _is_header_line(line: bytes) -> bool:
+    """Data may begin with "%" as well, but hardly with a line of text."""
+    if not line.startswith(b"% ") or not line.endswith(b"\n"):
+        return False
+    try:
+        return line.decode("utf-8").strip().replace("\t", " ").isprintable()
+    except UnicodeDecodeError:
+        return False
 
 
 def sensor_size(header: dict[str, str], path: Path) -> tuple[int, int] | None:

@@ -38,7 +38,7 @@ _FORMATS = {
     "text": ("text", "open_text", TEXT_SUFFIXES),
 }
 _TEXT = re.compile(rb"[\t\n\r\x20-\x7e]+")
-_PERCENT_LINE = re.compile(rb"% ?[\t\x20-\x7e]*\r?\n")
+_PERCENT_LINE = re.compile(rb"% [\t\x20-\x7e\x80-\xff]*\r?\n")
 _UNKNOWN = (
     "the content is of no known format (Prophesee's .raw and .dat, AEDAT 2.0, 3.1 and 4, HDF5, MATLAB, NumPy, text, "
     "N-MNIST's .bin)"

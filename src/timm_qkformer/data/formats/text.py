@@ -53,7 +53,7 @@ def _is_number(word: bytes) -> bool:
         float(word)
     except ValueError:
         return False
-    return True
+    return b"_" not in word  # which Python takes for a part of a number
 
 
 def _columns(path: Path, file: BinaryIO, names: list[str] | None, width: int) -> dict[str, int]:
@@ -68,9 +68,12 @@ def _columns(path: Path, file: BinaryIO, names: list[str] | None, width: int) ->
     start = file.tell()
     sample = file.read(_HEAD)
     file.seek(start)
-    table = _parse(sample[: sample.rfind(b"\n") + 1] or sample, 4)
-    fitting = [] if table is None else [order for order in _ORDERS if _fits(table, order)]
-    if len(fitting) > 1 and table is not None:  # x that does not fall looks like a time: the time runs further
+    sample = sample[: sample.rfind(b"\n") + 1] or sample
+    table = _parse(sample, 4)
+    if table is None:
+        table = _whole_lines(path, sample, 4, 1, Findings())
+    fitting = [order for order in _ORDERS if _fits(table, order)]
+    if len(fitting) > 1:  # x that does not fall looks like a time: the time runs further
         spans = {order: np.ptp(table[:, order.index("t")]) for order in fitting}
         fractions = [order for order in fitting if (table[:, order.index("t")] % 1 != 0).any()]
         fitting = fractions or [order for order in fitting if spans[order] == max(spans.values())]
@@ -92,15 +95,20 @@ def _fits(table: NDArray[Any], order: str) -> bool:
 def _parse(text: bytes, width: int) -> NDArray[np.float64] | None:
     """Lines of so many numbers; None if there is anything else."""
     text = text.strip()
-    lines = text.count(b"\n") + 1
+    letters = np.frombuffer(text + b"\n", np.uint8)
+    ends = np.flatnonzero(letters == ord("\n"))
+    separators = np.cumsum(np.isin(letters, _SEPARATORS))[ends]
+    if (np.diff(separators, prepend=0) != width - 1).any():  # a line is short or long, or there are two in a row
+        return None
     try:
         numbers = np.fromstring(text.translate(_SPACES), sep=" ")
     except (ValueError, DeprecationWarning):  # as new versions of numpy have it; older ones end early
         return None
-    return numbers.reshape(lines, width) if len(numbers) == lines * width else None
+    return numbers.reshape(len(ends), width) if len(numbers) == len(ends) * width else None
 
 
 _SPACES = bytes.maketrans(b",;\t\n\r", b"     ")
+_SEPARATORS = np.frombuffer(b",;\t ", np.uint8)
 
 
 def _decode(path: Path, file: BinaryIO, findings: Findings, columns: dict[str, int], width: int) -> Iterator[Events]:
