@@ -34,18 +34,18 @@ class Spikingformer(SpikingTransformer):
         **kwargs: See `SpikingTransformer`.
 
     Raises:
-        ValueError: For an argument outside its range.
+        ValueError: For other `pools` than four digits 0 or 1, or another argument outside its range.
     """
 
     def __init__(
         self,
         pools: str = IMAGENET_POOLS,
         attn: Union[str, Sequence[str]] = "ssa",
+        cml: bool = False,
         embed_dim: int = 512,
         depth: int = 8,
         num_heads: Union[int, Sequence[int]] = 8,
         mlp_ratio: Union[float, Sequence[float]] = 4.0,
-        cml: bool = False,
         **kwargs: Any,
     ) -> None:
         units = (*splitting(embed_dim, pools, "currents" if cml else "spikes"), UnitSpec(embed_dim, fires=False))
