@@ -15,7 +15,6 @@ QUICK = {
     "spikformer_imagenet_8_384_t4_64px_batch3",
     "cml_spikformer_cifar10_4_384_t4",
     "cml_spikingformer_cifar10dvs_2_256_t10",
-    "sdt_cifar10dvs_2_256_t10",
     "sdt_cifar100_2_256_t4",
 }
 
@@ -54,6 +53,14 @@ def test_agrees_with_the_release(name):
     else:  # nothing there couples the samples of a batch
         torch.testing.assert_close(golden.batched, golden.one_by_one, **TOLERANCE)
         assert golden.input.dim() == 5 or model.time_steps == golden.time_steps
+
+
+@torch.inference_mode()
+def test_pooling_in_attention_agrees_with_the_release():
+    """One sample, one call: all of this case is in the slow tests."""
+    golden = GoldenCase("sdt_cifar10dvs_2_256_t10")
+    logits = create("sdt_cifar10dvs_2_256_t10", golden.checkpoint)(golden.input[:1])
+    torch.testing.assert_close(logits, golden.one_by_one[:1], **TOLERANCE)
 
 
 @pytest.mark.parametrize("how", ["older", "shuffled", "sorted"])

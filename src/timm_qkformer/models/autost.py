@@ -38,7 +38,7 @@ class AutoST(SpikingTransformer):
         **kwargs: See `SpikingTransformer`.
 
     Raises:
-        ValueError: For an argument outside its range.
+        ValueError: For heads or ratios of another number of blocks, or another argument outside its range.
     """
 
     def __init__(

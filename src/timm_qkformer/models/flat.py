@@ -5,6 +5,7 @@ from typing import Any
 
 from ..layers import UnitSpec
 from .base import CIFAR10_CFG, EVENTS_CFG, IMAGENET_CFG
+from .variants import Variant
 
 IMAGENET_POOLS, CIFAR_POOLS = "1111", "0011"
 
@@ -47,3 +48,32 @@ def flat_cfgs(paper: Mapping[str, Any], variants: Mapping[str, Any]) -> dict[str
         side = cfg["input_size"][1] // stride
         cfgs[f"{name}.untrained"] = {"url": "", **cfg, "pool_size": (side, side), **paper}
     return cfgs
+
+
+# Blocks and width; CIFAR's 256 channels have 8 heads, 12 do not divide them.
+_IMAGENET_SIZES = ((8, 384), (8, 512), (8, 768))
+_CIFAR_SIZES = ((4, 384), (4, 256), (2, 384))
+
+
+def image_variants(
+    name: str, paper: str, millions: Mapping[str, float], cifar: Mapping[str, Any]
+) -> dict[str, Variant]:
+    """The sizes for images that Spikformer and Spikingformer have, and a tiny one.
+
+    Args:
+        name: What registered names begin with.
+        paper: What the paper calls the model.
+        millions: Parameters of each size, for its docstring.
+        cifar: Arguments of the CIFAR models.
+    """
+    variants = {}
+    for depth, width in (*_IMAGENET_SIZES, *_CIFAR_SIZES):
+        size, small = f"{depth}_{width}", (depth, width) in _CIFAR_SIZES
+        args = {**(cifar if small else {}), "embed_dim": width, "depth": depth}
+        if small and width % 12:
+            args["num_heads"] = 8
+        data = "CIFAR" if small else "ImageNet"
+        text = f"{paper}-{depth}-{width} for {data}: {millions[size]} M parameters, T = 4."
+        variants[f"{name}_{size}"] = Variant(text, args)
+    tiny = {**cifar, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    return {**variants, f"test_{name}": Variant(f"A tiny {paper}, for tests.", tiny)}

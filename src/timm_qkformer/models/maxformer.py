@@ -48,7 +48,7 @@ class MaxFormer(SpikingTransformer):
             `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see `SpikingTransformer`.
 
     Raises:
-        ValueError: For an argument outside its range.
+        ValueError: For an unknown token mixer, or another argument outside its range.
     """
 
     def __init__(

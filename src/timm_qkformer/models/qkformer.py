@@ -85,7 +85,7 @@ class QKFormer(SpikingTransformer):
             `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see `SpikingTransformer`.
 
     Raises:
-        ValueError: For an argument outside its range.
+        ValueError: For an unknown embedding or operator, or another argument outside its range.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ class SpikeDrivenTransformer(SpikingTransformer):
         **kwargs: See `SpikingTransformer`.
 
     Raises:
-        ValueError: For an argument outside its range.
+        ValueError: For a width that is no multiple of 8, or another argument outside its range.
     """
 
     def __init__(

@@ -76,7 +76,7 @@ class SEMM(SpikingTransformer):
         **kwargs: See `SpikingTransformer`.
 
     Raises:
-        ValueError: For an argument outside its range.
+        ValueError: For an odd number of hidden channels, or another argument outside its range.
     """
 
     def __init__(

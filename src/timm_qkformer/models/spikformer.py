@@ -18,7 +18,7 @@ from ..layers import PositionSpec
 from .architecture import Architecture, flat, hierarchy
 from .base import SpikingTransformer
 from .checkpoints import StateDict, translate_flat, unwrap_checkpoint, without_constants
-from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, splitting
+from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, image_variants, splitting
 from .qkformer import EMBEDDINGS
 from .variants import Variant, register_variants
 
@@ -48,7 +48,7 @@ class Spikformer(SpikingTransformer):
             `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see `SpikingTransformer`.
 
     Raises:
-        ValueError: For an argument outside its range.
+        ValueError: For `pools` or an embedding that there is not, or another argument outside its range.
     """
 
     def __init__(
@@ -111,26 +111,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
 
 _CIFAR: Mapping[str, Any] = {"pools": CIFAR_POOLS, "num_heads": 12, "qkv_bias": True}
 _EVENTS = {"embed_dim": 256, "depth": 2, "num_heads": 16, "time_steps": 16}
-_TEST: Mapping[str, Any] = {**_CIFAR, "embed_dim": 32, "depth": 2, "num_heads": 4}
+_MILLIONS = {"8_384": 16.82, "8_512": 29.69, "8_768": 66.34, "4_384": 9.32, "4_256": 4.16, "2_384": 5.77}
 
 _PLAIN = {
-    "spikformer_8_384": Variant("Spikformer-8-384 for ImageNet: 16.82 M parameters, T = 4.", {"embed_dim": 384}),
-    "spikformer_8_512": Variant("Spikformer-8-512 for ImageNet: 29.69 M parameters, T = 4.", {}),
-    "spikformer_8_768": Variant("Spikformer-8-768 for ImageNet: 66.34 M parameters, T = 4.", {"embed_dim": 768}),
-    "spikformer_4_384": Variant(
-        "Spikformer-4-384 for CIFAR: 9.32 M parameters, T = 4.", {**_CIFAR, "embed_dim": 384, "depth": 4}
-    ),
-    "spikformer_4_256": Variant(
-        "Spikformer-4-256 for CIFAR: 4.16 M parameters, T = 4.",
-        {**_CIFAR, "embed_dim": 256, "depth": 4, "num_heads": 8},
-    ),
-    "spikformer_2_384": Variant(
-        "Spikformer-2-384 for CIFAR: 5.77 M parameters, T = 4.", {**_CIFAR, "embed_dim": 384, "depth": 2}
-    ),
+    **image_variants("spikformer", "Spikformer", _MILLIONS, _CIFAR),
     "spikformer_2_256_dvs": Variant(
         "Spikformer-2-256 for event cameras: 2.57 M parameters, T = 16.", {**_EVENTS, "scale": 0.25}
     ),
-    "test_spikformer": Variant("A tiny Spikformer, for tests.", _TEST),
 }
 _CML = {
     f"{name}_cml": Variant(

@@ -18,7 +18,7 @@ from ..layers import UnitSpec
 from .architecture import flat
 from .base import SpikingTransformer
 from .checkpoints import StateDict, translate_flat
-from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, splitting
+from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, image_variants, splitting
 from .variants import Variant, register_variants
 
 
@@ -34,18 +34,18 @@ class Spikingformer(SpikingTransformer):
         **kwargs: See `SpikingTransformer`.
 
     Raises:
-        ValueError: For an argument outside its range.
+        ValueError: For other `pools` than four digits 0 or 1, or another argument outside its range.
     """
 
     def __init__(
         self,
         pools: str = IMAGENET_POOLS,
         attn: Union[str, Sequence[str]] = "ssa",
+        cml: bool = False,
         embed_dim: int = 512,
         depth: int = 8,
         num_heads: Union[int, Sequence[int]] = 8,
         mlp_ratio: Union[float, Sequence[float]] = 4.0,
-        cml: bool = False,
         **kwargs: Any,
     ) -> None:
         units = (*splitting(embed_dim, pools, "currents" if cml else "spikes"), UnitSpec(embed_dim, fires=False))
@@ -74,27 +74,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
 _CIFAR: Mapping[str, Any] = {"pools": CIFAR_POOLS, "num_heads": 12}
 _EVENTS = {"embed_dim": 256, "depth": 2, "num_heads": 16, "time_steps": 16}
 
+# The release's 4-384 has 8 heads for CIFAR-100.
+_MILLIONS = {"8_384": 16.82, "8_512": 29.69, "8_768": 66.34, "4_384": 9.32, "4_256": 4.15, "2_384": 5.76}
+
 _PLAIN = {
-    "spikingformer_8_384": Variant("Spikingformer-8-384 for ImageNet: 16.82 M parameters, T = 4.", {"embed_dim": 384}),
-    "spikingformer_8_512": Variant("Spikingformer-8-512 for ImageNet: 29.69 M parameters, T = 4.", {}),
-    "spikingformer_8_768": Variant("Spikingformer-8-768 for ImageNet: 66.34 M parameters, T = 4.", {"embed_dim": 768}),
-    "spikingformer_4_384": Variant(
-        "Spikingformer-4-384 for CIFAR: 9.32 M parameters, T = 4. The release has 8 heads for CIFAR-100.",
-        {**_CIFAR, "embed_dim": 384, "depth": 4},
-    ),
-    "spikingformer_4_256": Variant(
-        "Spikingformer-4-256 for CIFAR: 4.15 M parameters, T = 4.",
-        {**_CIFAR, "embed_dim": 256, "depth": 4, "num_heads": 8},
-    ),
-    "spikingformer_2_384": Variant(
-        "Spikingformer-2-384 for CIFAR: 5.76 M parameters, T = 4.", {**_CIFAR, "embed_dim": 384, "depth": 2}
-    ),
+    **image_variants("spikingformer", "Spikingformer", _MILLIONS, _CIFAR),
     "spikingformer_2_256_dvs": Variant(
         "Spikingformer-2-256 for event cameras: 2.57 M parameters, T = 16, tau = 1.5.",
         {**_EVENTS, "neuron_args": {"tau": 1.5}},
-    ),
-    "test_spikingformer": Variant(
-        "A tiny Spikingformer, for tests.", {**_CIFAR, "embed_dim": 32, "depth": 2, "num_heads": 4}
     ),
 }
 _CML = {

@@ -51,7 +51,7 @@ class SpiLiFormer(SpikingTransformer):
             `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see `SpikingTransformer`.
 
     Raises:
-        ValueError: For an argument outside its range.
+        ValueError: For an unknown embedding or feedback, or another argument outside its range.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ class TIM(SpikingTransformer):
         **kwargs: See `SpikingTransformer`.
 
     Raises:
-        ValueError: For an argument outside its range.
+        ValueError: For `tokens`, `alpha` or another argument outside its range.
     """
 
     def __init__(
