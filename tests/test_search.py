@@ -164,6 +164,34 @@ def test_an_interrupted_search_goes_on_where_it_was():
     assert len(calls) == len(whole) - known
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_size": -5},
+        {"batch": 1},
+        {"batch": -1},
+        {"num_classes": -1},
+        {"time_steps": 0},
+        {"pattern_weight": 1e400},
+    ],
+    ids=str,
+)
+def test_settings_that_no_search_can_have(settings):
+    (name, _) = next(iter(settings.items()))
+    with pytest.raises(ValueError, match=f"{name}=.* must be"):
+        SearchSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "7", "{}", '{"settings": {}}', '{"settings": 1, "params": {}, "scores": []}',
+                '{"settings": {}, "params": {"a": "b"}, "scores": {}}', "[" * 100_000]
+)  # fmt: skip
+def test_a_folder_with_another_state_is_named(content, tmp_path):
+    (tmp_path / "search.json").write_text(content)
+    with pytest.raises(ValueError, match=r"search\.json is no state of a search \(.*\): choose another folder"):
+        search(SearchSettings(), tmp_path)
+
+
 def test_pareto_front():
     candidates = [Candidate({}, p, s, 0) for p, s in ((5, 1.0), (1, 1.0), (2, 3.0), (3, 2.0), (4, 4.0), (1, 0.5))]
     assert [(c.params, c.score) for c in pareto_front(candidates, lambda c: c.params)] == [(1, 1.0), (2, 3.0), (4, 4.0)]

@@ -42,3 +42,16 @@ def naming_settings(what: str, settings: Mapping[str, Any]) -> Iterator[None]:
         reason = first_line(error)
         kind = "" if reason == type(error).__name__ else f"{type(error).__name__}: "
         raise ValueError(f"{what} cannot be made with {named} ({kind}{reason})") from error
+
+
+def check_name(kind: str, name: Any) -> None:
+    """Refuse what cannot be the name of something registered: `@register` without a name, for instance.
+
+    Raises:
+        TypeError: If it is no string.
+        ValueError: If it could not be given on a command line or in a recipe.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{kind} {name!r} has no name: write @register_{kind}(NAME) above the class")
+    if not name or not name.isprintable() or " " in name:
+        raise ValueError(f"{kind} {name!r}: a name has at least one character, and no spaces")

@@ -236,7 +236,7 @@ def laughs(depth):
 
 
 def test_recipes(tmp_path, tally):
-    """Read, or refused in one line of at most a thousand characters, within a second."""
+    """Read, or refused in one line of at most a thousand characters, within 5 seconds of processor time."""
     rng, path = random.Random(25), tmp_path / "recipe.yaml"
     pieces = [
         *(
@@ -262,7 +262,7 @@ def test_recipes(tmp_path, tally):
     for number in range(500):
         text = bombs[number] if number < len(bombs) else "".join(rng.choices(pieces, k=rng.randrange(1, 40)))
         path.write_text(text)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             read_recipe(str(path))
             held = True
@@ -270,4 +270,4 @@ def test_recipes(tmp_path, tally):
             held = "\n" not in str(error) and len(str(error)) < 1000
         except Exception as error:
             held, text = False, f"{text!r}: {error!r}"
-        tally.attempt(held and time.perf_counter() - start < 5, text[:200])
+        tally.attempt(held and time.process_time() - start < 5, text[:200])

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from timm_qkformer.neurons import IF, LIF
-from tiny import images, tiny
+from tiny import NAMES, images, tiny
 
 
 @pytest.fixture(params=["test_qkformer_ms", "test_maxformer"])
@@ -46,6 +46,13 @@ def test_shortcuts_join_membrane_potentials(name):
     logits = model.head(lif(out.mean((3, 4)))).mean(0)
     assert not torch.equal(logits[0], logits[1])
     torch.testing.assert_close(model(x), logits, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_no_sample_at_all(family):
+    model = tiny(family)
+    channels, size, _ = model.default_cfg["input_size"]
+    assert model(images(0, channels, (size, size))).shape == (0, 7)
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from neuron_cases import CASES, DIAGONAL, currents, make, reference
 
+from timm_qkformer.layers import register_mlp
 from timm_qkformer.neurons import (
     LIF,
     NeuronSpec,
@@ -17,6 +18,7 @@ from timm_qkformer.neurons import (
     neuron_names,
     register_neuron,
 )
+from timm_qkformer.operators import register_operator
 
 
 def test_defaults_are_the_releases():
@@ -76,6 +78,19 @@ def test_registry(monkeypatch):
         register_neuron("two")(type("Two", (LIF,), {"levels": "two"}))
     with pytest.raises(NotImplementedError):
         SpikingNeuron()(torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("register", [register_neuron, register_operator, register_mlp])
+def test_what_is_registered_needs_a_name(register):
+    with pytest.raises(TypeError, match=r"write @register_\w+\(NAME\) above the class"):
+
+        @register  # without a name it would replace the class by a function
+        class Nameless(LIF):
+            pass
+
+    for name in ("", "two words", "bell\a"):
+        with pytest.raises(ValueError, match="a name has at least one character"):
+            register(name)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from ..errors import check_name
 from ..execution.packing import BINARY, Range
 from ..neurons import LIF, NeuronLayer
 from .conv import SpikingConv
@@ -22,6 +23,8 @@ def register_mlp(name: str) -> Callable[[MlpT], MlpT]:
         TypeError: For a class that is no `SpikingMlp`.
         ValueError: For a name that another class has.
     """
+
+    check_name("mlp", name)
 
     def register(cls: MlpT) -> MlpT:
         if not issubclass(cls, SpikingMlp):

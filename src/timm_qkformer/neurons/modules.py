@@ -15,6 +15,7 @@ import torch.fx
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ..errors import check_name
 from ..execution.packing import Range
 from .dynamics import fire_neurons, run_neurons
 from .recurrence import integrate_and_fire_reference
@@ -41,6 +42,8 @@ def register_neuron(name: str) -> Callable[[LayerT], LayerT]:
         ValueError: For a name that another class has.
         TypeError: For a class that is no `SpikingNeuron`, or names levels that there are not.
     """
+
+    check_name("neuron", name)
 
     def register(cls: LayerT) -> LayerT:
         if not issubclass(cls, SpikingNeuron):

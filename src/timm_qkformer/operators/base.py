@@ -21,6 +21,7 @@ import torch.fx
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+from ..errors import check_name
 from ..execution.packing import BINARY, Range, SharedInput
 from ..execution.recompute import call_packed
 from ..layers import packed
@@ -383,6 +384,8 @@ def register_operator(name: str, **options: Any) -> Callable[[OperatorT], Operat
         TypeError: For a class that is no `Operator`, or leaves out what it must declare, with its name.
         ValueError: For a name that another class has.
     """
+
+    check_name("operator", name)
 
     def register(cls: OperatorT) -> OperatorT:
         if not (isinstance(cls, type) and issubclass(cls, Operator)):

@@ -72,7 +72,7 @@ class SpikeDrivenSelfAttention(Operator):
 
 def pool_plane(x: Tensor) -> Tensor:
     """3x3 max pooling of stride 1 over the last two dimensions of [..., N, M]."""
-    return F.max_pool2d(x.flatten(0, 2), 3, 1, 1).reshape(x.shape)
+    return F.max_pool2d(x.flatten(0, 1), 3, 1, 1).reshape(x.shape)  # a batch of planes, none among them
 
 
 def pool_map(x: Tensor, H: int, W: int) -> Tensor:

@@ -1,6 +1,7 @@
 """A search from its settings to a folder: state, table, picture, and the winners as recipes."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..analysis.energy import energy
 from ..analysis.hooks import recalibrated_norms
+from ..errors import first_line
 from ..files import write_atomically
 from ..progress import Bar
 from ..training.recipes import recipe_path
@@ -57,6 +59,11 @@ class SearchSettings:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown, choose one of {', '.join(known)}")
         if self.params is not None and not 0 <= self.params[0] <= self.params[1]:
             raise ValueError(f"params={self.params} must be the least and the most, in this order")
+        if not math.isfinite(self.pattern_weight):
+            raise ValueError(f"pattern_weight={self.pattern_weight} must be a finite number")
+        for name, least in {"num_classes": 1, "image_size": 1, "time_steps": 1, "batch": 2}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -145,11 +152,20 @@ def search(settings: SearchSettings, folder: Path, images: Tensor | None = None,
 def _read(path: Path, stated: dict[str, Any]) -> SearchState:
     if not path.exists():
         return SearchState()
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    if kept.get("settings") != stated:
-        differ = [name for name in stated if kept.get("settings", {}).get(name) != stated[name]]
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        settings, params, scores = kept["settings"], kept["params"], kept["scores"]
+        whole = all(type(count) is int for count in params.values())
+        whole = whole and all(type(score) in (int, float) for score in scores.values())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is no state of a search ({first_line(error)}): choose another folder") from error
+    if not whole:
+        raise ValueError(f"{path} is no state of a search (what it keeps are no numbers): choose another folder")
+    if settings != stated:
+        settings = settings if isinstance(settings, dict) else {}
+        differ = [name for name in stated if settings.get(name) != stated[name]]
         raise ValueError(f"{path} is of a search with other settings ({', '.join(differ)}): choose another folder")
-    return SearchState(kept["params"], kept["scores"])
+    return SearchState(params, scores)
 
 
 def _write(
