@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -26,12 +27,12 @@ class Models:
     """The models that the page offers, each loaded when it is first asked for, once for all users.
 
     Args:
-        names: What `load_model` takes. Empty: those that come with the package.
+        names: What `load_model` takes. Empty: those that come with the package, for images first.
         device: Where they run.
     """
 
     def __init__(self, names: Sequence[str] = (), device: str | torch.device = "cpu") -> None:
-        self.names = list(names) or shipped_models()
+        self.names = list(names) or sorted(shipped_models(), key=_takes_events)  # most people have pictures
         self.device = device
         self._loaded: dict[str, LoadedModel] = {}
         self._lock = threading.Lock()
@@ -46,6 +47,10 @@ class Models:
                 loaded.model.to(self.device)
                 self._loaded[name] = loaded
             return self._loaded[name]
+
+
+def _takes_events(name: str) -> bool:
+    return bool(timm.get_pretrained_cfg(name).input_size[0] == 2)
 
 
 @dataclass(frozen=True)
