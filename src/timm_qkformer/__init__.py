@@ -13,8 +13,9 @@ from . import execution, layers, models, neurons, operators
 from .models import MaxFormer, QKFormer
 
 if TYPE_CHECKING:
-    from . import analysis
+    from . import analysis, streaming
     from .inference import deploy, quantize_weights
+    from .streaming import anytime
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "QKFormer",
     "__version__",
     "analysis",
+    "anytime",
     "deploy",
     "execution",
     "layers",
@@ -30,13 +32,16 @@ __all__ = [
     "neurons",
     "operators",
     "quantize_weights",
+    "streaming",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # When it is first used: importing timm imports this package.
-    if name == "analysis":
+    if name in ("analysis", "streaming"):
         return import_module(f".{name}", __name__)
+    if name == "anytime":
+        return import_module(".streaming", __name__).anytime
     if name in ("deploy", "quantize_weights"):
         from . import inference
 

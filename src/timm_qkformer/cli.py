@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .commands import analysis, reproduction, search
+from .commands import analysis, app, events, reproduction, search, streaming
 from .commands.help import EXIT_STATUS, HelpFormatter, PrintCompletion, examples
 from .commands.model import add_device
 from .commands.output import add_json, refuse_outputs, show
@@ -166,8 +166,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "validate": ("measure a model's accuracy on images or events", _add_validate, _validate),
     "verify": ("measure top-1 and top-5 accuracy on labelled images", _add_verify, _verify),
+    "calibrate": ("find the threshold at which a model may stop early", streaming.add_calibrate, streaming.calibrate),
+    "stream": ("classify a recording of events window by window", streaming.add_stream, streaming.stream),
     "profile": ("firing rates, energy, memory and speed of a model", analysis.add_profile, analysis.profile),
     "visualize": ("draw a model's attention", analysis.add_visualize, analysis.visualize),
+    "app": ("look at pictures and recordings with a model, in the browser", app.add_app, app.app),
+    "events": ("say what recordings of event cameras hold, and convert them", events.add_events, events.events),
     "search": ("search for architectures without training them", search.add_search, search.search),
     "reproduce": ("remake the paper's tables and figures", reproduction.add_reproduce, reproduction.reproduce),
     "publish": ("upload a converted folder to the Hugging Face Hub", _add_publish, _publish),
@@ -180,6 +184,7 @@ _EXTRAS = {
     "h5py": "events",
     "hdf5plugin": "events",
     "sklearn": "demo",
+    "gradio": "app",
     "matplotlib": "analysis",
     "tensorboard": "train",
 }

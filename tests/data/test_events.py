@@ -204,7 +204,7 @@ def test_examples_of_the_docs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the skipped recording
-        assert run_examples(DOCS / "events.md") == 5
+        assert run_examples(DOCS / "events.md") == 6
     out = capsys.readouterr().out
     for text in ("[4, 4, 2, 64, 64] torch.int64", "[4, 2]", "4000 (16, 2, 128, 128) 4000"):
         assert text in out

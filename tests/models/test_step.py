@@ -32,6 +32,10 @@ def test_steps_of_a_clip_are_one_call(name):
         for precision in ("fp32", "int8"):
             deployed = deploy(model.float(), precision)
             assert torch.equal(run_steps(deployed, clip.float())[0], deployed(clip.float())), precision
+            _, state = run_steps(deployed, clip[:, :1].float())
+            for frame in clip[:, 1:].float().unbind(1):
+                logits, state = deployed.step(frame, state, donate=True)
+            assert torch.equal(logits, deployed(clip.float())), precision
 
 
 @pytest.mark.parametrize("name", ["test_qkformer", "test_qkformer_ms"])
@@ -97,6 +101,8 @@ def test_samples_leave_and_join(name):
         _, state = run_steps(model, clip[:, :2])
         kept = state.select(torch.tensor([True, False, True]))
         assert torch.equal(run_steps(model, clip[[0, 2], 2:], kept)[0], expected[[0, 2]])
+        donated = run_steps(model, clip[:, :2])[1].select([0, 2], donate=True)
+        assert torch.equal(run_steps(model, clip[[0, 2], 2:], donated)[0], expected[[0, 2]])
         other = run_steps(model, clip[1:2, :3])[1]
         joined = StreamState.cat([other, run_steps(model, clip[:1, :2])[1]])
         assert joined.steps.tolist() == [3, 2]

@@ -281,6 +281,25 @@ def draw_energy(energy: Energy, title: str = "") -> "Figure":
     return figure
 
 
+def draw_steps(probabilities: Array, names: Sequence[str], limit: int = 10) -> "Figure":
+    """How a model's answer grows: the probability of each class [T, classes] after each time step.
+
+    Drawn are the classes that are most probable at the end, at most `limit`; `names` are those of all classes.
+    """
+    figure = _figure(5.0, 3.0)
+    axis = figure.subplots()
+    steps = np.arange(1, len(probabilities) + 1)
+    for place, index in enumerate(np.argsort(-probabilities[-1])[:limit]):
+        shade, width = ("black", 2.0) if place == 0 else (_SHADES[min(place, 3)], 1.0)
+        axis.plot(steps, probabilities[:, index], color=shade, linewidth=width, marker="o", markersize=3)
+        if place < 3:
+            end = (steps[-1], probabilities[-1, index])
+            axis.annotate(_literal(names[index]), end, (5, 0), textcoords="offset points", va="center", fontsize=9)
+    axis.set(xlabel="time step", ylabel="probability", ylim=(-0.03, 1.03), xticks=steps)
+    axis.grid(color="0.9", linewidth=0.6)
+    return figure
+
+
 def save_picture(figure: "Figure", path: Path, dpi: int = 100) -> Path:
     """Write a figure as PNG, complete or not at all; a file of that name is replaced."""
     with replacing(path) as file:

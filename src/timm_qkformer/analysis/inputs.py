@@ -56,7 +56,7 @@ class ModelInputs:
 
     Args:
         model: A model of this package, with its config (`pretrained_cfg`) and `time_steps`.
-        sensor_size: (height, width) of the event camera, for recordings that do not state it: all but .aedat4.
+        sensor_size: (height, width) of the event camera, for recordings that do not state it.
     """
 
     def __init__(self, model: Any, sensor_size: tuple[int, int] | None = None) -> None:

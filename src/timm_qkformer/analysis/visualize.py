@@ -39,7 +39,7 @@ def visualize(
 
     Args:
         model: A model of this package; it runs in eval mode and is left as it was.
-        paths: Images (anything that timm reads), recordings (.npz, .bin, .bs2, .aedat4) and folders of them.
+        paths: Images (anything that timm reads), recordings of events and folders of them.
         output: Folder for the pictures, made if missing.
         stage: Only this stage's layers, counted from 1 as in the paper. None: those with a mask or, in a model
             without any, every attention layer.

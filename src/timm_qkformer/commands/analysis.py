@@ -107,7 +107,7 @@ def add_visualize(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="IMAGE",
-        help="images, recordings of events (.npz, .aedat4, .bin, .bs2), folders",
+        help="images, recordings of events (.raw, .aedat4, .npz, ...), folders",
     )
     parser.add_argument("--output", type=Path, default=Path("output/pictures"), help="folder to write (%(default)s)")
     parser.add_argument("--stage", type=int, metavar="N", help="only this stage's attention, counted from 1")

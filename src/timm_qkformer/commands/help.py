@@ -34,9 +34,22 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "timm-qkformer profile qkformer_hst10_384 --random --all",
         "timm-qkformer profile qkformer_hst3_128.nmnist --data recordings --sensor-size 34 34 --html profile.html",
     ),
+    "calibrate": (
+        "timm-qkformer calibrate folder --data-dir cifar10 --calibration-split train --split test --output curve.png",
+        "timm-qkformer calibrate folder --data-dir pictures --exit entropy --points 0.5",
+    ),
+    "stream": (
+        "timm-qkformer stream qkformer_hst3_128.nmnist digit.bs2 --sensor-size 34 34 --window 10ms",
+        "timm-qkformer stream folder recording.aedat4 --count 2000 --precision int8 --output prediction.png",
+    ),
     "visualize": (
         "timm-qkformer visualize qkformer_hst3_192.cifar10 cat.jpg dog.jpg --output pictures",
         "timm-qkformer visualize qkformer_hst3_128.nmnist digit.bs2 --sensor-size 34 34 --stage 1",
+    ),
+    "app": ("timm-qkformer app", "timm-qkformer app digits-model qkformer_hst3_192.cifar10 --port 8000"),
+    "events": (
+        "timm-qkformer events night.raw gesture.aedat4 --pictures pictures --gif",
+        "timm-qkformer events night.raw --to night.npz",
     ),
     "search": (
         "timm-qkformer search --space autost-small --params 11e6 12e6 --output found",

@@ -18,7 +18,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_sensor_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sensor-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the event camera (.aedat4 states it)"
+        "--sensor-size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the event camera, where the file does not state it",
     )
 
 

@@ -16,6 +16,11 @@ def add_reproduce(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="PATH", help="images or recordings for it (default: photographs)")
     parser.add_argument("--limit", type=int, default=64, metavar="N", help="at most N of them (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="shortened measurements, to try it out")
+    compare = "instead: train attentions in one skeleton and families at one size on --data and write comparison.md"
+    parser.add_argument("--compare", choices=("cifar10", "nmnist"), help=compare)
+    parser.add_argument("--groups", nargs="+", default=["attention", "family"], help="of --compare (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --compare (%(default)s)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="of --compare (the recipe's)")
     add_sensor_size(parser)
     add_model_options(parser)
 
@@ -33,7 +38,23 @@ def _model_for(data: Path | None) -> str:
     return next(suited, _UNTRAINED)
 
 
+def _compare(args: argparse.Namespace) -> None:
+    from ..files import write_atomically
+    from ..reproduction.comparison import comparison_section, run_comparison
+
+    if args.data is None:
+        raise ValueError("--compare trains models: --data says where their data are")
+    options = [] if args.epochs is None else ["--epochs", str(args.epochs)]
+    rows = run_comparison(args.compare, args.data, args.output, args.groups, args.seeds, options)
+    page = args.output / "comparison.md"
+    write_atomically(page, "\n".join(comparison_section(rows)) + "\n")
+    print(f"wrote {page}")
+
+
 def reproduce(args: argparse.Namespace) -> None:
+    if args.compare:
+        _compare(args)
+        return
     import matplotlib  # noqa: F401, missing: say so before anything is measured
     import torch
 

@@ -2,7 +2,10 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..search.run import SearchSettings
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +33,11 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--epochs", type=int, default=0, metavar="N", help="then train each winner for so long; 0: no training"
     )
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="of the recipe's data set, to train the winners")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="of the recipe's data set, to train on")
+    parser.add_argument(
+        "--rank", type=int, metavar="N", help="instead of a search: sample N networks, train each, print Kendall's tau"
+    )
+    parser.add_argument("--recipe", metavar="NAME", help="what --rank trains with (the space's)")
     parser.add_argument("--no-progress", action="store_true", help="no bar")
 
 
@@ -44,7 +51,7 @@ def search(args: argparse.Namespace) -> None:
     if args.epochs < 0:
         raise ValueError(f"--epochs {args.epochs} must not be negative")
     if args.epochs and args.data_dir is None:
-        raise ValueError("--epochs trains the winners: --data-dir says where their data are")
+        raise ValueError("--epochs trains networks: --data-dir says where their data are")
     evolution = Evolution(args.population, args.rounds, args.keep, args.crossovers, args.mutations, args.seed)
     settings = SearchSettings(
         args.space,
@@ -57,6 +64,9 @@ def search(args: argparse.Namespace) -> None:
         args.time_steps,
         args.batch,
     )
+    if args.rank is not None:
+        _rank(args, settings)
+        return
     winners = run(settings, args.output, progress=not args.no_progress)
     print(table(winners))
     print(
@@ -64,6 +74,17 @@ def search(args: argparse.Namespace) -> None:
     )
     if args.epochs:
         _train(args, min(len(winners), args.keep))
+
+
+def _rank(args: argparse.Namespace, settings: "SearchSettings") -> None:
+    from ..search.ranking import rank, ranking_table
+
+    if args.rank < 2 or not args.epochs:
+        raise ValueError(f"--rank {args.rank} --epochs {args.epochs}: give two networks or more, and epochs to train")
+    epochs = ["--epochs", str(args.epochs), "--warmup-epochs", str(min(1, args.epochs - 1)), "--cooldown-epochs", "0"]
+    print(
+        ranking_table(rank(settings, args.output, args.rank, args.recipe, ["--data-dir", str(args.data_dir), *epochs]))
+    )
 
 
 def _train(args: argparse.Namespace, count: int) -> None:

@@ -14,6 +14,7 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model, 
 from torch import Tensor, nn
 
 from ..errors import first_line
+from ..models.aliases import current_name
 from ..models.checkpoints import check_against_model
 from .ambiguity import choose, misfit, release_args
 from .bounds import MAX_TIME_STEPS, check_model_args, shown
@@ -106,7 +107,7 @@ def infer_architecture(
             tensors are those of several networks, with their names.
         ValueError: For a `model` or `time_steps` outside its range.
     """
-    known = architectures()
+    known, model = architectures(), None if model is None else current_name(model)
     if model is not None and model not in known:
         raise ValueError(f"model={model!r} is unknown, choose one of {', '.join(known)}")
     shapes = {name: list(tensor.shape) for name, tensor in checkpoint.tensors.items()}
@@ -291,7 +292,7 @@ def _by_position(found: InferredModel, tensors: dict[str, Tensor]) -> bool:
 def stated_names(checkpoint: Checkpoint) -> list[str]:
     """What a checkpoint calls its model, without tags: train.py's argument, the entry of timm's checkpoints."""
     words = (checkpoint.args.get("model"), checkpoint.arch)
-    return [word.partition(".")[0] for word in words if isinstance(word, str)]
+    return [current_name(word.partition(".")[0]) for word in words if isinstance(word, str)]
 
 
 def named_model(checkpoint: Checkpoint, known: list[str]) -> str | None:

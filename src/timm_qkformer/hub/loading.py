@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 
+from ..models.aliases import current_name
 from ..models.loading import check_tag
 from .checkpoints import read_checkpoint
 from .data_config import pretrained_overlay
@@ -62,6 +63,7 @@ def load_model(
     """
     if random and checkpoint is not None:
         raise ValueError(f"random weights and checkpoint={str(checkpoint)!r} exclude each other")
+    source = current_name(source)
     args = dict(model_args or {}, **({} if time_steps is None else {"time_steps": time_steps}))
     path = Path(source)
     if path.is_dir() and not is_model(source.split(".")[0]):

@@ -23,6 +23,7 @@ from ..data.sampling import draw
 from ..devices import usable_device
 from ..files import write_atomically
 from ..layers import SpikingConv
+from ..models.aliases import current_name
 from ..models.loading import check_tag
 from ..operators import Operator
 from ..progress import Bar
@@ -162,7 +163,7 @@ def _load(model: str, time_steps: int | None) -> nn.Module:
     if (Path(model) / "config.json").is_file():
         name = f"local-dir:{model}"
     elif ":" in model or timm.is_model(model.split(".")[0]):
-        name = model
+        name = current_name(model)
         check_tag(name)
     else:
         raise ValueError(f"{model} is neither a folder with a config.json nor a model that timm knows")

@@ -2,6 +2,7 @@
 
 from ..layers import PositionSpec, UnitSpec
 from . import a2os2a  # noqa: F401, registers its models
+from .aliases import register_aliases
 from .architecture import Architecture, BlockSpec, ChainSpec, EmbedSpec, MixerSpec, StageSpec
 from .autost import AutoST
 from .base import SpikingTransformer
@@ -36,3 +37,5 @@ __all__ = [
     "StreamState",
     "UnitSpec",
 ]
+
+register_aliases()

@@ -8,9 +8,11 @@ is the same, and so are the gradients: a step is the network on a sequence of on
 (`neurons.run_with_state`) and whose readout adds up.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 from zlib import crc32
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from ..neurons import membrane_dtype
-from ..neurons.state import State, run_with_state
+from ..neurons.state import State, modules_of, run_with_state
 
 
 @dataclass(frozen=True)
@@ -241,13 +243,25 @@ def describe(model: Any, frame: Tensor) -> str:
     return _describe(model, f"{size}, {str(frame.dtype).removeprefix('torch.')}")
 
 
+# What was said of models, and which modules they had then: asked at every step.
+_descriptions: WeakKeyDictionary[nn.Module, tuple[Sequence[nn.Module], str]] = WeakKeyDictionary()
+
+
 def _describe(model: Any, frames: str) -> str:
+    parts = modules_of(model)
+    known, description = _descriptions.get(model, ((), ""))
+    if len(known) != len(parts) or not all(map(operator.is_, known, parts)):
+        description = _describe_parts(model)
+        _descriptions[model] = parts, description
+    return f"{description}{_FRAMES}{frames}"
+
+
+def _describe_parts(model: Any) -> str:
     shapes = [tuple(t.shape) for part in (model.stem, model.stages) for t in part.state_dict().values()]
     neurons = sum(hasattr(part, "spec") for part in model.modules())
     precision = getattr(model, "precision", None)
     kind = type(model).__name__ if precision is None else f"deployed in {precision}"
-    parts = f"{neurons} layers of neurons, {len(shapes)} tensors ({crc32(repr(shapes).encode()):08x})"
-    return f"{kind}, {parts}{_FRAMES}{frames}"
+    return f"{kind}, {neurons} layers of neurons, {len(shapes)} tensors ({crc32(repr(shapes).encode()):08x})"
 
 
 def _check(model: Any, frame: Tensor | None, state: StreamState | None) -> None:

@@ -103,14 +103,23 @@ def _is_graph(module: Any) -> bool:
     return isinstance(module, nn.Module) and any(isinstance(part, torch.fx.GraphModule) for part in module.modules())
 
 
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """A module and all within it, once for each place: several times as fast as `modules()`, for use at every step."""
+    found = [module]
+    for part in found:
+        found += [child for child in part._modules.values() if child is not None]
+    return found
+
+
 def _refuse_compiled_parts(module: Any) -> None:
     """Code that torch.compile or TorchScript compiled starts from rest at every call, and does not say so."""
-    found = [("the module", module)] if isinstance(module, nn.Module) else []
-    while found:  # at every step, and several times as fast as named_modules
-        name, part = found.pop()
-        children = part._modules
-        is_compiled = "_orig_mod" in children or part.__dict__.get("_compiled_call_impl") is not None
-        if is_compiled or isinstance(part, torch.jit.ScriptModule):
-            name = name.removeprefix("the module.")
-            raise ValueError(f"{name} is compiled and carries no state: give the module as it was before")
-        found += [(f"{name}.{child}", inner) for child, inner in children.items() if inner is not None]
+    if not isinstance(module, nn.Module) or not any(map(_is_compiled, modules_of(module))):
+        return
+    name = next(name for name, part in module.named_modules() if _is_compiled(part))
+    raise ValueError(f"{name or 'the module'} is compiled and carries no state: give the module as it was before")
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    if "_orig_mod" in part._modules or part.__dict__.get("_compiled_call_impl") is not None:
+        return True
+    return isinstance(part, torch.jit.ScriptModule)

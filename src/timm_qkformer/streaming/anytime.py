@@ -64,7 +64,7 @@ class Anytime:
         steps = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         if most < 1 or not len(x):  # nothing to step through: the model says what it makes of that
             return AnytimeResult(model(x), steps)
-        answers: Tensor | None = None
+        answers = torch.empty(0)
         state: StreamState | None = None
         for step in range(1, most + 1):
             frame: Tensor | None
@@ -72,8 +72,10 @@ class Anytime:
                 frame = x[:, step - 1] if len(running) == len(x) else x[running, step - 1]
             else:
                 frame = x if step == 1 else None
-            logits, state = model.step(frame, state, donate=True)
-            answers = logits.new_empty(len(x), logits.shape[1]) if answers is None else answers
+            logits, after = model.step(frame, state, donate=True)
+            state = after
+            if step == 1:
+                answers = logits.new_empty(len(x), logits.shape[1])
             stops = self.rule.stops(logits) if step < most else torch.ones(len(running), dtype=torch.bool)
             stops = stops.to(running.device)
             leaving = running[stops]
@@ -83,8 +85,7 @@ class Anytime:
             steps[leaving] = step
             if len(leaving) == len(running):
                 break
-            running, state = running[~stops], state.select(~stops, donate=True)
-        assert answers is not None
+            running, state = running[~stops], after.select(~stops, donate=True)
         return AnytimeResult(answers, steps)
 
 

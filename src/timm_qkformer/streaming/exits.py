@@ -68,7 +68,7 @@ def passes(certainties: Tensor, threshold: float, exit: str) -> Tensor:
 
 def note_of(rule: ExitRule, max_steps: int) -> str:
     """A rule and the T that it was calibrated with, as it stands among a config's notes."""
-    return f"anytime: {rule.exit} {rule.threshold:.6g}, T = {max_steps}"
+    return f"anytime: {rule.exit} {rule.threshold:.9g}, T = {max_steps}"
 
 
 def is_note(note: Any) -> bool:

@@ -212,10 +212,12 @@ class _Time:
 
 
 def count_unknown(count: int, findings: Findings) -> None:
+    """Note words of kinds that the encoding has not."""
     findings.add("{n} words are of no kind that the encoding has and were left out", count)
 
 
 def count_untimed(count: int, findings: Findings) -> None:
+    """Note events before the first time word."""
     findings.add("{n} events come before the first time and were left out", count)
 
 

@@ -32,8 +32,9 @@ _LEAST = {
 # Probabilities and shares.
 _SHARES = (
     "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "drop", "drop_path", "drop_block", "model_ema_decay",
-    "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "momentum", "bn_momentum",
+    "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "momentum", "bn_momentum", "tet",
 )  # fmt: skip
+_MOST_STEPS = 10_000
 # More would have the machine stand still before an error came.
 _MOST = {"workers": 1024, "weight_decay": 1e6, "epochs": 10**7, "warmup_epochs": 10**7, "cooldown_epochs": 10**7}
 
@@ -195,6 +196,11 @@ def _check_train(settings: Settings) -> None:
     for name, most in _MOST.items():
         need(getattr(settings, name) <= most, name, f"at most {most}")
     _check_name(settings.experiment)
+    if settings.time_steps_random is not None:
+        low, high = settings.time_steps_random
+        need(1 <= low <= high <= _MOST_STEPS, "time_steps_random", f"LOW HIGH, from 1 to {_MOST_STEPS:,}")
+    if settings.tet is not None and settings.torchcompile:
+        raise ValueError(f"tet={settings.tet} looks into the model at each step, which torchcompile does not allow")
     if settings.class_weights is not None:
         need(all(w > 0 for w in settings.class_weights), "class_weights", "above 0, one for each class")
         if settings.bce_loss:
@@ -260,13 +266,18 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_validate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `timm-qkformer validate` takes."""
+    add_measured_arguments(parser)
+    parser.add_argument("--results-file", metavar="FILE", help="write the results to a new .json or .csv file")
+
+
+def add_measured_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what commands take that measure a model on labelled data: the model, the data, where they run."""
     name = "name of the model, with a tag for pretrained weights; a converted folder"
     parser.add_argument("model", metavar="MODEL", help=name)
     parser.add_argument("--time-steps", type=int, metavar="T", help="the same as --model-kwargs time_steps=T")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights, and where it is a trainer's, its settings")
     parser.add_argument("--no-ema", action="store_true", help="the weights themselves, not their moving average")
     parser.add_argument("--split", metavar="NAME", help="split to validate on (the recipe's val_split, or validation)")
-    parser.add_argument("--results-file", metavar="FILE", help="write the results to a new .json or .csv file")
     parser.add_argument("-c", "--config", metavar="RECIPE", help=_RECIPE)
     _add_options(parser, only=LOADED)
 

@@ -12,8 +12,10 @@ import torch
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from timm.utils import unwrap_model
 from torch import nn
+from torch.utils.data import Subset
 
 from ...analysis import firing_rates
+from ...data.sampling import draw
 from ...devices import usable_device
 from ...files import write_atomically
 from ...hub.checkpoints import CheckpointError, read_content
@@ -167,15 +169,10 @@ def validate(settings: ValidationSettings, show: bool = True) -> dict[str, Any]:
     OSError or ValueError if something is not as it needs to be.
     """
     processes = Processes(usable_device(settings.device))
-    model: Any = build_model(settings)
-    if settings.checkpoint:
-        load_weights(model, settings.checkpoint, settings.model, use_ema=settings.use_ema)
-    to_device(settings, model, processes.device)
+    model = load_measured(settings, processes)
     config = data_config(settings, model)
-    split, where = settings.val_split, f"the split {settings.val_split!r}"
-    dataset = open_split(settings, split, False, tuple(config["input_size"]), getattr(model, "time_steps", 1))
-    check_classes(dataset, settings.num_classes or model.num_classes, where)
-    loader = create_eval_loader(settings, processes, dataset, config, where)
+    split = settings.val_split
+    dataset, loader = open_measured(settings, processes, model, split)
     runner: Any = model
     if settings.torchcompile:
         with compiling(settings):
@@ -188,6 +185,42 @@ def validate(settings: ValidationSettings, show: bool = True) -> dict[str, Any]:
     if settings.results_file is not None:
         write_atomically(settings.results_file, _text(results, settings.results_file.suffix))
     return results
+
+
+def load_measured(settings: ValidationSettings, processes: Processes) -> Any:
+    """The model of a validation, with its weights, on its device."""
+    model = build_model(settings)
+    if settings.checkpoint:
+        load_weights(model, settings.checkpoint, settings.model, use_ema=settings.use_ema)
+    to_device(settings, model, processes.device)
+    return model
+
+
+def open_measured(
+    settings: ValidationSettings, processes: Processes, model: Any, split: str, limit: int | None = None
+) -> tuple[Any, Any]:
+    """A split's samples, all or `limit` of them drawn at random, as a model takes them: data set and loader."""
+    config, where = data_config(settings, model), f"the split {split!r}"
+    dataset = open_split(settings, split, False, tuple(config["input_size"]), getattr(model, "time_steps", 1))
+    check_classes(dataset, settings.num_classes or model.num_classes, where)
+    if limit is not None and limit < len(dataset):
+        dataset = _Drawn(dataset, limit)
+    return dataset, create_eval_loader(settings, processes, dataset, config, where)
+
+
+class _Drawn(Subset[Any]):
+    """Some samples of a data set, always the same; the loader sets its transform."""
+
+    def __init__(self, dataset: Any, limit: int) -> None:
+        super().__init__(dataset, draw(range(len(dataset)), limit))
+
+    @property
+    def transform(self) -> Any:
+        return self.dataset.transform  # type: ignore[attr-defined]
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform  # type: ignore[attr-defined]
 
 
 def _text(results: Mapping[str, Any], suffix: str) -> str:

@@ -18,6 +18,7 @@ from .data import TrainLoader
 from .distributed import Processes
 from .network import forward_weights, model_dtype, train_mode
 from .settings import Settings
+from .steps import drawn_time_steps, shown_for
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,11 @@ def _train_epoch(
         need_update = index + 1 == total or (index + 1) % settings.grad_accum_steps == 0
         accum_steps = last_accum if index >= total - last_accum else settings.grad_accum_steps
         x, target = _prepare(parts, x, target)
+        steps = drawn_time_steps(settings, epoch, index)
         sync = task.no_sync() if processes.distributed and not need_update else nullcontext()
         with sync, forward_weights(settings, model, parts.optimizer):
-            with parts.autocast():
-                loss = task(x, target)["loss"]
+            with parts.autocast(), shown_for(model, x, steps) as shown:
+                loss = task(shown, target)["loss"]
             if accum_steps > 1:
                 loss = loss / accum_steps
             value = loss.item()

@@ -18,11 +18,13 @@ from torch import nn
 
 from ...errors import first_line, naming_settings
 from ...hub.folder import check_folder
+from ...models.aliases import current_name
 from ...models.loading import check_tag
 from ...torch_files import DamagedFileError, check_file, namespaces_allowed
 from .distributed import Processes, synchronize_batch_norm
 from .quantize import quantized_weights, require_quantizable
 from .settings import Settings
+from .steps import StepsTask, check_steps
 from .task import ModelTask, require_compilable
 
 
@@ -38,7 +40,7 @@ def build_model(settings: Settings) -> nn.Module:
         if Path(settings.model).is_file():
             hint = ": it is a file; name its model, and the file with --checkpoint (to train on: --initial-checkpoint)"
         raise ValueError(f"model {settings.model!r} is unknown{hint}")
-    check_tag(settings.model)
+    check_tag(current_name(settings.model))
     if settings.model.startswith("local-dir:"):
         check_folder(Path(settings.model.removeprefix("local-dir:")))
     for name in ("initial_checkpoint", "pretrained_path"):
@@ -53,7 +55,7 @@ def build_model(settings: Settings) -> nn.Module:
         overlay["pretrained_cfg_overlay"] = {"file": settings.pretrained_path, "num_classes": -1}
     try:
         model: nn.Module = timm.create_model(
-            settings.model,
+            current_name(settings.model),
             pretrained=settings.pretrained,
             in_chans=settings.channels,
             num_classes=settings.num_classes,
@@ -180,14 +182,15 @@ def to_device(settings: Settings, model: nn.Module, device: torch.device) -> Non
 def build_task(settings: Settings, processes: Processes, model: nn.Module) -> ClassificationTask:
     """Move the model to its device and put it into a task with its loss, as train.py does."""
     device = processes.device
+    check_steps(settings, model)
     to_device(settings, model, device)
     if processes.distributed and settings.sync_bn:
         model = synchronize_batch_norm(model, device)
     if settings.torchcompile:
         require_compilable(model)
-    return ModelTask(
-        model=model, criterion=_loss(settings).to(device), device=device, dtype=model_dtype(settings), verbose=False
-    )
+    common: dict[str, Any] = {"device": device, "dtype": model_dtype(settings), "verbose": False}
+    common |= {"model": model, "criterion": _loss(settings).to(device)}
+    return StepsTask(settings.tet, **common) if settings.tet else ModelTask(**common)
 
 
 def _loss(settings: Settings) -> nn.Module:

@@ -194,6 +194,8 @@ class Settings:
     on_error: Literal["raise", "skip"] = _o("raise", "unreadable image or recording: stop and name it, or take another")
     freeze: list[str] | None = _o(None, "modules not to train, such as stem stages.0", metavar="MODULE")
     class_weights: list[float] | None = _o(None, "weight of each class in the loss", metavar="WEIGHT")
+    time_steps_random: list[int] | None = _o(None, "draw T from LOW to HIGH for each batch", length=2)
+    tet: float | None = _o(None, "share of the loss that is the mean of each time step's own (TET)", metavar="WEIGHT")
     quantize_weights: bool = _o(False, "train, or measure, with weights rounded to 8 bits")
     tensorboard: bool | None = _o(None, "write TensorBoard files (where tensorboard is installed)")
     event_split_by: Literal["number", "time"] = _o("number", "frames of as many events each, or of as long a time each")

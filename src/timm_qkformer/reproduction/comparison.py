@@ -1,0 +1,249 @@
+"""A fair comparison: one recipe, one budget and the same seeds for every attention in one skeleton and every family at
+about 1.2 M parameters.
+
+`run_comparison` trains what is missing, measures each model and keeps a row for each in comparison.json;
+`comparison_section` makes the table of such rows. Trainings resume where they were broken off.
+"""
+
+import csv
+import json
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from tqdm import tqdm
+
+from ..files import write_atomically
+
+SEEDS = (0, 1, 2)
+RECIPES = {"cifar10": "cpu_ablation", "nmnist": "cpu_nmnist"}  # what all entries are trained with, by data set
+_SENSOR = {"nmnist": (34, 34)}
+# What models would have of their own otherwise: what they are shown, for how many time steps.
+_TIME_STEPS = {"cifar10": 4, "nmnist": 8}
+_INPUT: Mapping[str, Sequence[str]] = {
+    "cifar10": ("--in-chans", "3", "--input-size", "3", "32", "32"),
+    "nmnist": ("--in-chans", "2", "--input-size", "2", "34", "34", "--mean", "0", "0", "--std", "1", "1"),
+}
+
+_SKELETON = {"patch_embed": "small", "embed_dims": [48, 96, 192], "depths": [1, 1, 1], "num_heads": 4}
+_FLAT = {"embed_dim": 176, "depth": 2, "num_heads": 4}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is compared: a name for the table, a registered model, its arguments."""
+
+    name: str
+    model: str
+    args: Mapping[str, Any]
+
+
+def _attention(operator: str) -> Entry:
+    return Entry(operator, "qkformer_hst4_384", {**_SKELETON, "attn": operator})
+
+
+GROUPS: Mapping[str, tuple[Entry, ...]] = {
+    "attention": tuple(
+        map(
+            _attention,
+            ("qkta", "qkca", "ssa", "sdsa", "a2os2a", "tim", "experts", "ff_lidiff", "dwc3", "dwc5", "dwc7"),
+        )
+    ),
+    "family": (
+        Entry("QKFormer", "qkformer_hst4_384", _SKELETON),
+        Entry("QKFormer, membrane shortcuts", "qkformer_hst4_384", {**_SKELETON, "membrane_shortcut": True}),
+        Entry("Max-Former", "maxformer_10_384", {"embed_dims": [48, 96, 192], "depths": [1, 1, 1], "num_heads": 4}),
+        Entry("SpiLiFormer", "spiliformer_4_384", _SKELETON),
+        Entry("Spikformer", "spikformer_4_384", _FLAT),
+        Entry("Spikformer with CML", "spikformer_4_384_cml", _FLAT),
+        Entry("Spikingformer", "spikingformer_4_384", _FLAT),
+        Entry("Spikingformer with CML", "spikingformer_4_384_cml", _FLAT),
+        Entry("Spike-driven Transformer", "sdt_2_256", _FLAT),
+        Entry("A2OS2A", "a2os2a_2_256", _FLAT),
+        Entry("TIM", "tim_2_256", {**_FLAT, "pools": "0011", "tokens": 64}),
+        Entry("SEMM", "semm_4_384", {"embed_dim": 192, "depth": 2, "expert_dim": 32}),
+        Entry("AutoST", "autost_4_384", _FLAT),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One trained model."""
+
+    experiment: str  # "comparison_<group>_<data set>"
+    variant: str  # name of the entry
+    seed: int
+    top1: float  # percent, on the test set after the last epoch
+    epochs: int
+    seconds: float  # of training
+    command: str
+    params: int
+    firing_rate: float  # mean over neurons, on the test set
+    energy_mj: float  # of a sample, see `analysis.energy`
+    latency_ms: float  # of one sample, deployed in float32, median
+
+
+def parameters(entry: Entry, in_chans: int = 3, num_classes: int = 10) -> int:
+    """Parameters of an entry's model."""
+    model = timm.create_model(
+        entry.model, device="meta", in_chans=in_chans, num_classes=num_classes, **dict(entry.args)
+    )
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def run_comparison(
+    data_set: str,
+    data_dir: Path,
+    folder: Path,
+    groups: Iterable[str] = tuple(GROUPS),
+    seeds: Sequence[int] = SEEDS,
+    options: Sequence[str] = (),
+    entries: Mapping[str, Sequence[Entry]] = GROUPS,
+) -> list[Measured]:
+    """Train and measure what is not yet in `folder`/comparison.json, and write that file after each model.
+
+    Args:
+        data_set: One of `RECIPES`.
+        data_dir: Its folder, as the recipe takes it.
+        folder: Of the results and the trainings.
+        groups: Of `entries`.
+        seeds: Of the trainings.
+        options: More of the trainer's options for all, such as ("--epochs", "6").
+        entries: What is compared.
+
+    Raises:
+        ValueError: For an unknown data set or group, or what the trainer refuses.
+    """
+    if data_set not in RECIPES:
+        raise ValueError(f"data_set={data_set!r} is unknown, choose one of {', '.join(RECIPES)}")
+    if unknown := [group for group in groups if group not in entries]:
+        raise ValueError(f"groups: {unknown[0]!r} is unknown, choose of {', '.join(entries)}")
+    path = folder / "comparison.json"
+    rows = read_measured(path)
+    done = {(row.experiment, row.variant, row.seed) for row in rows}
+    # Seed by seed, so that what is broken off has whole tables.
+    cases = [(seed, group, entry) for seed in seeds for group in groups for entry in entries[group]]
+    for seed, group, entry in tqdm(cases, unit="model"):
+        experiment = f"comparison_{group}_{data_set}"
+        if (experiment, entry.name, seed) in done:
+            continue
+        rows.append(_train_and_measure(experiment, entry, seed, data_set, data_dir, folder, options))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return rows
+
+
+def read_measured(path: Path) -> list[Measured]:
+    """Rows of a comparison.json; none where there is no file."""
+    if not path.exists():
+        return []
+    return [Measured(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def _train_and_measure(
+    experiment: str, entry: Entry, seed: int, data_set: str, data_dir: Path, folder: Path, options: Sequence[str]
+) -> Measured:
+    from ..analysis import energy
+    from ..hub.loading import load_model
+    from ..inference import deploy
+    from ..training.trainer.config import parse_train
+    from ..training.trainer.engine import train
+
+    name = "-".join([experiment, *"".join(c if c.isalnum() else " " for c in entry.name).split(), str(seed)])
+    args = [f"{key}={value!r}".replace(" ", "") for key, value in entry.args.items()]
+    args.append(f"time_steps={_TIME_STEPS[data_set]}")
+    given = ["-c", RECIPES[data_set], "--model", entry.model, *_INPUT[data_set], "--seed", str(seed), *options]
+    given += ["--model-kwargs", *args]
+    where = ["--data-dir", str(data_dir), "--output", str(folder / "runs"), "--experiment", name, "--resume", "auto"]
+    start = time.perf_counter()
+    result = train(parse_train([*where, *given]))
+    seconds = time.perf_counter() - start
+    with (result.folder / "summary.csv").open(encoding="utf-8") as file:
+        last = list(csv.DictReader(file))[-1]
+    model = load_model(str(result.folder / "last.pth.tar")).model.eval()
+    x = _samples(model, data_set, data_dir)
+    return Measured(
+        experiment,
+        entry.name,
+        seed,
+        float(last["eval_top1"]),
+        int(last["epoch"]) + 1,
+        seconds,
+        " ".join(["timm-qkformer", "train", *given]),
+        sum(parameter.numel() for parameter in model.parameters()),
+        float(last["firing_rate"] or "nan"),
+        energy(model, x).pj / len(x) * 1e-9,
+        _latency(deploy(model), x[:1]),
+    )
+
+
+def _samples(model: Any, data_set: str, data_dir: Path, count: int = 16) -> torch.Tensor:
+    """Test samples as the model takes them, of all classes."""
+    from ..analysis.inputs import file_data
+
+    test = data_dir / "test"
+    _, samples = file_data(model, test if test.is_dir() else data_dir, count, _SENSOR.get(data_set))
+    return torch.cat(list(samples))
+
+
+@torch.inference_mode()
+def _latency(model: Any, x: torch.Tensor, rounds: int = 15) -> float:
+    """Milliseconds, the median after a few calls that nobody counts."""
+    times = []
+    for _ in range(rounds + 3):
+        start = time.perf_counter()
+        model(x)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[3:])
+
+
+def comparison_section(rows: Sequence[Measured], entries: Mapping[str, Sequence[Entry]] = GROUPS) -> list[str]:
+    """Markdown: a table for each group and data set; entries that nobody has measured are there, too."""
+    from .tables import table
+
+    lines = [
+        "## Comparison: every attention in one skeleton, every family at one size",
+        "",
+        "One recipe for all, the same epochs and seeds; ours, not a paper's. Attention: a hierarchy of three stages of "
+        "one block, 48, 96 and 192 channels, strides 2, 4 and 8. Families: about 1.2 M parameters each. Top-1 with the "
+        "sample standard deviation over the seeds; energy of a sample by synaptic operations; latency of one sample, "
+        "deployed in float32 on this machine.",
+    ]
+    for data_set in RECIPES:
+        for group, of_group in entries.items():
+            found = [row for row in rows if row.experiment == f"comparison_{group}_{data_set}"]
+            body = [_table_row(entry, [row for row in found if row.variant == entry.name]) for entry in of_group]
+            header = (
+                f"{group} | parameters | top-1 (%) | firing rate | energy (mJ) | training (s) | latency (ms) | seeds"
+            )
+            lines += ["", f"### {group}, {data_set}", "", *table(header, body)]
+            commands = [row.command for row in found[:1]]
+            lines += ["", *(f"Such as `{command}`, {found[0].epochs} epochs." for command in commands)]
+    return lines
+
+
+def _table_row(entry: Entry, rows: Sequence[Measured]) -> list[str]:
+    if not rows:
+        return [entry.name, f"{parameters(entry):,}", "not measured", "-", "-", "-", "-", "0"]
+
+    def mean(name: str, digits: str) -> str:
+        return format(statistics.fmean(getattr(row, name) for row in rows), digits)
+
+    scores = [row.top1 for row in rows]
+    spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+    return [
+        entry.name,
+        f"{rows[0].params:,}",
+        f"{statistics.fmean(scores):.2f}{spread}",
+        mean("firing_rate", ".3f"),
+        mean("energy_mj", ".4f"),
+        mean("seconds", ".0f"),
+        mean("latency_ms", ".2f"),
+        str(len(rows)),
+    ]

@@ -1,0 +1,178 @@
+"""The app: what it shows of a file; and, marked slow, a server with Gradio's own client."""
+
+import json
+import shutil
+import threading
+import time
+from importlib.resources import files
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("matplotlib")
+
+from timm_qkformer import cli
+from timm_qkformer.app.look import Models, look_at
+
+MODEL = "qkformer_hst3_192.cifar10"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A frog, a recording, and files that are neither."""
+    folder = tmp_path_factory.mktemp("files")
+    with Image.open(files("timm_qkformer") / "training/demo/cifar10.png") as sheet:
+        sheet.crop((192, 0, 224, 32)).save(folder / "frog.png")
+    rng = np.random.default_rng(0)
+    t, x, y = np.sort(rng.integers(0, 1000, 500)), rng.integers(0, 34, 500), rng.integers(0, 34, 500)
+    np.savez(folder / "events.npz", t=t, x=x, y=y, p=rng.integers(0, 2, 500))
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("hello")
+    return folder
+
+
+def test_a_look_at_a_photograph(folder):
+    seen = look_at(Models()[MODEL], folder / "frog.png")
+    assert max(seen.answer, key=seen.answer.get) == "frog"
+    assert seen.probabilities.shape == (4, 10)
+    assert np.allclose(seen.probabilities.sum(1), 1.0)
+    answers = seen.probabilities.argmax(1).tolist()
+    assert all(answer == answers[-1] for answer in answers[seen.settled - 1 :])
+    assert seen.settled == 1 or answers[seen.settled - 2] != answers[-1]
+    assert len(seen.attention) == 2
+    assert "µJ" in seen.summary
+
+
+@pytest.mark.slow
+def test_a_look_at_a_recording(folder):
+    seen = look_at(Models()["qkformer_hst3_128.nmnist"], folder / "events.npz", (34, 34))
+    assert seen.probabilities.shape == (8, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "message"),
+    [
+        ("broken.png", MODEL, "broken.png"),
+        ("notes.txt", MODEL, "neither an image nor a recording"),
+        ("events.npz", MODEL, "takes 3 channels, not 2"),
+        ("frog.png", "qkformer_hst3_128.nmnist", "takes 2 channels"),
+    ],
+)
+def test_files_that_do_not_suit(folder, name, model, message):
+    with pytest.raises((OSError, ValueError), match=message):
+        look_at(Models()[model], folder / name, (34, 34))
+
+
+def test_models_that_are_not_offered():
+    with pytest.raises(ValueError, match="not offered here"):
+        Models()["../secret"]
+
+
+def test_the_extra_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    assert cli.main(["app"]) == 2
+    assert "pip install 'timm-qkformer[app]'" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def address():
+    pytest.importorskip("gradio")
+    from timm_qkformer.app.page import serve
+
+    return serve(Models(), wait=False)
+
+
+def ask(address, path, model=MODEL):
+    from gradio_client import Client, handle_file
+
+    client = Client(address, verbose=False)
+    return client.predict(handle_file(path), model, 34, 34, api_name="/look")
+
+
+@pytest.mark.slow
+def test_a_user_uploads_and_sees(address, folder):
+    said, label, steps, summary, *pictures = ask(address, folder / "frog.png")
+    assert said.startswith("**frog**, from time step")
+    assert label["label"] == "frog"
+    assert steps["plot"].startswith("data:image/")
+    assert "synaptic operations" in summary
+    assert all(picture["plot"].startswith("data:image/") for picture in pictures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["broken.png", "notes.txt"])
+def test_a_bad_file_gets_a_message_without_the_servers_paths(address, folder, name):
+    with pytest.raises(Exception, match=name) as error:
+        ask(address, folder / name)
+    assert "Traceback" not in str(error.value)
+    assert str(Path("/tmp")) + "/" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_two_users_at_once(address, folder):
+    answers = {}
+
+    def use(path, model):
+        answers[path.name] = ask(address, path, model)[0]
+
+    both = [(folder / "frog.png", MODEL), (folder / "events.npz", "qkformer_hst3_128.nmnist")]
+    threads = [threading.Thread(target=use, args=pair) for pair in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert answers["frog.png"].startswith("**frog**")
+    assert "of 8 on" in answers["events.npz"]
+
+
+@pytest.mark.slow
+def test_in_a_browser(address, folder):
+    """Upload, result, a bad file; nothing is asked of any other host. Needs Chromium and selenium."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no Chromium here")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1800"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        browser.get(address)
+        _upload_and_look(browser, folder / "frog.png")
+        _wait_for_text(browser, "from time step")
+        assert "frog" in _text(browser)
+        browser.get(address)
+        _upload_and_look(browser, folder / "notes.txt")
+        _wait_for_text(browser, "neither an image nor a recording")
+        sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+        urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
+        hosts = {urlsplit(url).hostname for url in urls if url.startswith("http")}
+        assert hosts == {urlsplit(address).hostname}
+    finally:
+        browser.quit()
+
+
+def _text(browser):
+    return browser.find_element("tag name", "body").text
+
+
+def _wait_for_text(browser, text):
+    until = time.monotonic() + 120
+    while text not in _text(browser):
+        assert time.monotonic() < until, _text(browser)
+        time.sleep(0.2)
+
+
+def _upload_and_look(browser, path):
+    until = time.monotonic() + 120
+    while not (inputs := browser.find_elements("css selector", "input[type=file]")):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    inputs[0].send_keys(str(path))
+    _wait_for_text(browser, path.stem)
+    next(button for button in browser.find_elements("tag name", "button") if button.text.strip() == "look").click()

@@ -1,0 +1,90 @@
+"""The comparison of attentions and families, and the ranking of sampled networks, at a tiny size."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import timm
+from tiny_runs import make_images
+
+from timm_qkformer.cli import main
+from timm_qkformer.reproduction import comparison
+from timm_qkformer.reproduction.comparison import GROUPS, Entry, comparison_section, parameters, run_comparison
+from timm_qkformer.search import SPACES
+from timm_qkformer.search.ranking import kendall_tau, tau_interval
+from timm_qkformer.search.spaces import Gene, Space
+
+OPTIONS = ("--num-classes", "3", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "12", "--workers", "0")
+TINY = {"embed_dims": [8, 16, 32], "depths": [1, 0, 1], "num_heads": 4, "patch_embed": "imagenet"}
+ENTRIES = {
+    "attention": (Entry("qkta", "qkformer_hst4_384", {**TINY, "attn": "qkta"}),),
+    "family": (Entry("TIM", "test_tim", {"embed_dim": 16, "depth": 1}),),
+}
+
+
+def test_what_is_compared():
+    assert all(1.15e6 < parameters(entry) < 1.3e6 for entry in GROUPS["family"])
+    families = {timm.models.model_entrypoint(entry.model).__module__ for entry in GROUPS["family"]}
+    assert len(families) == 10
+    assert {"qkta", "ssa", "sdsa", "a2os2a", "experts", "tim"} < {entry.name for entry in GROUPS["attention"]}
+    assert parameters(GROUPS["attention"][0], in_chans=2) < parameters(GROUPS["attention"][0])
+
+
+def test_trained_measured_and_written_down(data, tmp_path, monkeypatch):
+    args = ("cifar10", data, tmp_path, tuple(ENTRIES), (0,), OPTIONS, ENTRIES)
+    rows = run_comparison(*args)
+    assert [row.variant for row in rows] == ["qkta", "TIM"]
+    for row in rows:
+        assert 0 <= row.top1 <= 100
+        assert row.epochs == 1
+        assert all(value > 0 for value in (row.params, row.energy_mj, row.latency_ms, row.seconds))
+        assert "time_steps=4" in row.command
+    monkeypatch.setattr(comparison, "_train_and_measure", None)  # nothing is done twice
+    assert run_comparison(*args) == rows
+    again = [dataclasses.replace(row, seed=1, top1=row.top1 + 2) for row in rows[:1]]
+    text = "\n".join(comparison_section([*rows, *again], ENTRIES))
+    assert f"{rows[0].top1 + 1:.2f} ± 1.41" in text
+    lines = [line for line in text.splitlines() if line.startswith("| TIM")]
+    assert len(lines) == 2  # of both data sets
+    assert "not measured" in lines[1]
+    assert "not measured" not in lines[0]
+    with pytest.raises(ValueError, match="data_set='svhn' is unknown"):
+        run_comparison("svhn", data, tmp_path)
+    with pytest.raises(ValueError, match="'heads' is unknown"):
+        run_comparison("cifar10", data, tmp_path, ("heads",))
+
+
+def test_kendalls_tau():
+    assert kendall_tau([1, 2, 3, 4], [10, 20, 30, 40]) == 1
+    assert kendall_tau([1, 2, 3, 4], [4, 3, 2, 1]) == -1
+    assert kendall_tau([1, 2, 3], [1, 3, 2]) == pytest.approx(1 / 3)
+    assert kendall_tau([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / math.sqrt(2 * 3))
+    assert kendall_tau([1, 1], [1, 2]) == 0
+    low, high = tau_interval(0.5, 10)
+    assert (low, high) == pytest.approx((0.0202, 0.7909), abs=2e-3)
+    assert tau_interval(1.0, 10)[1] <= 1
+    with pytest.raises(ValueError, match="5 networks"):
+        tau_interval(0.5, 4)
+    with pytest.raises(ValueError, match="3 and 2 values"):
+        kendall_tau([1, 2, 3], [1, 2])
+
+
+def test_sampled_networks_are_trained_and_ranked(tmp_path, monkeypatch, capsys):
+    data = make_images(tmp_path / "data", train=22, test=2)
+    genes = {"depth": Gene((1,), 0.4), "embed_dim": Gene((8, 16), 0.4)}
+    tiny = Space("test_autost", genes, lambda g: {**g, "num_heads": 4, "mlp_ratio": 1}, "cpu_ablation", (1e3, 1e5))
+    monkeypatch.setitem(SPACES, "tiny", tiny)
+    argv = ["search", "--space", "tiny", "--rank", "2", "--epochs", "1", "--data-dir", str(data), "--num-classes", "3"]
+    argv += ["--image-size", "16", "--batch", "4", "--time-steps", "2", "--output", str(tmp_path)]
+    assert main(argv) == 0
+    table = capsys.readouterr().out
+    assert "Kendall's tau of spikes and top-1:" in table
+    kept = json.loads((tmp_path / "ranking.json").read_text())["networks"]
+    assert len(kept) == 2
+    assert kept[0]["params"] != kept[1]["params"]
+    assert main(argv) == 0
+    assert capsys.readouterr().out.splitlines()[-5:] == table.splitlines()[-5:]  # from what is kept
+    assert main([*argv, "--seed", "3"]) == 2
+    assert "of a ranking with other settings" in capsys.readouterr().err
+    assert main([*argv[:-2], "--epochs", "0", "--output", str(tmp_path)]) == 2
