@@ -92,6 +92,7 @@ def test_errors(data, trained, tmp_path, capsys):
     assert "is of the model qkformer_hst4_384, not of qkformer_hst2_256" in fails(
         "qkformer_hst2_256", "--checkpoint", trained
     )
+    assert "it is a file; name its model, and the file with --checkpoint" in fails(str(trained))
     assert "nowhere: there is no such file" in fails(RECIPE["model"], "--checkpoint", "nowhere")
     assert "needs to end in .json or .csv" in fails(RECIPE["model"], "--results-file", tmp_path / "r.txt")
     assert "does not exist" in fails(RECIPE["model"], "--checkpoint", trained, root=tmp_path / "no")

@@ -37,6 +37,8 @@ def build_model(settings: Settings) -> nn.Module:
     if ":" not in settings.model and not timm.is_model(settings.model):
         close = difflib.get_close_matches(settings.model, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        if Path(settings.model).is_file():
+            hint = ": it is a file; name its model, and the file with --checkpoint (to train on: --initial-checkpoint)"
         raise ValueError(f"model {settings.model!r} is unknown{hint}")
     check_tag(current_name(settings.model))
     if settings.model.startswith("local-dir:"):
