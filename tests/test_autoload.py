@@ -256,6 +256,7 @@ def test_a_failing_timm_fails_as_without_us():
     assert "qkformer" not in err
 
 
+@pytest.mark.slow
 def test_spawned_dataloader_workers_know_the_models(tmp_path):
     script = tmp_path / "workers.py"
     script.write_text(

@@ -86,6 +86,7 @@ def test_a_source_that_does_not_compile_says_where(cache):
         compiler.load("nonsense;\n", "a.cpp")
 
 
+@pytest.mark.slow
 def test_others_wait_with_a_message_and_a_builder_that_is_killed_blocks_nobody(cache, tmp_path, caplog):
     ready = tmp_path / "ready"
     code = f"""

@@ -217,6 +217,9 @@ def test_drop_path_rates_rise_over_the_blocks(tiny):
 
 
 @pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    "tiny", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])], indirect=True
+)
 def test_compiles_into_one_graph(tiny, train):
     model, x = tiny(time_steps=2, depths=(1, 0, 1)).train(train), images(2)
     model(x)  # moves running statistics before both

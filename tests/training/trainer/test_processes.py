@@ -50,6 +50,7 @@ def test_two_processes_are_one_with_twice_the_batch(data, tmp_path):
     assert len(content["trainer"]["processes"]) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_killed_go_on_exactly(data, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", batch_size=2, recovery_interval=1, epochs=1)
     with start("train", *flags(data, tmp_path, "killed", recipe)) as process:

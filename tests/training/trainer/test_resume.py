@@ -57,6 +57,7 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
 def test_kill_9_at_a_random_step(data, tmp_path, capsys):
     more = {"workers": 1, "recovery_interval": 1}
     recipe = write_recipe(tmp_path / "recipe.yaml", **more)
