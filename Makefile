@@ -49,8 +49,7 @@ timm-suite: $(STAMP) ## timm's own tests, from its source distribution, on our m
 release-check: ## sdist and wheel from clean, installed in an empty environment and tried; TAG=v0.2.0 compares the version
 	$(PYTHON) tests/release_check.py $(TAG)
 
-# Other libraries on our models, each with its version: writes docs/compatibility.md. Slow.
-clients: $(STAMP)
+clients: $(STAMP) ## other libraries on our models, slow: writes docs/compatibility.md
 	$(BIN)/python -m pip install --quiet -e '.[dev,explain,export]' peft lightning
 	$(BIN)/python tests/run_clients.py
 

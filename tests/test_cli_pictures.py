@@ -68,6 +68,7 @@ def test_reproduce_in_a_hurry(photo, tmp_path, capsys):
     assert str(tmp_path) not in page
 
 
+@pytest.mark.slow
 def test_reproduce_takes_the_model_that_suits_the_data(photo, tmp_path):
     write_atis(tmp_path / "wave.bin", random_events(300))
     out = tmp_path / "out"

@@ -33,6 +33,8 @@ assert own  # imported for what it registers
 
 T, B, DIM, SIDE = 3, 2, 16, 4
 SHORTCUTS = ("SEW", "MS")
+SLOW = [pytest.mark.slow]
+USUAL_MS = {(name, "lif") for name in ("qkta", "ssa", "dwc3", "tim", "own_sdsa")} | {("own_sdsa", "own_ternary")}
 
 
 @pytest.fixture(params=operator_names())
@@ -73,10 +75,18 @@ def export_case(request):
     return make_model(*request.param)
 
 
-@pytest.fixture(params=_cases())
-def model_case(request, shortcut):
+def _model_cases():
+    """As `_cases`, with both kinds of shortcut; by default membrane shortcuts with one operator of each kind."""
+    for case in _cases():
+        for shortcut in SHORTCUTS:
+            usual = not case.marks and (shortcut == "SEW" or case.values[0] in USUAL_MS)
+            yield pytest.param((*case.values[0], shortcut), id=f"{case.id}-{shortcut}", marks=[] if usual else SLOW)
+
+
+@pytest.fixture(params=_model_cases())
+def model_case(request):
     """A small model, and its name in errors."""
-    return make_model(*request.param, shortcut)
+    return make_model(*request.param)
 
 
 def make_block(operator: str, neuron: str, shortcut: str) -> SpikingBlock:

@@ -15,7 +15,7 @@ from timm_qkformer.neurons import run_with_state
 assert own
 
 
-@pytest.fixture(params=["lif", "own_ternary"])
+@pytest.fixture(params=[pytest.param("lif", marks=pytest.mark.slow), "own_ternary"])
 def model(request):
     torch.manual_seed(0)
     return timm.create_model(

@@ -63,6 +63,7 @@ print(json.dumps({"start": start, "honest": honest, "growth": peaks, "all": peak
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.slow
 def test_hostile_files_use_less_than_three_times_the_honest_memory(honest, tmp_path):
     (tmp_path / "hostile").mkdir()
     torch.save(training_checkpoint(honest, time_step=2), tmp_path / "honest")

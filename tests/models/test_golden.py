@@ -17,11 +17,13 @@ QUICK = {
     "cml_spikingformer_cifar10dvs_2_256_t10",
     "sdt_cifar100_2_256_t4",
 }
+# Of the hierarchical models, those whose smaller siblings are tried by default.
+LARGE = {"imagenet_10_384_t4", "cifar10_4_384_t4_batch3"}
 
 
 def _cases():
     for name in ALL_CASES:
-        yield pytest.param(name, marks=[pytest.mark.slow] if name in FLAT_CASES.keys() - QUICK else [])
+        yield pytest.param(name, marks=[pytest.mark.slow] if name in (FLAT_CASES.keys() | LARGE) - QUICK else [])
 
 
 @pytest.mark.parametrize("name", list(_cases()))

@@ -240,6 +240,9 @@ def test_compiles_with_inductor(tiny):
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "tiny", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])], indirect=True
+)
 def test_exports_for_any_batch_and_scripts_for_clips(tiny):
     model, x = tiny(neuron="plif"), images(2)
     batch = torch.export.Dim("batch", min=1, max=16)
