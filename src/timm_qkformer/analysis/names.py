@@ -36,7 +36,7 @@ _NAMES: tuple[tuple[str, str], ...] = (
     (r"embed\.shortcut\.neuron", "shortcut"),
     (r"feedback\.decoders\.(\d+)\.neuron", "decoder {}"),
     (r"embed\.position\.neuron", "position"),
-    (r"embed\.position_neuron", "position input"),
+    (r"embed\.position_input", "position input"),
     (r"stem\.neuron", "conv"),
     (r"readout\.neuron", "rate"),
 )

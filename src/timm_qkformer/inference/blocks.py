@@ -166,7 +166,7 @@ class DeployedChain(nn.Module):
         position: Any = chain.position
         self.neuron = DeployedNeuron.of(chain.neuron, f"{name}.neuron")
         self.main = nn.ModuleList(DeployedUnit(unit, f"{name}.main.{i}", dtype) for i, unit in enumerate(units))
-        self.position_neuron = DeployedNeuron.of(chain.position_neuron, f"{name}.position_neuron")
+        self.position_input = DeployedNeuron.of(chain.position_input, f"{name}.position_input")
         self.position = DeployedUnit(position, f"{name}.position", dtype) if position is not None else None
 
     def forward(self, x: Tensor, spikes: torch.dtype, periodic: bool) -> Tensor:
@@ -175,7 +175,7 @@ class DeployedChain(nn.Module):
         y = _through(self.main, x, spikes, periodic)
         if self.position is not None:
             y = y.contiguous()
-            seen = y.clone() if self.position_neuron is None else kernels.fire(y, self.position_neuron.spec, spikes)
+            seen = y.clone() if self.position_input is None else kernels.fire(y, self.position_input.spec, spikes)
             self.position.add_to(y, seen)
         return y
 

@@ -87,19 +87,20 @@ class SpikingChain(nn.Module):
             in_chs, numbers = spec.dim, convs[-1].output_range
         self.main = nn.Sequential(*convs)
         self.output_range = numbers
-        self.position_neuron: nn.Module = nn.Identity()
+        # Not position_neuron: torchvision takes that name for position.neuron, its pattern has a dot.
+        self.position_input: nn.Module = nn.Identity()
         self.position = None
         if position is not None:
             if position.fires_before:
-                self.position_neuron = neuron_layer(**dd)
-                numbers = output_range(self.position_neuron)
+                self.position_input = neuron_layer(**dd)
+                numbers = output_range(self.position_input)
             self.position = unit(in_chs, UnitSpec(in_chs, fires=position.fires), numbers)
             self.output_range = self.output_range.plus(self.position.output_range)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.main(self.neuron(x))
         if self.position is not None:
-            y = y + self.position(self.position_neuron(y))
+            y = y + self.position(self.position_input(y))
         return y
 
 
