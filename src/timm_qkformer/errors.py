@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 
@@ -42,6 +43,25 @@ def naming_settings(what: str, settings: Mapping[str, Any]) -> Iterator[None]:
         reason = first_line(error)
         kind = "" if reason == type(error).__name__ else f"{type(error).__name__}: "
         raise ValueError(f"{what} cannot be made with {named} ({kind}{reason})") from error
+
+
+def import_extra(module: str, extra: str, doing: str) -> Any:
+    """Import what one of the package's extras brings along.
+
+    Args:
+        module: Name of the package.
+        extra: Of the extra.
+        doing: What it is needed for: the error begins with it.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed, with what to install.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f'{doing} needs the package {module}: pip install "timm-qkformer[{extra}]"', name=module
+        ) from error
 
 
 def check_name(kind: str, name: Any) -> None:

@@ -69,12 +69,11 @@ def _outputs(args: argparse.Namespace) -> dict[tuple[Path, str], Path]:
 
 def _draw(path: Path, summary: Any, picture: Path, film: Path | None) -> list[str]:
     """Lines that say what was written."""
+    from ..analysis.drawing import save_picture
     from ..analysis.recordings import draw_recording, write_film
-    from ..files import replacing
 
     picture.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(picture) as file:
-        draw_recording(summary).savefig(file, format="png", dpi=100, metadata={"Software": None})
+    save_picture(draw_recording(summary), picture)
     if film is not None:
         write_film(path, summary, film)
     return [f"wrote {written}" for written in (picture, film) if written is not None]

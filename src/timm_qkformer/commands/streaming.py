@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..training.trainer.config import add_measured_arguments
 from .model import add_model, add_model_options, add_sensor_size, load
@@ -44,12 +45,9 @@ def calibrate(args: argparse.Namespace) -> None:
     facts = {"model": settings.model, "precision": args.precision or "plain"}
     show(args, {**facts, **found.to_dict()}, f"{found.text()}\n{last}")
     if args.output is not None:
-        from ..analysis.drawing import save_picture
         from ..streaming.drawing import draw_calibration
 
-        written = save_picture(draw_calibration(found, settings.model), args.output)
-        if args.json != STDOUT:
-            print(f"wrote {written}")
+        _save(args, draw_calibration(found, settings.model))
 
 
 def add_stream(parser: argparse.ArgumentParser) -> None:
@@ -114,9 +112,14 @@ def stream(args: argparse.Namespace) -> None:
     title = f"{loaded.title}, {args.precision}: {args.recording.name}"
     show(args, {**facts, **report.to_dict()}, f"{title}\n{report.text()}")
     if args.output is not None:
-        from ..analysis.drawing import save_picture
         from ..streaming.drawing import draw_stream
 
-        written = save_picture(draw_stream(report, title), args.output)
-        if args.json != STDOUT:
-            print(f"wrote {written}")
+        _save(args, draw_stream(report, title))
+
+
+def _save(args: argparse.Namespace, figure: Any) -> None:
+    from ..analysis.drawing import save_picture
+
+    written = save_picture(figure, args.output)
+    if args.json != STDOUT:
+        print(f"wrote {written}")

@@ -11,6 +11,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
+from ..errors import import_extra
 from ..files import replacing
 from .events import Events
 from .formats import Recording, open_events
@@ -140,12 +141,7 @@ def _write_dat(file: IO[bytes], chunks: Iterator[Events], recording: Recording, 
 
 
 def _write_hdf5(file: IO[bytes], chunks: Iterator[Events], recording: Recording, target: Path) -> None:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            'writing HDF5 needs the package h5py: pip install "timm-qkformer[events]"', name="h5py"
-        ) from error
+    h5py = import_extra("h5py", "events", "writing HDF5")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         path = Path(folder) / "events.h5"
         with h5py.File(path, "w") as archive:

@@ -49,11 +49,11 @@ def count_windows(source: Source | Chunk, count: int, incomplete: bool = False) 
         start = 0
         while held + len(chunk) - start >= count:
             stop = start + count - held
-            whole = join([*parts, _cut(chunk, start, stop)])
+            whole = join([*parts, cut(chunk, start, stop)])
             yield Window(int(whole.t[0]), int(whole.t[-1]), whole)
             parts, held, start = [], 0, stop
         if start < len(chunk):
-            parts.append(_cut(chunk, start, len(chunk)))
+            parts.append(cut(chunk, start, len(chunk)))
             held += len(chunk) - start
     if parts and incomplete:
         whole = join(parts)
@@ -90,7 +90,7 @@ def time_windows(
         begin = 0
         for edge in edges.tolist():
             if edge > begin:
-                parts.append(_cut(chunk, begin, edge))
+                parts.append(cut(chunk, begin, edge))
             following = int(number[edge])
             if following - current > _MOST_SILENT:
                 raise ValueError(
@@ -101,7 +101,7 @@ def time_windows(
             for silent in range(current + 1, following):
                 yield _window(start, duration, silent, [])
             parts, current, begin = [], following, edge
-        parts.append(_cut(chunk, begin, len(chunk)))
+        parts.append(cut(chunk, begin, len(chunk)))
     if parts and incomplete and start is not None:
         yield _window(start, duration, current, parts)
     if late:
@@ -118,7 +118,7 @@ def slice_windows(events: Chunk, number: int, split_by: str = "number") -> list[
     if split_by == "number":
         size = len(events) // number  # of fewer events than windows, the last one has all
         bounds = [*(i * size for i in range(number)), len(events)]
-        parts = [_cut(events, a, b) for a, b in pairwise(bounds)]
+        parts = [cut(events, a, b) for a, b in pairwise(bounds)]
         return [Window(int(p.t[0]), int(p.t[-1]), p) if len(p) else Window(0, 0, p) for p in parts]
     first, last = int(events.t.min()), int(events.t.max())
     duration = max((last - first) // number, 1)
@@ -184,7 +184,8 @@ def _window(start: int, duration: int, number: int, parts: list[Events]) -> Wind
     return Window(begin, begin + duration, join(parts))
 
 
-def _cut(events: Events, start: int, stop: int) -> Events:
+def cut(events: Events, start: int, stop: int) -> Events:
+    """Events number `start` to before `stop`."""
     part = slice(start, stop)
     return Events(events.t[part], events.x[part], events.y[part], events.p[part], events.sensor_size)
 

@@ -2,10 +2,9 @@
 
 import copy
 import json
-import re
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from torch import Tensor
 
 from ..analysis.inputs import noise_data
 from ..models import SpikingTransformer
+from ..streaming.exits import calibrated_rule
 from .formats import FORMATS, Format, Run
 from .graphs import Graph, clip_graph, initial_state, step_graph, takes_clips
 
 SAMPLES = 16  # of noise, where there are no data
-_EXIT_NOTE = re.compile(r"anytime: (\w+) ([\d.eE+-]+)")  # as `timm-qkformer calibrate` writes it into the config
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,8 @@ def export(
         name: What the metadata call the model.
 
     Raises:
-        ValueError: For another model, format or suffix; a model that has no first step like the others, with `step`.
+        ValueError: For another model, format or suffix; a model that has no first step like the others, with `step`;
+            a note of an exit rule in its config that is none.
         FileExistsError: If there is such a file.
         ModuleNotFoundError: If the runtime is not installed: pip install 'timm-qkformer[export]'.
         RuntimeError: If the graph does not answer as the model does.
@@ -122,8 +122,7 @@ def _metadata(model: Any, config: dict[str, Any], graph: Graph, step: bool, name
     from .. import __version__
 
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    notes = cfg.get("notes") or ()
-    rules = [found for note in ([notes] if isinstance(notes, str) else notes) if (found := _EXIT_NOTE.match(str(note)))]
+    rule = calibrated_rule(model)
     ports = [port._asdict() for port in graph.state]
     return {
         "package": f"timm-qkformer {__version__}",
@@ -134,7 +133,7 @@ def _metadata(model: Any, config: dict[str, Any], graph: Graph, step: bool, name
         "num_classes": model.num_classes,
         "label_names": list(cfg.get("label_names") or []),
         "preprocessing": {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()},
-        "exit": {"exit": rules[-1][1], "threshold": float(rules[-1][2])} if rules else None,
+        "exit": None if rule is None else asdict(rule),
         "state": [{**port, "dims": list(port["dims"])} for port in ports],
     }
 

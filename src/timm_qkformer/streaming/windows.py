@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data import EventFileError, Events, FrameSpec, check_events, events_to_frames, read_events
+from ..data.windows import cut, join
 
 _MOST_EMPTY = 1_000_000  # windows in a row without an event; more are a damaged clock rather than silence
 
@@ -116,7 +117,7 @@ def _cut(pieces: Iterator[Events], duration: int | None, count: int | None, size
     for piece in pieces:
         if held is None:
             start = int(piece.t[0])
-        held = piece if held is None or not len(held) else _join(held, piece)
+        held = piece if held is None or not len(held) else join([held, piece])
         while True:
             if duration is not None:
                 end = start + duration
@@ -131,23 +132,13 @@ def _cut(pieces: Iterator[Events], duration: int | None, count: int | None, size
                 end = int(held.t[count - 1]) if complete else 0
             if not complete:
                 break
-            yield _window(_part(held, 0, number), start, end, size, piece.sensor_size)
-            held, start = _part(held, number, len(held)), end
+            yield _window(cut(held, 0, number), start, end, size, piece.sensor_size)
+            held, start = cut(held, number, len(held)), end
             if not len(held):
                 break
     if held is not None and len(held):
         end = start + duration if duration is not None else int(held.t[-1])
         yield _window(held, start, end, size, held.sensor_size)
-
-
-def _join(a: Events, b: Events) -> Events:
-    t, x, y, p = (np.concatenate([getattr(a, name), getattr(b, name)]) for name in ("t", "x", "y", "p"))
-    return Events(t, x, y, p, b.sensor_size)
-
-
-def _part(events: Events, start: int, end: int) -> Events:
-    part = slice(start, end)
-    return Events(events.t[part], events.x[part], events.y[part], events.p[part], events.sensor_size)
 
 
 def _window(

@@ -7,18 +7,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ...errors import import_extra
 from ..events import EventFileError, Events
 from .findings import Decoded, Findings
 
 
 def open_aedat4(path: Path, file: BinaryIO, findings: Findings) -> Decoded:
     """Open the container, whose compression (none, LZ4, Zstandard) the package undoes packet by packet."""
-    try:
-        import aedat
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f'reading {path.name} needs the package aedat: pip install "timm-qkformer[events]"', name="aedat"
-        ) from error
+    aedat = import_extra("aedat", "events", f"reading {path.name}")
     decoder = aedat.Decoder(path)
     kinds = decoder.id_to_stream()
     streams = {i: stream for i, stream in kinds.items() if stream["type"] == "events"}

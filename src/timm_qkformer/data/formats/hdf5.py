@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from ...errors import import_extra
 from ..arrays import MOST_BYTES, MOST_RATIO
 from ..events import EventFileError, Events
 from .columns import Columns, find_columns
@@ -26,12 +27,7 @@ _NO_ECF = (
 
 def open_hdf5(path: Path, _file: BinaryIO, findings: Findings) -> Decoded:
     """Find the events, and check what the file says of them before anything is unpacked."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f'reading {path.name} needs the package h5py: pip install "timm-qkformer[events]"', name="h5py"
-        ) from error
+    h5py = import_extra("h5py", "events", f"reading {path.name}")
     archive = h5py.File(path, "r", locking=False)
     names, owner = _find(path, archive)
     whole = isinstance(owner, h5py.Dataset)
@@ -100,14 +96,8 @@ def _check_filters(path: Path, dataset: "h5py.Dataset") -> None:
         raise EventFileError(path, f"{dataset.name} is stored in pieces of {dataset.chunks}, which are not unpacked")
     missing = [code for code in filters if not h5py.h5z.filter_avail(code)]
     if missing and _ECF not in missing:
-        try:
-            import hdf5plugin  # noqa: F401, makes itself known to h5py
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                f"reading {path.name}, whose HDF5 filters {missing} h5py does not have, needs the package hdf5plugin: "
-                'pip install "timm-qkformer[events]"',
-                name="hdf5plugin",
-            ) from error
+        doing = f"reading {path.name}, whose HDF5 filters {missing} h5py does not have,"
+        import_extra("hdf5plugin", "events", doing)  # which makes itself known to h5py
         missing = [code for code in missing if not h5py.h5z.filter_avail(code)]
     if _ECF in missing:
         raise EventFileError(path, _NO_ECF)

@@ -7,6 +7,7 @@ target)`: SpiLiFormer weighs the answers of two passes. timm's train.py knows no
 from typing import Any
 
 from timm.task import ClassificationTask
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 
@@ -15,7 +16,7 @@ class ModelTask(ClassificationTask):
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Images or clips and labels (or soft targets) to {"loss": loss}, and "output" where the model is asked."""
-        model = innermost(self.trainable_module)
+        model: Any = unwrap_model(self.trainable_module)
         if not declares_loss(model):
             result: dict[str, Tensor] = super().forward(input, target)
             return result
@@ -41,14 +42,6 @@ class ModelTask(ClassificationTask):
 def declares_loss(model: nn.Module) -> bool:
     """Whether a model has a training loss of its own."""
     return callable(getattr(model, "training_loss", None))
-
-
-def innermost(model: nn.Module) -> Any:
-    """A model without what distributes or compiles it."""
-    found: Any = model
-    while isinstance(found, nn.parallel.DistributedDataParallel) or hasattr(found, "_orig_mod"):
-        found = found.module if isinstance(found, nn.parallel.DistributedDataParallel) else found._orig_mod
-    return found
 
 
 def require_compilable(model: nn.Module) -> None:
