@@ -52,7 +52,7 @@ def load(source: str, name: str) -> ctypes.CDLL:
         RuntimeError: If the source does not compile.
         OSError: If the result cannot be loaded.
     """
-    folder, key = _folder(), _key(source)
+    folder, key = cache_folder(), machine_key(source)
     found = _intact(folder, key)
     if found is not None:
         return ctypes.CDLL(str(found))
@@ -67,12 +67,12 @@ def load(source: str, name: str) -> ctypes.CDLL:
             return ctypes.CDLL(str(_build(source, folder, key)))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    with _turn(folder / f"{key}.lock", name):
+    with turn(folder / f"{key}.lock", name):
         found = _intact(folder, key)  # by whoever was first
         return ctypes.CDLL(str(_build(source, folder, key) if found is None else found))
 
 
-def _folder() -> Path:
+def cache_folder() -> Path:
     """Where libraries are kept: in the cache of torch's own kernels."""
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if given:
@@ -84,8 +84,8 @@ def _folder() -> Path:
     return folder
 
 
-def _key(source: str) -> str:
-    """What the library depends on: machines of several kinds may share a folder."""
+def machine_key(source: str) -> str:
+    """A name for what was made of a source on this machine: machines of several kinds may share a folder."""
     parts = (source, torch.__version__, os.environ.get("CXX", ""), platform.machine(), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
@@ -117,7 +117,7 @@ def _name(key: str, content: bytes) -> str:
 
 
 @contextmanager
-def _turn(path: Path, name: str) -> Iterator[None]:
+def turn(path: Path, name: str) -> Iterator[None]:
     """Wait until no other process holds the lock; with a message, and no longer than a compiler may take.
 
     Without locks (Windows, some network file systems) nobody waits, and a library may be made twice.
