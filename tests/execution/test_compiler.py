@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from timm_qkformer.execution import compiler
+from timm_qkformer.execution import compiler, libraries
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 
@@ -49,7 +49,7 @@ def test_a_damaged_library_is_told_and_made_anew(built, content):
     built.write_bytes(broken)
     assert compiler.load(SOURCE, "a.cpp").answer() == 42
     assert len(list(built.parent.glob("*.so"))) == 1
-    assert compiler._intact(built.parent, compiler._key(SOURCE)) is not None
+    assert libraries.intact(built.parent, compiler._key(SOURCE)) is not None
 
 
 def test_a_cold_cache_that_cannot_be_written_costs_a_folder_of_this_process_alone(cache, monkeypatch):

@@ -190,7 +190,8 @@ def test_without_a_compiler_torch_operations_run_after_one_warning(monkeypatch, 
     kernels.pool_fire(currents(1, 1, 2, 2, 3).double(), SPEC, torch.float64)  # another library
     (said,) = [str(w.message) for w in recwarn if "no such compiler" in str(w.message)]
     assert said.startswith(
-        "the kernels of kernels.cpp do not compile on this machine; models run without them, which costs speed but "
-        "changes no result: OSError: no such compiler. "
+        "the kernels of kernels.cpp did not come with this installation and do not compile on this machine: deployed "
+        "models and training on CPUs do without, which changes no result but takes up to three times as long: OSError: "
+        "no such compiler. "
     )
     assert "apt install g++" in said
