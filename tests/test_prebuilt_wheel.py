@@ -31,7 +31,7 @@ pytestmark = [
 FIRST_FORWARD = """
     import time
     start = time.perf_counter()
-    import json, sys, hashlib
+    import json, hashlib
     from pathlib import Path
     import timm, torch
     imported = time.perf_counter()
@@ -56,7 +56,6 @@ FIRST_FORWARD = """
         "kernels": sorted(set(native.provenance().values())),
         "mapped": sorted(Path(p).parent.name for p in mapped if "/execution/kernels/" in p),
         "logits": hashlib.sha256(b"".join(y.detach().numpy().tobytes() for y in logits)).hexdigest(),
-        "inductor": "torch._inductor.cpp_builder" in sys.modules,
     }))
 """
 
@@ -130,7 +129,6 @@ def test_the_first_forward_of_a_fresh_process_calls_no_compiler(installed):
     assert set(found["mapped"]) == {prebuilt.levels()[0].name}
     assert len(found["mapped"]) >= 4
     assert len(found["openmp"]) == 1
-    assert not found["inductor"]
     assert not installed.called.exists()
     assert not list(installed.cache.rglob("*.so"))
     assert found["make the model"] + found["deploy, first forward"] < 3
