@@ -2,8 +2,8 @@
 
 What comes out is in dist/: the sdist, a wheel for every machine and, on Linux, one with kernels for this kind. Checked
 are the version (against the changelog and a tag, if one is given), metadata, what the files hold and how large they
-are; then the wheel for this machine is installed in an empty environment, `pip check` is asked, and README's example and
-commands run outside of the checkout. With the file of a wheel as argument, that one is checked and tried.
+are; then the wheel for this machine is installed in an empty environment, `pip check` is asked, and README's example
+and commands run outside of the checkout. With the file of a wheel as argument, that one is checked and tried.
 """
 
 import email

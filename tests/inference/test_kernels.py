@@ -1,5 +1,7 @@
 """Every kernel against its readable version in torch operations: sizes, types, neurons, memory layouts."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -174,6 +176,14 @@ def test_the_policy_of_neurons_leaves_kernels_alone(neurons):
         assert kernels._own("fire", x, SPEC, x.dtype) is not None
     with execution_policy(kernels="never"):
         assert kernels._own("fire", x, SPEC, x.dtype) is None
+
+
+def test_a_wrong_setting_is_an_error_and_no_missing_library(monkeypatch):
+    monkeypatch.setattr(native, "_libraries", {})
+    monkeypatch.setenv(native.prebuilt.ENVIRONMENT_VARIABLE, "quick")
+    if sys.platform == "linux":
+        with pytest.raises(ValueError, match="TIMM_QKFORMER_PREBUILT='quick'"):
+            kernels.fire(currents(4, 3, 50), SPEC, torch.uint8)
 
 
 def test_without_a_compiler_torch_operations_run_after_one_warning(monkeypatch, recwarn):

@@ -14,13 +14,17 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def doctor(args: argparse.Namespace) -> None:
-    found = findings()
-    lines = [f"{name:<12} {value}" for name, value in found.items() if name != "sources" and value is not None]
-    lines += [f"  {file:<20} {origin}" for file, origin in found["sources"].items()] if _mixed(found) else []
-    if "none" in found["kernels"]:
-        from ..execution.native import INSTALL
+    from ..execution.native import INSTALL
 
-        lines.append(f"{'':<12} {INSTALL}")
+    found = findings()
+    lines = []
+    for name, value in found.items():
+        if name == "sources":
+            several = len(set(value.values())) > 1
+            lines += [f"  {file:<20} {origin}" for file, origin in value.items() if several]
+            lines += [f"{'':<12} {INSTALL}"] if "none" in value.values() else []
+        elif value is not None:
+            lines.append(f"{name:<12} {value}")
     show(args, found, "\n".join(lines))
 
 
@@ -50,10 +54,6 @@ def findings() -> dict[str, Any]:
         "compiler": compiler.compiler_path(),
         "kept in": str(compiler.cache_folder()),
     }
-
-
-def _mixed(found: dict[str, Any]) -> bool:
-    return len(set(found["sources"].values())) > 1
 
 
 def _version_of(distribution: str) -> str:

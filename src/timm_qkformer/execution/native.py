@@ -89,12 +89,14 @@ def function(
 
 def _load(package: str, file: str, functions: Mapping[str, Sequence[Any]], instances: str) -> ctypes.CDLL | None:
     global _missing
-    source = Source.of(files(__package__).joinpath(COMMON), files(package).joinpath(file))
-    library = prebuilt.load(source, functions)
-    if library is None and _missing is not None:  # whoever was asked in vain, perhaps for minutes, is not asked again
-        return None
+    prebuilt.levels()  # a setting that is wrong is the user's error, not a missing library
     try:
-        library = library or compiler.load(source.text(instances), file)
+        source = Source.of(files(__package__).joinpath(COMMON), files(package).joinpath(file))
+        library = prebuilt.load(source, functions)
+        if library is None:
+            if _missing is not None:  # whoever was asked in vain, perhaps for minutes, is not asked again
+                return None
+            library = compiler.load(source.text(instances), file)
         for name, operands in functions.items():
             run = getattr(library, name)
             run.argtypes, run.restype = operands, None
