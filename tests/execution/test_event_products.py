@@ -199,6 +199,7 @@ def test_auto_begins_once_it_pays_and_so_does_a_resumed_process(monkeypatch, sma
     work = 2 * 4 * 4 * 16 * 16 * 9
     monkeypatch.setattr(native, "AUTO_BUDGET", 3 * work)
     monkeypatch.setattr(native._budget, "work", {})
+    monkeypatch.setattr(native, "_came_along", False)
 
     def adds_events():
         return any(choose(x, weight, "auto"))
@@ -211,6 +212,19 @@ def test_auto_begins_once_it_pays_and_so_does_a_resumed_process(monkeypatch, sma
         monkeypatch.setattr(native._budget, "work", {native._TRAINING: work_in_this_process})
         execution.load_state_dict(progress)
         assert [adds_events() for _ in range(3)] == [False, False, True]
+
+
+@pytest.mark.parametrize("files", [3, 2])
+def test_auto_begins_at_once_where_the_kernels_came_along(files, monkeypatch):
+    found = iter([("level", "path")] * files + [None] * 3)
+    monkeypatch.setattr(native.prebuilt, "find", lambda source: next(found))
+    monkeypatch.setattr(native.prebuilt, "shares_openmp", lambda: True)
+    monkeypatch.setattr(native, "_came_along", None)
+    monkeypatch.setattr(native._budget, "work", {})
+    with execution_policy(kernels="auto"):
+        assert native.training_kernels_pay() == (files == 3)
+    with execution_policy(kernels="never"):
+        assert not native.training_kernels_pay()
 
 
 def test_a_model_trains_alike(chosen, small_layers_too):

@@ -36,7 +36,25 @@ _budget = Budget(_Kernels)
 def training_kernels_pay() -> bool:
     """Whether training may compile and run kernels by now, see `Policy.kernels`."""
     kernels = current_policy().kernels
-    return kernels == "always" or (kernels == "auto" and _budget.work.get(_TRAINING, 0) > AUTO_BUDGET)
+    return kernels == "always" or (
+        kernels == "auto" and (_budget.work.get(_TRAINING, 0) > AUTO_BUDGET or _training_kernels_came_along())
+    )
+
+
+_TRAINING_FILES = ("events.cpp", "event_gradients.cpp", "packing.cpp")
+
+
+def _training_kernels_came_along() -> bool:
+    """Whether those of training came with the wheel: then nothing is compiled, and they pay at once."""
+    global _came_along
+    if _came_along is None:
+        folder = files(__package__)
+        made = (Source.of(folder.joinpath(COMMON), folder.joinpath(file)) for file in _TRAINING_FILES)
+        _came_along = all(prebuilt.find(source) is not None for source in made) and prebuilt.shares_openmp()
+    return _came_along
+
+
+_came_along: bool | None = None
 
 
 def count_training_work(amount: int) -> None:
