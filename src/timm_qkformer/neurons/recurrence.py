@@ -81,6 +81,14 @@ def surrogate_derivative(u: Tensor, surrogate: str, alpha: float | Tensor) -> Te
     return alpha / 2 / (1.0 + (math.pi / 2 * alpha * u).square())
 
 
+def _through_surrogate(grad: Tensor, u: Tensor, surrogate: str, alpha: float | Tensor) -> Tensor:
+    """grad p'(u), in as few passes over memory as torch's operations allow."""
+    if surrogate == "sigmoid":
+        gradient: Tensor = torch.ops.aten.sigmoid_backward(grad, torch.sigmoid(alpha * u))
+        return gradient * alpha
+    return grad * surrogate_derivative(u, surrogate, alpha)
+
+
 class Affine(NamedTuple):
     """What a batch norm does to each channel: x * scale + shift, both [C] in the membrane's precision."""
 
@@ -103,6 +111,8 @@ def charge(v: Tensor, x: Tensor, leak: Tensor, decay_input: bool) -> Tensor:
 def _charge_from(v: Tensor | None, x: Tensor, spec: NeuronSpec) -> Tensor:
     if v is None:  # at rest: what `charge` gives for v = 0
         return x * spec.leak if spec.decay_input else x
+    if spec.decay_input and not torch.is_grad_enabled():  # the same numbers, in one new tensor instead of three
+        return (x - v).mul_(spec.leak).add_(v)
     return charge(v, x, spec.leak, spec.decay_input)
 
 
@@ -173,12 +183,16 @@ def gradient_steps(
     grad_leak: Tensor | None = None
     for t in reversed(range(len(currents))):
         h, v = charged[t], before[t]
-        up = surrogate_derivative(h - threshold, spec.surrogate, spec.alpha)
-        ds_dh = dfired_dh = up
-        if ternary:
-            down = surrogate_derivative(h + threshold, spec.surrogate, spec.alpha)  # p' is even
-            ds_dh, dfired_dh = up + down, up - down
-        grad_h = grad_spikes[t].to(dtype) * ds_dh
+        grad_spike = grad_spikes[t].to(dtype)
+        if not ternary and spec.detach_reset:
+            grad_h = _through_surrogate(grad_spike, h - threshold, spec.surrogate, spec.alpha)
+        else:
+            up = surrogate_derivative(h - threshold, spec.surrogate, spec.alpha)
+            ds_dh = dfired_dh = up
+            if ternary:
+                down = surrogate_derivative(h + threshold, spec.surrogate, spec.alpha)  # p' is even
+                ds_dh, dfired_dh = up + down, up - down
+            grad_h = grad_spike * ds_dh
         if grad_v is not None:
             grad_h = grad_h + (grad_v if spec.soft_reset else grad_v.masked_fill(all_fired[t], 0.0))
             if not spec.detach_reset:
