@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_VENV := build/docs-venv
 DOCS_STAMP := $(DOCS_VENV)/.installed
+CLIENTS_VENV := build/clients-venv # others' wishes for versions are no matter of .venv
 TAG ?=
 
 .DEFAULT_GOAL := help
@@ -49,9 +50,10 @@ timm-suite: $(STAMP) ## timm's own tests, from its source distribution, on our m
 release-check: ## sdist and wheel from clean, installed in an empty environment and tried; TAG=v0.2.0 compares the version
 	$(PYTHON) tests/release_check.py $(TAG)
 
-clients: $(STAMP) ## other libraries on our models, slow: writes docs/compatibility.md
-	$(BIN)/python -m pip install --quiet -e '.[dev,explain,export]' peft lightning
-	$(BIN)/python tests/run_clients.py
+clients: ## other libraries on our models, slow: writes docs/compatibility.md
+	test -x $(CLIENTS_VENV)/bin/python || $(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet -e '.[dev,explain,export]' accelerate fastai lightning peft segmentation-models-pytorch
+	OMP_NUM_THREADS=1 $(CLIENTS_VENV)/bin/python tests/run_clients.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

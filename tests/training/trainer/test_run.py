@@ -1,6 +1,7 @@
 """What a run leaves behind, and what stops it."""
 
 import csv
+import json
 import re
 import resource
 import subprocess
@@ -56,6 +57,16 @@ def test_files_and_columns(data, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "epoch 1 [6/6] loss" in out
     assert "best top1" in out
+
+
+def test_json_is_all_that_train_prints(data, tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "recipe.yaml", **PLAIN, epochs=1)
+    assert cli.main(["train", *flags(data, tmp_path, "run", recipe), "--json"]) == 0
+    printed = capsys.readouterr()
+    values = json.loads(printed.out)
+    assert values["folder"] == str(tmp_path / "run")
+    assert [row["epoch"] for row in values["history"]] == [0]
+    assert "done: " in printed.err
 
 
 def test_curves_are_drawn(data, tmp_path):
