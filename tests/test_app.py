@@ -5,7 +5,7 @@ import json
 import shutil
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -189,9 +189,10 @@ def test_in_a_browser(address, folder):
         _upload_and_look(browser, folder / "frog.png")
         _wait_for_text(browser, "Anytime inference")
         assert "frog, from time step" in _text(browser)
-        pictures = browser.find_elements("css selector", "img[src^='data:image']")
-        assert len(pictures) >= 4  # by step, two layers of attention, raster
-        assert all(int(picture.get_property("naturalWidth")) > 100 for picture in pictures)
+        until = time.monotonic() + 60
+        while sum(_is_drawn(picture) for picture in browser.find_elements("css selector", "img")) < 4:
+            assert time.monotonic() < until, "pictures by step, of two layers of attention, and the raster"
+            time.sleep(0.2)
         browser.get(address)
         _upload_and_look(browser, folder / "notes.txt")
         _wait_for_text(browser, "neither an image nor a recording")
@@ -211,10 +212,14 @@ def test_two_browsers_at_once(address, folder):
         _upload_and_look(one, folder / "frog.png")
         _upload_and_look(other, folder / "broken.png")
         _wait_for_text(one, "from time step")
-        _wait_for_text(other, "cannot be read")
+        _wait_for_text(other, "is not a readable image")
         assert "frog" in _text(one)
         assert "from time step" not in _text(other)
-        assert "cannot be read" not in _text(one)
+        assert "is not a readable image" not in _text(one)
+
+
+def _is_drawn(picture):
+    return (picture.get_attribute("src") or "").startswith("data:image") and picture.get_property("naturalWidth") > 100
 
 
 def _text(browser):
@@ -229,10 +234,19 @@ def _wait_for_text(browser, text):
 
 
 def _upload_and_look(browser, path):
-    until = time.monotonic() + 120
-    while not (inputs := browser.find_elements("css selector", "input[type=file]")):
-        assert time.monotonic() < until
-        time.sleep(0.2)
-    inputs[0].send_keys(str(path))
+    _first(browser, "input[type=file]").send_keys(str(path))
     _wait_for_text(browser, path.stem)
-    next(button for button in browser.find_elements("tag name", "button") if button.text.strip() == "look").click()
+    _first(browser, "button", "look").click()
+
+
+def _first(browser, selector, text=None):
+    """An element with this text, if one is given, once it is there: the page builds itself bit by bit."""
+    stale = pytest.importorskip("selenium.common.exceptions").StaleElementReferenceException
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        with suppress(stale):
+            for element in browser.find_elements("css selector", selector):
+                if text is None or element.text.strip() == text:
+                    return element
+        time.sleep(0.2)
+    raise AssertionError(f"no {selector} {text or ''} in: {_text(browser)}")
