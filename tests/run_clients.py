@@ -36,6 +36,19 @@ and writes this page; it is slow and no part of CI.
 CLIENTS: dict[str, tuple[str, str, Callable[[], str]]] = {}
 
 
+def converted(folder: str) -> nn.Module:
+    """The shipped CIFAR-10 model, in a folder that `convert` wrote.
+
+    Those of timm 1.0.31's own `save_for_hf` hold the number of classes twice, which transformers 5.24 refuses.
+    """
+    from timm_qkformer.hub import convert
+
+    model = timm.create_model("qkformer_hst3_192.cifar10", pretrained=True).eval()
+    source = Path(timm_qkformer.__file__).parent / "models/weights/qkformer_hst3_192.cifar10.safetensors"
+    convert(source, Path(folder), force=True)
+    return model
+
+
 def client(name: str, distribution: str, what: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
     def add(run: Callable[[], str]) -> Callable[[], str]:
         CLIENTS[name] = (distribution, what, run)
@@ -212,13 +225,14 @@ def accelerate() -> str:
 
 @client("fastai", "fastai", "`Learner.fit` for one epoch, `get_preds`")
 def fastai() -> str:
+    import fastai.callback.all  # noqa: F401, gives learners `no_bar`
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     from fastai.losses import CrossEntropyLossFlat
 
     model, _ = model_and_images()
     data = torch.utils.data.TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8))
-    loaders = DataLoaders(*(torch.utils.data.DataLoader(data, 4) for _ in range(2)), device=torch.device("cpu"))
+    loaders = DataLoaders.from_dsets(data, data, bs=4, device=torch.device("cpu"), num_workers=0)
     learner = Learner(loaders, model, loss_func=CrossEntropyLossFlat())
     with learner.no_bar(), learner.no_logging(), tempfile.TemporaryDirectory() as folder:
         learner.path = Path(folder)
@@ -235,13 +249,13 @@ def fastai() -> str:
 def segmentation() -> str:
     import segmentation_models_pytorch as smp
 
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 128, 128)  # PAN halves the last map three times more
     strides = {"DeepLabV3Plus": 16, "PAN": 16, "DeepLabV3": 8, "FPN": None, "Unet": None, "UPerNet": None}
     for name, stride in strides.items():
         keep = {} if stride is None else {"encoder_output_stride": stride}
         net = getattr(smp, name)("tu-test_qkformer", encoder_weights=None, classes=3, pooled_levels=1, **keep)
         y = net(x)
-        assert y.shape == (2, 3, 64, 64), (name, y.shape)
+        assert y.shape == (2, 3, 128, 128), (name, y.shape)
         y.sum().backward()
     smp.Unet("tu-test_qkformer", encoder_weights=None, encoder_depth=4, decoder_channels=(32, 16, 8, 4))(x)
     return "works; without `pooled_levels`, with `encoder_depth=4`"
@@ -330,30 +344,27 @@ def lightning_script() -> str:
 @client(
     "transformers Auto classes",
     "transformers",
-    "`AutoModelForImageClassification` and `AutoImageProcessor` of a folder",
+    "image model and processor of a folder that `convert` wrote",
 )
 def transformers_auto() -> str:
     from PIL import Image
-    from timm.models import save_for_hf
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    model = timm.create_model("qkformer_hst3_192.cifar10", pretrained=True).eval()
     with tempfile.TemporaryDirectory() as folder:
-        save_for_hf(model, folder)
+        model = converted(folder)
         processor = AutoImageProcessor.from_pretrained(folder)
         loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
     x = processor(Image.new("RGB", (32, 32), "green"), return_tensors="pt")
     return same(loaded(**x).logits, model(x["pixel_values"]))
 
 
-@client("transformers Trainer", "transformers", "two steps of `train`, `predict`")
+@client("transformers Trainer", "transformers", "two steps of `train`, `predict`, with such a folder")
 def transformers_trainer() -> str:
-    from timm.models import save_for_hf
     from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
     data = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 10} for i in range(8)]
     with tempfile.TemporaryDirectory() as folder:
-        save_for_hf(timm.create_model("qkformer_hst3_192.cifar10", pretrained=True), folder)
+        converted(folder)
         model = AutoModelForImageClassification.from_pretrained(folder)
         arguments = TrainingArguments(
             f"{folder}/run", per_device_train_batch_size=4, max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True
@@ -366,15 +377,13 @@ def transformers_trainer() -> str:
         return same(logits, model.eval()(torch.stack([item["pixel_values"] for item in data])).logits)
 
 
-@client("transformers pipeline", "transformers", "image-classification on the shipped CIFAR-10 model's folder")
+@client("transformers pipeline", "transformers", "image-classification, with a folder that `convert` wrote")
 def transformers_pipeline() -> str:
     from PIL import Image
-    from timm.models import save_for_hf
     from transformers import pipeline
 
-    model = timm.create_model("qkformer_hst3_192.cifar10", pretrained=True).eval()
     with tempfile.TemporaryDirectory() as folder:
-        save_for_hf(model, folder)
+        model = converted(folder)
         answer = pipeline("image-classification", folder)(Image.new("RGB", (40, 40)))
     names = model.pretrained_cfg["label_names"]
     return "works, with class names" if answer[0]["label"] in names else f"works; classes are {answer[0]['label']}, ..."
