@@ -29,6 +29,25 @@ def test_leaves_stay_one_node_each():
 
 
 @pytest.mark.parametrize("name", ["test_qkformer", "test_qkformer_ms"])
+def test_attribution_at_the_readout_is_of_each_sample_alone(name):
+    """As these libraries do it: the layer's output times its gradient, whose first dimension they take for samples."""
+    model, x = tiny(name), images(3)
+
+    def cam(x):
+        kept = []
+        layer = model.get_submodule(ATTRIBUTION_LAYER)
+        with layer.register_forward_hook(lambda module, inputs, output: kept.append(output)):
+            logits = model(x)
+        (gradient,) = torch.autograd.grad(logits[:, 1].sum(), kept)
+        return (gradient.mean((2, 3), keepdim=True) * kept[0]).sum(1)
+
+    maps = cam(x)
+    assert maps.shape[0] == len(x)
+    assert maps.abs().amax((1, 2)).min() > 0
+    torch.testing.assert_close(maps[1:2], cam(x[1:2]), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["test_qkformer", "test_qkformer_ms"])
 def test_captum_attributes_to_each_sample(name):
     attr = pytest.importorskip("captum.attr")
     model, x = tiny(name), images(3)

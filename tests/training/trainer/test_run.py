@@ -7,6 +7,7 @@ import resource
 import subprocess
 from contextlib import contextmanager
 from dataclasses import replace
+from urllib.error import URLError
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ from tiny_runs import PLAIN, RECIPE, flags, make_images, run, same_weights, weig
 
 from timm_qkformer import cli
 from timm_qkformer.hub.checkpoints import read_checkpoint
+from timm_qkformer.training.trainer import data as trainer_data
 from timm_qkformer.training.trainer import loop
 from timm_qkformer.training.trainer.config import parse_train
 from timm_qkformer.training.trainer.distributed import Processes
@@ -298,6 +300,16 @@ def test_pickled_code_is_not_run(data, tmp_path, fails):
     path = tmp_path / "evil.pth.tar"
     torch.save({"state_dict": {}, "args": subprocess.Popen}, path)
     assert "which could run code" in fails(data, "--resume", str(path))
+
+
+def test_a_download_without_a_network_says_so(fails, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise URLError("[Errno -3] Temporary failure in name resolution")
+
+    monkeypatch.setattr(trainer_data, "create_dataset", refuse)
+    message = fails(tmp_path / "data", "--dataset-download", dataset="torch/cifar10")
+    assert message.startswith("dataset 'torch/cifar10' cannot be downloaded to ")
+    assert "put it there yourself" in message
 
 
 def folder_without(tmp_path, what):
