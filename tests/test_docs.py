@@ -38,6 +38,7 @@ def test_readme_is_short():
 @pytest.mark.parametrize(
     ("page", "least"),
     [
+        ("analysis.md", 1),
         ("architecture.md", 5),
         ("execution.md", 1),
         ("models.md", 1),
