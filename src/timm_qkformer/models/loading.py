@@ -108,9 +108,10 @@ def create(
     levels = stages + kwargs.get("pooled_levels", 0)
     if kwargs.get("features_only"):
         check_features_only(levels, kwargs.get("feature_cls", "getter"), kwargs.get("out_indices"))
-    cfg = resolve_pretrained_cfg(
-        variant, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
-    )
+    overlay = kwargs.pop("pretrained_cfg_overlay", None)
+    if overlay and not {"url", "hf_hub_id"}.isdisjoint(overlay):
+        overlay = {"file": None, **overlay}  # or timm would take the file that comes with the package
+    cfg = resolve_pretrained_cfg(variant, kwargs.pop("pretrained_cfg", None), overlay)
     model_args = dict((tag_args or {}).get(f"{variant}.{cfg.tag}", {}), **kwargs)
     cache_dir, source = kwargs.get("cache_dir"), cfg
     with loading_weights(variant, cfg, cache_dir) if pretrained else nullcontext():
