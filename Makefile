@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_VENV := build/docs-venv
 DOCS_STAMP := $(DOCS_VENV)/.installed
+CLIENTS_VENV := build/clients-venv # others' wishes for versions are no matter of .venv
 TAG ?=
 
 .DEFAULT_GOAL := help
@@ -55,9 +56,10 @@ manylinux: ## in a container (docker): a wheel with its kernels for many Linux s
 	docker run --rm --volume "$(CURDIR):/source" --workdir /source $(MANYLINUX) sh tests/manylinux.sh
 	$(PYTHON) tests/release_check.py dist/*-manylinux_*.whl
 
-clients: $(STAMP) ## other libraries on our models, slow: writes docs/compatibility.md
-	$(BIN)/python -m pip install --quiet -e '.[dev,explain,export]' peft lightning
-	$(BIN)/python tests/run_clients.py
+clients: ## other libraries on our models, slow: writes docs/compatibility.md
+	test -x $(CLIENTS_VENV)/bin/python || $(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet -e '.[dev,explain,export]' accelerate fastai lightning peft segmentation-models-pytorch
+	OMP_NUM_THREADS=1 $(CLIENTS_VENV)/bin/python tests/run_clients.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

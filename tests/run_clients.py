@@ -1,11 +1,14 @@
 """Run other libraries on this package's models and write what they did to docs/compatibility.md.
 
 `make clients` installs them first. Each client is a function that raises or returns a few words; one that is not
-installed is left out of the table. Arguments are names of clients to run; the others' rows stay.
+installed is left out of the table. Arguments are names of clients to run; the others' rows stay. TIMM_SCRIPTS names a
+folder with train.py and validate.py of timm's repository, which are in no package.
 """
 
 import importlib.metadata
 import io
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +34,19 @@ and writes this page; it is slow and no part of CI.
 |---|---|---|---|
 """
 CLIENTS: dict[str, tuple[str, str, Callable[[], str]]] = {}
+
+
+def converted(folder: str) -> nn.Module:
+    """The shipped CIFAR-10 model, in a folder that `convert` wrote.
+
+    Those of timm 1.0.31's own `save_for_hf` hold the number of classes twice, which transformers 5.24 refuses.
+    """
+    from timm_qkformer.hub import convert
+
+    model = timm.create_model("qkformer_hst3_192.cifar10", pretrained=True).eval()
+    source = Path(timm_qkformer.__file__).parent / "models/weights/qkformer_hst3_192.cifar10.safetensors"
+    convert(source, Path(folder), force=True)
+    return model
 
 
 def client(name: str, distribution: str, what: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
@@ -178,11 +194,135 @@ def peft_lora() -> str:
 
     model, x = model_and_images()
     adapted = get_peft_model(model, LoraConfig(target_modules=PEFT_TARGET_MODULES, r=4))
-    adapted(x).sum().backward()
+    adapted.train()(x).sum().backward()
     trained = [name for name, p in adapted.named_parameters() if p.grad is not None]
     assert trained
     assert all("lora" in name for name in trained)
     return "works"
+
+
+def _one_step(model: nn.Module, x: Tensor) -> tuple[Tensor, torch.optim.Optimizer]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return nn.functional.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long)), optimizer
+
+
+@client("accelerate", "accelerate", "`prepare`, a step with gradients, `unwrap_model`")
+def accelerate() -> str:
+    from accelerate import Accelerator
+
+    model, x = model_and_images()
+    expected = model(x)
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(model.train())
+    loss, optimizer = _one_step(prepared, x)
+    accelerator.backward(loss)
+    optimizer.step()
+    own = accelerator.unwrap_model(prepared)
+    assert own is model
+    assert not torch.equal(own.eval()(x), expected)
+    return "works"
+
+
+@client("fastai", "fastai", "`Learner.fit` for one epoch, `get_preds`")
+def fastai() -> str:
+    import fastai.callback.all  # noqa: F401, gives learners `no_bar`
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    from fastai.losses import CrossEntropyLossFlat
+
+    model, _ = model_and_images()
+    data = torch.utils.data.TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8))
+    loaders = DataLoaders.from_dsets(data, data, bs=4, device=torch.device("cpu"), num_workers=0)
+    learner = Learner(loaders, model, loss_func=CrossEntropyLossFlat())
+    with learner.no_bar(), learner.no_logging(), tempfile.TemporaryDirectory() as folder:
+        learner.path = Path(folder)
+        learner.fit(1, 1e-3)
+        found = learner.get_preds()[0]
+    return same(found, model.eval()(data.tensors[0]).softmax(1))
+
+
+@client(
+    "segmentation_models_pytorch",
+    "segmentation-models-pytorch",
+    "DeepLabV3+ and PAN with `output_stride=16`, DeepLabV3 with 8; FPN, Unet, UPerNet; all with `pooled_levels=1`",
+)
+def segmentation() -> str:
+    import segmentation_models_pytorch as smp
+
+    x = torch.randn(2, 3, 128, 128)  # PAN halves the last map three times more
+    strides = {"DeepLabV3Plus": 16, "PAN": 16, "DeepLabV3": 8, "FPN": None, "Unet": None, "UPerNet": None}
+    for name, stride in strides.items():
+        keep = {} if stride is None else {"encoder_output_stride": stride}
+        net = getattr(smp, name)("tu-test_qkformer", encoder_weights=None, classes=3, pooled_levels=1, **keep)
+        y = net(x)
+        assert y.shape == (2, 3, 128, 128), (name, y.shape)
+        y.sum().backward()
+    smp.Unet("tu-test_qkformer", encoder_weights=None, encoder_depth=4, decoder_channels=(32, 16, 8, 4))(x)
+    return "works; without `pooled_levels`, with `encoder_depth=4`"
+
+
+@client("torchvision detection", "torchvision", "RetinaNet on a pyramid of three maps and a pooled one: losses, boxes")
+def detection() -> str:
+    from torchvision.models.detection import RetinaNet
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.ops import FeaturePyramidNetwork
+
+    class Backbone(nn.Module):
+        out_channels = 16
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = timm.create_model("test_qkformer", features_only=True, pooled_levels=1)
+            self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), self.out_channels)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return self.fpn({str(i): level for i, level in enumerate(self.body(x))})
+
+    sizes = tuple((16 * 2**i,) for i in range(4))
+    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 4)
+    net = RetinaNet(Backbone(), num_classes=2, anchor_generator=anchors, min_size=64, max_size=64)
+    target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    losses = net([torch.rand(3, 64, 64)], [target])
+    sum(losses.values()).backward()
+    found = net.eval()([torch.rand(3, 64, 64)])
+    assert set(found[0]) == {"boxes", "labels", "scores"}
+    return "works"
+
+
+@client("Lightning Trainer", "lightning", "two epochs of `fit`, `predict`, a checkpoint that loads")
+def lightning_trainer() -> str:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = timm.create_model("test_qkformer", num_classes=10, time_steps=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x)
+
+        def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def predict_step(self, batch: list[Tensor], _: int) -> Tensor:
+            return self(batch[0])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), 1e-3)
+
+    data = torch.utils.data.TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8))
+    loader = torch.utils.data.DataLoader(data, 4)
+    module = Module()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", default_root_dir=folder, logger=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, loader)
+        found = torch.cat(trainer.predict(module, loader))
+        trainer.save_checkpoint(f"{folder}/last.ckpt")
+        again = Module.load_from_checkpoint(f"{folder}/last.ckpt", map_location="cpu").eval()
+        return same(again(data.tensors[0]), found)
 
 
 @client("Lightning to_torchscript", "lightning", "traced and called again")
@@ -201,18 +341,88 @@ def lightning_script() -> str:
     return same(Module(model).eval().to_torchscript(method="trace", example_inputs=x)(x), model(x))
 
 
-@client("transformers pipeline", "transformers", "image-classification on the shipped CIFAR-10 model's folder")
+@client(
+    "transformers Auto classes",
+    "transformers",
+    "image model and processor of a folder that `convert` wrote",
+)
+def transformers_auto() -> str:
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = converted(folder)
+        processor = AutoImageProcessor.from_pretrained(folder)
+        loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
+    x = processor(Image.new("RGB", (32, 32), "green"), return_tensors="pt")
+    return same(loaded(**x).logits, model(x["pixel_values"]))
+
+
+@client("transformers Trainer", "transformers", "two steps of `train`, `predict`, with such a folder")
+def transformers_trainer() -> str:
+    from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+
+    data = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 10} for i in range(8)]
+    with tempfile.TemporaryDirectory() as folder:
+        converted(folder)
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        arguments = TrainingArguments(
+            f"{folder}/run", per_device_train_batch_size=4, max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True
+        )
+        trainer = Trainer(model, arguments, train_dataset=data)
+        result = trainer.train()
+        logits = torch.from_numpy(trainer.predict(data).predictions)
+    assert result.global_step == 2
+    with torch.no_grad():
+        return same(logits, model.eval()(torch.stack([item["pixel_values"] for item in data])).logits)
+
+
+@client("transformers pipeline", "transformers", "image-classification, with a folder that `convert` wrote")
 def transformers_pipeline() -> str:
     from PIL import Image
-    from timm.models import save_for_hf
     from transformers import pipeline
 
-    model = timm.create_model("qkformer_hst3_192.cifar10", pretrained=True).eval()
     with tempfile.TemporaryDirectory() as folder:
-        save_for_hf(model, folder)
+        model = converted(folder)
         answer = pipeline("image-classification", folder)(Image.new("RGB", (40, 40)))
     names = model.pretrained_cfg["label_names"]
     return "works, with class names" if answer[0]["label"] in names else f"works; classes are {answer[0]['label']}, ..."
+
+
+def _script(name: str, *arguments: object) -> str:
+    """Run one of the scripts of timm's repository, which are in no package."""
+    scripts = os.environ.get("TIMM_SCRIPTS", "")
+    if not (Path(scripts) / name).is_file():
+        raise LeftOutError(f"TIMM_SCRIPTS is not a folder with {name} of timm's repository")
+    command = [sys.executable, str(Path(scripts) / name), *map(str, arguments)]
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise AssertionError(done.stdout.strip().splitlines()[-1])
+    return done.stdout
+
+
+@client("timm train.py and validate.py", "timm", "one epoch on a folder of 24 images, then its checkpoint")
+def timm_scripts() -> str:
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for split, count in (("train", 16), ("validation", 8)):
+            for i in range(count):
+                path = folder / "data" / split / "ab"[i % 2] / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 40), ("red", "blue")[i % 2]).save(path)
+        small = ["--model", "test_qkformer", "--num-classes", 2, "--img-size", 32, "--device", "cpu", "--workers", 0]
+        run = ["--epochs", 1, "--warmup-epochs", 0, "-b", 4, "--output", folder / "out", "--experiment", "run"]
+        _script("train.py", folder / "data", *small, *run)
+        checkpoint = folder / "out/run/last.pth.tar"
+        out = _script("validate.py", folder / "data", *small, "-b", 4, "--checkpoint", checkpoint)
+        assert "top1" in out
+    return "works"
+
+
+class LeftOutError(Exception):
+    """A client that cannot run here, and why."""
 
 
 def main(chosen: list[str]) -> int:
@@ -231,6 +441,9 @@ def main(chosen: list[str]) -> int:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 verdict = run()
+        except LeftOutError as reason:
+            print(f"{name}: left out: {reason}", flush=True)
+            continue
         except Exception as error:
             traceback.print_exc()
             verdict, failed = (

@@ -1,21 +1,27 @@
 """The app: what it shows of a file; and, marked slow, a server with Gradio's own client."""
 
+import ast
 import json
 import shutil
 import threading
 import time
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 pytest.importorskip("matplotlib")
 
 from timm_qkformer import cli
-from timm_qkformer.app.look import Models, look_at
+from timm_qkformer.analysis.inputs import ModelInputs
+from timm_qkformer.app.look import EXIT, Models, look_at
+from timm_qkformer.streaming import ExitRule, anytime
 
 MODEL = "qkformer_hst3_192.cifar10"
 
@@ -34,8 +40,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_a_look_at_a_photograph(folder):
-    seen = look_at(Models()[MODEL], folder / "frog.png")
+def test_a_look_at_a_photograph(folder, monkeypatch):
+    loaded = Models()[MODEL]
+    cfg = {**loaded.model.pretrained_cfg, "notes": ("anytime: confidence 0.6, T = 4",)}
+    monkeypatch.setattr(loaded.model, "pretrained_cfg", cfg)
+    seen = look_at(loaded, folder / "frog.png")
     assert max(seen.answer, key=seen.answer.get) == "frog"
     assert seen.probabilities.shape == (4, 10)
     assert np.allclose(seen.probabilities.sum(1), 1.0)
@@ -45,11 +54,23 @@ def test_a_look_at_a_photograph(folder):
     assert len(seen.attention) == 2
     assert "µJ" in seen.summary
 
+    logits, steps = anytime(loaded.model)(ModelInputs(loaded.model).read(folder / "frog.png").x)
+    assert seen.exit_step == steps.item()
+    assert np.allclose(seen.probabilities[seen.exit_step - 1], logits[0].softmax(0), atol=1e-5)
+    early = seen.names[logits.argmax()]
+    assert seen.sentence == (
+        f"**frog**, from time step {seen.settled} of 4 on. Anytime inference (confidence of at least 0.6) stops after "
+        f"step {seen.exit_step} with {early}."
+    )
+    never = replace(seen, rule=ExitRule("entropy", 0.0), exit_step=4)
+    assert never.sentence.endswith("Anytime inference (entropy of at most 0) takes them all.")
+
 
 @pytest.mark.slow
 def test_a_look_at_a_recording(folder):
     seen = look_at(Models()["qkformer_hst3_128.nmnist"], folder / "events.npz", (34, 34))
     assert seen.probabilities.shape == (8, 10)
+    assert seen.rule == EXIT
 
 
 @pytest.mark.parametrize(
@@ -76,6 +97,18 @@ def test_the_extra_is_named(capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     assert cli.main(["app"]) == 2
     assert "pip install 'timm-qkformer[app]'" in capsys.readouterr().err
+
+
+def test_the_space_is_this_page():
+    """A Hugging Face Space reads its settings from the head of README.md."""
+    space = Path(__file__).parents[1] / "space"
+    head = yaml.safe_load((space / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert head["sdk"] == "gradio"
+    assert int(str(head["sdk_version"]).split(".")[0]) >= 6  # as the extra asks for
+    code = ast.parse((space / head["app_file"]).read_text())
+    imported = {node.module for node in ast.walk(code) if isinstance(node, ast.ImportFrom)}
+    assert imported == {"timm_qkformer.app.look", "timm_qkformer.app.page"}
+    assert (space / "requirements.txt").read_text().split() == ["timm-qkformer[app]"]
 
 
 @pytest.fixture(scope="module")
@@ -129,33 +162,64 @@ def test_two_users_at_once(address, folder):
     assert "of 8 on" in answers["events.npz"]
 
 
-@pytest.mark.slow
-def test_in_a_browser(address, folder):
-    """Upload, result, a bad file; nothing is asked of any other host. Needs Chromium and selenium."""
+@contextmanager
+def chromium():
+    """A browser that nobody sees. Needs Chromium and selenium."""
     webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (binary and driver):
         pytest.skip("no Chromium here")
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = binary
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1800"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     try:
+        yield browser
+    finally:
+        browser.quit()
+
+
+@pytest.mark.slow
+def test_in_a_browser(address, folder):
+    """Upload, result, a bad file; nothing is asked of any other host."""
+    with chromium() as browser:
         browser.get(address)
         _upload_and_look(browser, folder / "frog.png")
-        _wait_for_text(browser, "from time step")
-        assert "frog" in _text(browser)
+        _wait_for_text(browser, "Anytime inference")
+        assert "frog, from time step" in _text(browser)
+        until = time.monotonic() + 60
+        while sum(_is_drawn(picture) for picture in browser.find_elements("css selector", "img")) < 4:
+            assert time.monotonic() < until, "pictures by step, of two layers of attention, and the raster"
+            time.sleep(0.2)
         browser.get(address)
         _upload_and_look(browser, folder / "notes.txt")
         _wait_for_text(browser, "neither an image nor a recording")
+        assert "Traceback" not in _text(browser)
         sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
         urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
         hosts = {urlsplit(url).hostname for url in urls if url.startswith("http")}
         assert hosts == {urlsplit(address).hostname}
-    finally:
-        browser.quit()
+
+
+@pytest.mark.slow
+def test_two_browsers_at_once(address, folder):
+    """Each of two users sees the answer to the own file."""
+    with chromium() as one, chromium() as other:
+        for browser in (one, other):
+            browser.get(address)
+        _upload_and_look(one, folder / "frog.png")
+        _upload_and_look(other, folder / "broken.png")
+        _wait_for_text(one, "from time step")
+        _wait_for_text(other, "is not a readable image")
+        assert "frog" in _text(one)
+        assert "from time step" not in _text(other)
+        assert "is not a readable image" not in _text(one)
+
+
+def _is_drawn(picture):
+    return (picture.get_attribute("src") or "").startswith("data:image") and picture.get_property("naturalWidth") > 100
 
 
 def _text(browser):
@@ -170,10 +234,19 @@ def _wait_for_text(browser, text):
 
 
 def _upload_and_look(browser, path):
-    until = time.monotonic() + 120
-    while not (inputs := browser.find_elements("css selector", "input[type=file]")):
-        assert time.monotonic() < until
-        time.sleep(0.2)
-    inputs[0].send_keys(str(path))
+    _first(browser, "input[type=file]").send_keys(str(path))
     _wait_for_text(browser, path.stem)
-    next(button for button in browser.find_elements("tag name", "button") if button.text.strip() == "look").click()
+    _first(browser, "button", "look").click()
+
+
+def _first(browser, selector, text=None):
+    """An element with this text, if one is given, once it is there: the page builds itself bit by bit."""
+    stale = pytest.importorskip("selenium.common.exceptions").StaleElementReferenceException
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        with suppress(stale):
+            for element in browser.find_elements("css selector", selector):
+                if text is None or element.text.strip() == text:
+                    return element
+        time.sleep(0.2)
+    raise AssertionError(f"no {selector} {text or ''} in: {_text(browser)}")

@@ -72,6 +72,8 @@ def test_a_module_of_the_users_own_is_imported_first(tmp_path, monkeypatch, caps
 
 
 def test_examples_in_help_are_commands():
+    assert set(EXAMPLES) == set(cli.COMMANDS)
+    assert all(EXAMPLES.values())
     for command, lines in EXAMPLES.items():
         for line in lines:
             program, *words = shlex.split(line)

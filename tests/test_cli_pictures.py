@@ -17,7 +17,8 @@ def photo(tmp_path):
 
 def test_visualize_says_that_weights_are_random_and_names_its_files(photo, tmp_path, capsys):
     out = tmp_path / "out"
-    command = ["visualize", "test_qkformer", str(photo), "--output", str(out), "--stage", "1", "--time-steps", "2"]
+    command = ["visualize", "test_qkformer", str(photo), "--random", "--output", str(out), "--stage", "1"]
+    command += ["--time-steps", "2"]
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     assert "has random weights (seed 0)" in printed

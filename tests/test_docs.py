@@ -37,7 +37,15 @@ def test_readme_is_short():
 @pytest.mark.filterwarnings("ignore:.*(rounded weights are multiplied|8-bit arithmetic)")
 @pytest.mark.parametrize(
     ("page", "least"),
-    [("architecture.md", 5), ("execution.md", 1), ("search.md", 1), ("spikingjelly.md", 2), ("streaming.md", 3)],
+    [
+        ("analysis.md", 1),
+        ("architecture.md", 5),
+        ("execution.md", 1),
+        ("models.md", 1),
+        ("search.md", 1),
+        ("spikingjelly.md", 2),
+        ("streaming.md", 3),
+    ],
 )
 def test_examples_of(page, least):
     assert run_examples(DOCS / page) >= least

@@ -254,6 +254,19 @@ def test_command(tiny_space, tmp_path, capsys):
     assert "--data-dir" in capsys.readouterr().err
 
 
+def test_json_is_all_that_search_prints(tiny_space, tmp_path, capsys):
+    small = ["--population", "2", "--rounds", "0", "--keep", "2", "--crossovers", "0", "--mutations", "0"]
+    small += ["--image-size", "16", "--batch", "2"]
+    line = ["search", "--space", tiny_space, "--output", str(tmp_path / "found"), "--time-steps", "1", *small, "--json"]
+    assert main(line) == 0
+    winners = json.loads(capsys.readouterr().out)
+    assert {"genome", "params", "score"} <= set(winners[0]["candidate"])
+    assert main([*line, str(tmp_path / "found.json")]) == 0
+    assert json.loads((tmp_path / "found.json").read_text()) == winners
+    assert "wrote" in capsys.readouterr().out
+    assert main([*line, str(tmp_path / "found.json")]) == 2  # nothing is overwritten
+
+
 def test_winners_come_with_what_they_cost(tiny_space, tmp_path):
     settings = SearchSettings(
         "tiny", "flops", (3e3, 6e4), Evolution(3, 0, 2, 0, 0), image_size=16, batch=2, time_steps=1

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .inference import deploy, quantize_weights
     from .streaming import anytime
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MaxFormer",

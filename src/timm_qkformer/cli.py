@@ -13,7 +13,7 @@ from .commands import analysis, app, doctor, events, reproduction, search, strea
 from .commands import export as exporting
 from .commands.help import EXIT_STATUS, HelpFormatter, PrintCompletion, examples
 from .commands.model import add_device
-from .commands.output import add_json, refuse_outputs, show
+from .commands.output import add_json, others_on_stderr, refuse_outputs, show
 from .errors import printable
 from .training.trainer.config import add_train_arguments, add_validate_arguments, resolve_train
 
@@ -129,11 +129,20 @@ def _publish(args: argparse.Namespace) -> None:
     print(f"load it with timm.create_model('hf-hub:{args.repo}', pretrained=True)")
 
 
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    add_train_arguments(parser)
+    add_json(parser, "the run's folder, best value and epochs")
+
+
 def _train(args: argparse.Namespace) -> None:
+    refuse_outputs(args)
     settings = resolve_train(vars(args))
     from .training.trainer.engine import train  # after the settings are known to be right: it loads torch
 
-    train(settings)
+    with others_on_stderr(args):
+        result = train(settings)
+    if args.json is not None and os.environ.get("RANK", "0") == "0":
+        show(args, vars(result), f"trained: {result.folder}")
 
 
 def _validate(args: argparse.Namespace) -> None:
@@ -162,7 +171,7 @@ COMMANDS: dict[str, Command] = {
     "convert": ("turn an upstream checkpoint into a folder for timm", _add_convert, _convert),
     "train": (
         "train a model on images or events, with timm's train.py's flags and recipes",
-        add_train_arguments,
+        _add_train,
         _train,
     ),
     "validate": ("measure a model's accuracy on images or events", _add_validate, _validate),

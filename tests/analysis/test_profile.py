@@ -111,12 +111,12 @@ def test_bad_arguments(args):
 
 
 def test_noise_says_what_it_is():
-    name, samples = noise_data(timm.create_model("test_qkformer"), 2)
+    name, samples = noise_data(timm.create_model("test_maxformer"), 2)
     assert "2 images of random noise" in name
     assert "no real images" in name
     first = [x.clone() for x in samples]
     assert [x.shape for x in first] == [(1, 3, 64, 64)] * 2
-    assert all(map(torch.equal, first, noise_data(timm.create_model("test_qkformer"), 2)[1]))
+    assert all(map(torch.equal, first, noise_data(timm.create_model("test_maxformer"), 2)[1]))
     events = timm.create_model("qkformer_hst2_256", device="meta", time_steps=5)
     name, samples = noise_data(events, 1)
     clip = next(samples)
@@ -126,7 +126,7 @@ def test_noise_says_what_it_is():
 
 
 def test_files_as_the_model_takes_them(folder):
-    model = timm.create_model("test_qkformer")
+    model = timm.create_model("test_maxformer")
     name, samples = file_data(model, folder)
     assert name == "5 files of pictures"
     assert [x.shape for x in samples] == [(1, 3, 64, 64)] * 5
@@ -139,7 +139,7 @@ def test_files_as_the_model_takes_them(folder):
 
 def test_command(folder, tmp_path, capsys):
     files = [str(tmp_path / "new" / name) for name in ("profile.json", "profile.html")]
-    args = ["profile", "test_qkformer", "--data", str(folder), "--json", files[0], "--html", files[1]]
+    args = ["profile", "test_qkformer", "--random", "--data", str(folder), "--json", files[0], "--html", files[1]]
     assert cli.main(args) == 0
     out = capsys.readouterr().out
     assert out.startswith("NOTE: The weights are random")

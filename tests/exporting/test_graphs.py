@@ -1,7 +1,9 @@
 """Exported graphs take any batch and size, and answer as the model does."""
 
 import io
+import sys
 import warnings
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from timm_qkformer import deploy
 from timm_qkformer.cli import main
-from timm_qkformer.exporting import export, initial_state, read_metadata
+from timm_qkformer.exporting import export, formats, initial_state, read_metadata
 from tiny import tiny
 
 FAMILIES = ["test_qkformer_ms", "test_maxformer", "test_semm", "test_a2os2a", "test_autost", "test_spiliformer"]
@@ -160,3 +162,15 @@ def test_an_exit_rule_of_the_config_goes_along():
     model.pretrained_cfg["notes"] = ("trained here", "anytime: confidence 0.8, T = 4")
     metadata = _metadata(model, {"input_size": (3, 32, 48)}, clip_graph(model, (32, 48)), False, None)
     assert metadata["exit"] == {"exit": "confidence", "threshold": 0.8}
+
+
+def test_openvino_is_asked_for_float32_when_it_saves_and_when_it_runs(tmp_path, monkeypatch):
+    """Its defaults, weights of 16 bits and arithmetic of fewer, flip spikes."""
+    openvino = MagicMock()
+    monkeypatch.setitem(sys.modules, "openvino", openvino)
+    monkeypatch.setattr(formats, "_write_onnx", lambda graph, metadata, path: path.touch())
+    form = formats.FORMATS["openvino"]
+    form.write(MagicMock(), "{}", tmp_path / "model.xml")
+    form.load(tmp_path / "model.xml", ["x"])
+    assert openvino.save_model.call_args.kwargs["compress_to_fp16"] is False
+    assert openvino.Core().compile_model.call_args.args[2] == {"INFERENCE_PRECISION_HINT": "f32"}

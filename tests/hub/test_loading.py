@@ -28,9 +28,9 @@ def same_weights(model, path):
 
 
 def test_a_name_without_weights_is_random_and_says_so():
-    loaded = load_model("test_qkformer", time_steps=2)
+    loaded = load_model("test_maxformer", time_steps=2)
     assert loaded.is_random
-    assert loaded.title == "test_qkformer (time_steps=2), random weights (seed 0)"
+    assert loaded.title == "test_maxformer (time_steps=2), random weights (seed 0)"
     assert loaded.model.time_steps == 2
     assert not loaded.model.training
 
@@ -39,7 +39,7 @@ def test_random_weights_are_those_of_the_seed_and_leave_the_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, second, other = (load_model("test_qkformer", seed=seed).model.head.weight for seed in (1, 1, 2))
+    first, second, other = (load_model("test_maxformer", seed=seed).model.head.weight for seed in (1, 1, 2))
     assert torch.equal(torch.rand(1), expected)
     assert torch.equal(first, second)
     assert not torch.equal(first, other)

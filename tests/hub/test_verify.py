@@ -219,7 +219,7 @@ def test_imagenet_photographs(tmp_path):
     photographs = SHARED / "data" / "imagenet_samples"
     if not photographs.is_dir():
         pytest.skip(f"the photographs are not here: {photographs} does not exist")
-    model = timm.create_model("test_qkformer")
+    model = timm.create_model("test_qkformer", num_classes=1000)
     torch.save(model.state_dict(), tmp_path / "x.pth")
     convert(tmp_path / "x.pth", tmp_path / "out", model="test_qkformer")
     (result, _) = verify(str(tmp_path / "out"), photographs, workers=2, device="cpu", quiet=True)

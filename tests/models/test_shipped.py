@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import timm_qkformer
 from golden import SHARED
 from timm_qkformer.cli import main
+from timm_qkformer.hub.loading import shipped_models
 
 WEIGHTS = Path(timm_qkformer.__file__).parent / "models" / "weights"
-SHIPPED = {"qkformer_hst3_128.nmnist": (4, 8, 2, 34, 34), "qkformer_hst3_192.cifar10": (4, 3, 32, 32)}
+SHIPPED = {
+    "qkformer_hst3_128.nmnist": (4, 8, 2, 34, 34),
+    "qkformer_hst3_192.cifar10": (4, 3, 32, 32),
+    "test_qkformer.digits": (4, 3, 32, 32),
+}
 
 
 def test_each_file_has_its_config_and_card_and_all_are_small():
@@ -31,7 +37,7 @@ def test_loads_without_a_network(name, monkeypatch):
         raise AssertionError("a socket was opened")
 
     monkeypatch.setattr(socket, "socket", refuse)
-    assert name in timm.list_pretrained("qkformer*")
+    assert name in timm.list_pretrained("*qkformer*")
     model = timm.create_model(name, pretrained=True).eval()
     assert model.time_steps == timm.create_model(name.split(".")[0]).time_steps
     assert model(torch.rand(SHIPPED[name])).shape == (4, 10)
@@ -43,6 +49,20 @@ def test_cifar10_s_classes_are_named():
     names = timm.create_model("qkformer_hst3_192.cifar10", pretrained=True).pretrained_cfg["label_names"]
     assert len(names) == 10
     assert list(names) == sorted(names)  # as folders are numbered
+
+
+def test_bulk_scripts_find_weights_of_the_tiny_model():
+    """As timm's test_vit: small, and trained on something."""
+    assert timm.list_models("test_qkformer*", pretrained=True) == ["test_qkformer.digits"]
+    assert (WEIGHTS / "test_qkformer.digits.safetensors").stat().st_size < 450_000
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    model = timm.create_model("test_qkformer", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    scans = [Image.fromarray((scan * 255 / 16).astype("uint8")).convert("RGB") for scan in digits.images[:100]]
+    with torch.inference_mode():
+        right = model(torch.stack([transform(scan) for scan in scans])).argmax(1).numpy() == digits.target[:100]
+    assert right.mean() > 0.9
+    assert "test_qkformer.digits" not in shipped_models()  # nothing to show to anybody
 
 
 def _top1_on_card(name: str) -> str:

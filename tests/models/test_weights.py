@@ -130,7 +130,7 @@ def test_default_tags_bring_the_evaluation_transform():
 
 def test_models_without_weights_say_what_else_there_is():
     with pytest.raises(WeightsError, match="has no pretrained weights") as error:
-        timm.create_model("test_qkformer", pretrained=True)
+        timm.create_model("test_maxformer", pretrained=True)
     for way in ("pretrained_cfg_overlay=dict(file=", "local-dir:FOLDER", "pretrained=False"):
         assert way in str(error.value)
 

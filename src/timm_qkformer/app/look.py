@@ -15,10 +15,12 @@ from ..analysis.attention import select_layers
 from ..analysis.drawing import QUERY_KEY, draw_attention, draw_raster, draw_steps
 from ..analysis.inputs import ModelInputs, find_files
 from ..hub.loading import LoadedModel, load_model, shipped_models
+from ..streaming import ExitRule, calibrated_rule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+EXIT = ExitRule("confidence", 0.9)  # of models that have no rule of their own
 SHOWN_LAYERS = 2  # pictures of attention: more take longer than they are looked at
 _NAMES = 10  # classes in the chart
 
@@ -60,6 +62,8 @@ class Look:
     names: list[str]  # of the classes
     probabilities: Tensor  # after each time step [T, classes]
     settled: int  # the step, from 1, from which on the answer stays the last one
+    rule: ExitRule  # of anytime inference: the model's own, or `EXIT`
+    exit_step: int  # the step, from 1, after which it stops
     steps: "Figure"  # probabilities by step
     attention: "list[Figure]"  # masks over the picture
     raster: "Figure"  # which neurons of the first keys fire when
@@ -69,6 +73,21 @@ class Look:
     def answer(self) -> dict[str, float]:
         """Probability by class after the last step."""
         return dict(zip(self.names, self.probabilities[-1].tolist(), strict=True))
+
+    @property
+    def sentence(self) -> str:
+        """The answer, since when it stands, and when anytime inference gives it, in Markdown."""
+        count = len(self.probabilities)
+        best = self.names[int(self.probabilities[-1].argmax())]
+        early = self.names[int(self.probabilities[self.exit_step - 1].argmax())]
+        sign = "at most" if self.rule.exit == "entropy" else "at least"
+        stops = f"stops after step {self.exit_step} with {early}"
+        if self.exit_step == count and not self.rule.stops(self.probabilities.log())[-1]:
+            stops = "takes them all"
+        return (
+            f"**{best}**, from time step {self.settled} of {count} on. Anytime inference "
+            f"({self.rule.exit} of {sign} {self.rule.threshold:.3g}) {stops}."
+        )
 
 
 def look_at(loaded: LoadedModel, path: Path, sensor_size: tuple[int, int] | None = None) -> Look:
@@ -86,8 +105,12 @@ def look_at(loaded: LoadedModel, path: Path, sensor_size: tuple[int, int] | None
     find_files(path)  # refuses other kinds by name
     item = ModelInputs(model, sensor_size).read(path)
     x = item.x.to(next(model.parameters()).device)
-    probabilities = _probabilities(model, x)
+    logits = _logits(model, x)
+    probabilities = logits.softmax(1)
     answers = probabilities.argmax(1)
+    rule = calibrated_rule(model) or EXIT
+    sure = rule.stops(logits)
+    sure[-1] = True
     names = _class_names(model, probabilities.shape[1])
 
     layers = select_layers(model)
@@ -99,6 +122,8 @@ def look_at(loaded: LoadedModel, path: Path, sensor_size: tuple[int, int] | None
         names=names,
         probabilities=probabilities,
         settled=1 + max((t + 1 for t, answer in enumerate(answers) if answer != answers[-1]), default=0),
+        rule=rule,
+        exit_step=1 + int(sure.int().argmax()),
         steps=draw_steps(probabilities.numpy(), names, _NAMES),
         attention=list(figures.values()),
         raster=draw_raster(*pick_neurons(record_layer(model, x, keys)), keys),
@@ -107,13 +132,13 @@ def look_at(loaded: LoadedModel, path: Path, sensor_size: tuple[int, int] | None
 
 
 @torch.inference_mode()
-def _probabilities(model: Any, x: Tensor) -> Tensor:
+def _logits(model: Any, x: Tensor) -> Tensor:
     """After each time step [T, classes]: an image is shown again and again, a clip has a frame for each step."""
     frames: Sequence[Tensor | None] = x.unbind(1) if x.ndim == 5 else [x, *[None] * (model.time_steps - 1)]
     state, found = None, []
     for frame in frames:
         logits, state = model.step(frame, state)
-        found.append(logits[0].float().softmax(0).cpu())
+        found.append(logits[0].float().cpu())
     return torch.stack(found)
 
 

@@ -31,10 +31,8 @@ def build_page(models: Models) -> Any:
         except (RuntimeError, MemoryError) as error:
             _logger.exception("a file could not be shown")
             raise gr.Error(f"This file cannot be shown: {first_line(error)}", print_exception=False) from error
-        best = max(seen.answer, key=lambda label: seen.answer[label])
-        said = f"**{best}**, from time step {seen.settled} of {len(seen.probabilities)} on"
         masks = [*seen.attention, *[None] * (SHOWN_LAYERS - len(seen.attention))]
-        return said, seen.answer, seen.steps, seen.summary, *masks[:SHOWN_LAYERS], seen.raster
+        return seen.sentence, seen.answer, seen.steps, seen.summary, *masks[:SHOWN_LAYERS], seen.raster
 
     with gr.Blocks(title="timm-qkformer", analytics_enabled=False) as page:
         gr.Markdown(_INTRO)

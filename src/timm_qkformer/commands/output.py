@@ -3,6 +3,8 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +36,13 @@ def show(args: argparse.Namespace, values: Any, summary: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
         print(f"wrote {path}")
+
+
+@contextmanager
+def others_on_stderr(args: argparse.Namespace) -> Iterator[None]:
+    """Send what is printed meanwhile to standard error if `--json` has standard output for itself."""
+    if args.json == STDOUT:
+        with redirect_stdout(sys.stderr):
+            yield
+    else:
+        yield

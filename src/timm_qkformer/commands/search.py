@@ -1,8 +1,11 @@
 """`timm-qkformer search`."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .output import add_json, others_on_stderr, refuse_outputs, show
 
 if TYPE_CHECKING:
     from ..search.run import SearchSettings
@@ -39,6 +42,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--recipe", metavar="NAME", help="what --rank trains with (the space's)")
     parser.add_argument("--no-progress", action="store_true", help="no bar")
+    add_json(parser, "the winners, or with --rank the networks,")
 
 
 def search(args: argparse.Namespace) -> None:
@@ -48,6 +52,7 @@ def search(args: argparse.Namespace) -> None:
     from ..search.run import SearchSettings, table
     from ..search.run import search as run
 
+    refuse_outputs(args)
     if args.epochs < 0:
         raise ValueError(f"--epochs {args.epochs} must not be negative")
     if args.epochs and args.data_dir is None:
@@ -67,13 +72,13 @@ def search(args: argparse.Namespace) -> None:
     if args.rank is not None:
         _rank(args, settings)
         return
-    winners = run(settings, args.output, progress=not args.no_progress)
-    print(table(winners))
-    print(
-        f"\nrecipes and picture: {args.output}; train one with: timm-qkformer train -c {args.output}/winner_01.yaml ..."
-    )
-    if args.epochs:
-        _train(args, min(len(winners), args.keep))
+    with others_on_stderr(args):
+        winners = run(settings, args.output, progress=not args.no_progress)
+        if args.epochs:
+            _train(args, min(len(winners), args.keep))
+    next_step = f"train one with: timm-qkformer train -c {args.output}/winner_01.yaml ..."
+    summary = f"{table(winners)}\n\nrecipes and picture: {args.output}; {next_step}"
+    show(args, [asdict(winner) for winner in winners], summary)
 
 
 def _rank(args: argparse.Namespace, settings: "SearchSettings") -> None:
@@ -82,9 +87,9 @@ def _rank(args: argparse.Namespace, settings: "SearchSettings") -> None:
     if args.rank < 2 or not args.epochs:
         raise ValueError(f"--rank {args.rank} --epochs {args.epochs}: give two networks or more, and epochs to train")
     epochs = ["--epochs", str(args.epochs), "--warmup-epochs", str(min(1, args.epochs - 1)), "--cooldown-epochs", "0"]
-    print(
-        ranking_table(rank(settings, args.output, args.rank, args.recipe, ["--data-dir", str(args.data_dir), *epochs]))
-    )
+    with others_on_stderr(args):
+        ranked = rank(settings, args.output, args.rank, args.recipe, ["--data-dir", str(args.data_dir), *epochs])
+    show(args, [asdict(row) for row in ranked], ranking_table(ranked))
 
 
 def _train(args: argparse.Namespace, count: int) -> None:

@@ -286,8 +286,8 @@ def deploy(
 
     Raises:
         TypeError: For another kind of model, or a layer in it of which no deployed form is known, with its name.
-        ValueError: For an unknown precision, weights that are not finite, or a network so deep that its sums of spikes
-            do not fit 8-bit arithmetic.
+        ValueError: For an unknown precision, weights that are not finite, dilated convolutions (`output_stride`), or a
+            network so deep that its sums of spikes do not fit 8-bit arithmetic.
 
     Warns:
         RuntimeWarning: Once, where the device has no arithmetic for the precision and another one stands in.
@@ -302,6 +302,11 @@ def deploy(
         raise TypeError(
             f"model is a {type(model).__name__}, expected a QKFormer or MaxFormer, without a wrapper around it (take "
             "`.module` of a DistributedDataParallel, `._orig_mod` of what torch.compile returns)"
+        )
+    if model.is_dilated:
+        raise ValueError(
+            "model was created with an output_stride that dilates its convolutions, of which there is no deployed "
+            "form: run it as it is, or export it as a graph"
         )
     # Not as inference tensors: load_state_dict could not write to them later.
     with torch.inference_mode(False), torch.no_grad():

@@ -35,6 +35,7 @@ from ..layers.chain import unit_args
 from ..neurons import NeuronLayer, get_neuron_layer
 from ..operators import get_operator
 from .architecture import Architecture, ChainSpec, EmbedSpec
+from .dilation import dilate
 from .stepping import StreamState, run_step
 
 # The pretrained config that ImageNet models share. Both releases evaluate with Resize(256), CenterCrop(224), bicubic.
@@ -92,6 +93,10 @@ class SpikingTransformer(nn.Module):
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout after every token mixer and MLP, one mask for all time steps.
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0, one mask for all time steps.
+        output_stride: Keep maps from becoming coarser than this many pixels, 8 or 16 for segmentation: later stages
+            dilate instead, as timm's convolutional networks do, see `dilation`. None: as the architecture has it.
+        pooled_levels: Further feature maps for detectors, each max-pooled (3x3, of stride 2, within `output_stride`)
+            from the one before. The classifier does not see them.
 
     Raises:
         ValueError: For an argument outside its range.
@@ -109,6 +114,8 @@ class SpikingTransformer(nn.Module):
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        output_stride: Optional[int] = None,
+        pooled_levels: int = 0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -162,11 +169,28 @@ class SpikingTransformer(nn.Module):
                 stages.append(FeedbackStage(embed, blocks, fed))
             self.feature_info.append({"num_chs": chs, "reduction": reductions[i + 1], "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
+        self.is_dilated = output_stride is not None and output_stride < reductions[-1]
+        if output_stride is not None:
+            strides = dilate(stem.reduction, stages, output_stride)
+            for info, stride in zip(self.feature_info, strides, strict=True):
+                info["reduction"] = stride
+            self.stem.min_size = strides[-1]
+        self.pooled_strides: List[int] = []
+        self._add_pooled_levels(pooled_levels, output_stride)
         fires = architecture.membrane_readout
         self.readout: nn.Module = MembraneReadout(neuron_layer, **dd) if fires else MeanReadout()
 
         self.num_features = self.head_hidden_size = chs
         self._create_head(global_pool, **dd)
+
+    def _add_pooled_levels(self, count: int, output_stride: Optional[int]) -> None:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"pooled_levels={count!r} must be a whole number, none or more")
+        for i in range(count):
+            last: dict[str, Any] = self.feature_info[-1]
+            stride = 1 if output_stride is not None and 2 * last["reduction"] > output_stride else 2
+            self.pooled_strides.append(stride)
+            self.feature_info.append({**last, "reduction": stride * last["reduction"], "module": f"pooled.{i}"})
 
     def _create_head(self, global_pool: str, device: Any, dtype: Any) -> None:
         if not isinstance(global_pool, str):
@@ -242,13 +266,13 @@ class SpikingTransformer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Forward features that also returns the stages' maps [B, C, H, W], plain means over T.
+        """Forward features that also returns the stages' maps [B, C, H, W], plain means over T, then pooled levels.
 
         The first result is what `forward_features` gives or, if that took fewer stages, the last stage's mean over T.
 
         Args:
             x: Images [B, C, H, W] or event clips [B, T, C, H, W].
-            indices: Take the last n stages if int, all if None, the given ones if a sequence.
+            indices: Take the last n maps if int, all if None, the given ones if a sequence.
             norm: There is no norm to apply; accepted for timm's interface.
             stop_early: Stop after the last stage that is asked for.
             output_fmt: "NCHW".
@@ -256,7 +280,7 @@ class SpikingTransformer(nn.Module):
         """
         assert output_fmt in ("NCHW",), "Output shape must be NCHW."
         intermediates = []
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        take_indices, max_index = feature_take_indices(len(self.stages) + len(self.pooled_strides), indices)
         if torch.jit.is_scripting() or not stop_early:  # can't slice stages in torchscript
             stages = self.stages
         else:
@@ -267,6 +291,12 @@ class SpikingTransformer(nn.Module):
             x = stage(x)
             if feat_idx in take_indices:
                 intermediates.append(x.mean(0))
+        if max_index >= len(self.stages):
+            level = x.mean(0)
+            for i, stride in enumerate(self.pooled_strides):
+                level = F.max_pool2d(level, 3, stride, 1)
+                if len(self.stages) + i in take_indices:
+                    intermediates.append(level)
 
         if intermediates_only:
             return intermediates
@@ -283,8 +313,9 @@ class SpikingTransformer(nn.Module):
 
         The neurons in front of a membrane-shortcut model's head go, too: `forward_features` is then the mean over T.
         """
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        take_indices, max_index = feature_take_indices(len(self.stages) + len(self.pooled_strides), indices)
         prune_end = max_index < len(self.stages) - 1
+        self.pooled_strides = self.pooled_strides[: max(0, max_index + 1 - len(self.stages))]
         self.stages = self.stages[: max_index + 1]
         if prune_end:
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]

@@ -1,4 +1,5 @@
-"""What other libraries ask for by name, said once: layers for attribution, for adapters, and FX's leaves."""
+"""What other libraries ask for by name, said once: layers for attribution, for adapters, and FX's leaves; and what
+`features_only` can give."""
 
 from typing import Any
 
@@ -17,24 +18,27 @@ PEFT_TARGET_MODULES = r".*\.blocks\.\d+\.(attn\.\w+|mlp\.fc[12])\.conv"
 # For tracers of torch.fx: what decides by numbers or runs a loop over time, to be kept as one node.
 FX_LEAF_MODULES = (SpikingNeuron, MembraneReadout, TemporalInteraction)
 
+_FEATURE_CLASSES = ("getter", "FeatureGetterNet")  # of timm, that ask the model rather than its modules
 
-def check_output_stride(feature_info: Any, output_stride: int | None) -> None:
-    """What segmentation libraries ask of an encoder: that its last map is not coarser than `output_stride` pixels.
+
+def check_features_only(levels: int, feature_cls: Any, out_indices: Any) -> None:
+    """Refuse arguments of `features_only=True` that would give sequences, or maps that there are not.
 
     Args:
-        feature_info: timm's, of a model or of what `features_only=True` makes of it.
-        output_stride: As timm's models take it; None for whatever the model has.
+        levels: Feature maps of the model, pooled ones among them.
+        feature_cls, out_indices: timm's arguments.
 
     Raises:
-        ValueError: For one that the model does not keep: no stage is dilated.
+        ValueError: With what to ask for instead.
     """
-    if output_stride is None:
-        return
-    of_net = getattr(feature_info, "reduction", None)
-    reductions = of_net() if of_net is not None else [info["reduction"] for info in feature_info]
-    if output_stride < max(reductions):
+    if getattr(feature_cls, "__name__", str(feature_cls).lower()) not in _FEATURE_CLASSES:
         raise ValueError(
-            f"output_stride={output_stride!r}: the model's last map has a stride of {max(reductions)}, and no stage is "
-            f"dilated; take one that ends sooner, or out_indices up to a stride of {output_stride} (there are "
-            f"{list(reductions)})"
+            f"feature_cls={feature_cls!r} would give the stages' sequences [T, B, C, H, W]: leave it out, "
+            "features_only=True then gives their means over T, maps [B, C, H, W]"
+        )
+    missing = max(out_indices, default=0) + 1 - levels if isinstance(out_indices, (list, tuple)) else 0
+    if missing > 0:
+        raise ValueError(
+            f"out_indices={tuple(out_indices)!r}: the model has {levels} feature maps; pooled_levels={missing} adds "
+            "what is missing, by max pooling of the last one"
         )

@@ -37,7 +37,7 @@ from torch.hub import HASH_REGEX
 from tqdm import tqdm
 
 from ..torch_files import DamagedFileError, check_file, namespaces_allowed
-from .conventions import check_output_stride
+from .conventions import check_features_only
 from .training_files import kept_file, with_kept_tensors
 
 _logger = logging.getLogger(__name__)
@@ -45,7 +45,6 @@ _logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 URL_ATTEMPTS = 3
-_FEATURE_CLASSES = ("getter", "FeatureGetterNet")  # of timm, that ask the model rather than its modules
 _CHUNK = 1 << 20
 
 
@@ -103,19 +102,16 @@ def create(
 
     Raises:
         WeightsError: If the weights cannot be downloaded or read, with the other ways to have them.
-        ValueError: For `features_only` with a `feature_cls` that would give sequences, or an `output_stride` below the
-            model's.
+        ValueError: For `features_only` with a `feature_cls` that would give sequences, or `out_indices` of more feature
+            maps than there are.
     """
-    asked = kwargs.get("feature_cls", "getter")
-    if kwargs.get("features_only") and getattr(asked, "__name__", str(asked).lower()) not in _FEATURE_CLASSES:
-        raise ValueError(
-            f"feature_cls={asked!r} would give the stages' sequences [T, B, C, H, W]: leave it out, features_only=True "
-            "then gives their means over T, maps [B, C, H, W]"
-        )
-    output_stride = kwargs.pop("output_stride", None)
-    cfg = resolve_pretrained_cfg(
-        variant, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
-    )
+    levels = stages + kwargs.get("pooled_levels", 0)
+    if kwargs.get("features_only"):
+        check_features_only(levels, kwargs.get("feature_cls", "getter"), kwargs.get("out_indices"))
+    overlay = kwargs.pop("pretrained_cfg_overlay", None)
+    if overlay and not {"url", "hf_hub_id"}.isdisjoint(overlay):
+        overlay = {"file": None, **overlay}  # or timm would take the file that comes with the package
+    cfg = resolve_pretrained_cfg(variant, kwargs.pop("pretrained_cfg", None), overlay)
     model_args = dict((tag_args or {}).get(f"{variant}.{cfg.tag}", {}), **kwargs)
     cache_dir, source = kwargs.get("cache_dir"), cfg
     with loading_weights(variant, cfg, cache_dir) if pretrained else nullcontext():
@@ -127,10 +123,9 @@ def create(
             pretrained,
             pretrained_cfg=source,  # timm resolves it once more, which changes nothing
             pretrained_filter_fn=filter_fn,
-            feature_cfg={"out_indices": tuple(range(stages)), "feature_cls": "getter"},
+            feature_cfg={"out_indices": tuple(range(levels)), "feature_cls": "getter"},
             **model_args,
         )
-    check_output_stride(model.feature_info, output_stride)
     if source is not cfg:  # the model says where its weights come from, not where they are kept
         for name in ("pretrained_cfg", "default_cfg"):
             kept = getattr(model, name)

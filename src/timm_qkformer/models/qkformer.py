@@ -313,7 +313,11 @@ default_cfgs = generate_default_cfgs(
         "qkformer_hst10_384_ms.t4_in1k": _membrane_cfg("ms_qk_10-384_T4.pth.tar"),
         "qkformer_hst10_512_ms.untrained": _cfg(),
         "qkformer_hst10_768_ms.t1_in1k": _membrane_cfg("ms_qk_10-768_T1.pth.tar"),
-        "test_qkformer.untrained": _cfg(input_size=(3, 64, 64), pool_size=(4, 4), crop_pct=1.0),
+        "test_qkformer.digits": _shipped(
+            "test_qkformer.digits",
+            label_names=tuple("0123456789"),
+            **{**CIFAR10_CFG, "pool_size": (2, 2), "mean": (0.3, 0.3, 0.3), "std": (0.35, 0.35, 0.35)},
+        ),
         "test_qkformer_ms.untrained": _cfg(input_size=(3, 64, 64), pool_size=(4, 4), crop_pct=1.0),
     }
 )
@@ -429,7 +433,7 @@ def qkformer_hst3_128(pretrained: bool = False, **kwargs: Any) -> QKFormer:
 
 @register_model
 def test_qkformer(pretrained: bool = False, **kwargs: Any) -> QKFormer:
-    """A tiny HST with every kind of layer, for tests."""
+    """A tiny HST with every kind of layer, for tests; its weights know scikit-learn's handwritten digits."""
     return _create_qkformer("test_qkformer", pretrained, **dict(_TEST, **kwargs))
 
 

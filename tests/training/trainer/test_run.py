@@ -1,11 +1,13 @@
 """What a run leaves behind, and what stops it."""
 
 import csv
+import json
 import re
 import resource
 import subprocess
 from contextlib import contextmanager
 from dataclasses import replace
+from urllib.error import URLError
 
 import pytest
 import timm
@@ -17,6 +19,7 @@ from tiny_runs import PLAIN, RECIPE, flags, make_images, run, same_weights, weig
 
 from timm_qkformer import cli
 from timm_qkformer.hub.checkpoints import read_checkpoint
+from timm_qkformer.training.trainer import data as trainer_data
 from timm_qkformer.training.trainer import loop
 from timm_qkformer.training.trainer.config import parse_train
 from timm_qkformer.training.trainer.distributed import Processes
@@ -56,6 +59,16 @@ def test_files_and_columns(data, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "epoch 1 [6/6] loss" in out
     assert "best top1" in out
+
+
+def test_json_is_all_that_train_prints(data, tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "recipe.yaml", **PLAIN, epochs=1)
+    assert cli.main(["train", *flags(data, tmp_path, "run", recipe), "--json"]) == 0
+    printed = capsys.readouterr()
+    values = json.loads(printed.out)
+    assert values["folder"] == str(tmp_path / "run")
+    assert [row["epoch"] for row in values["history"]] == [0]
+    assert "done: " in printed.err
 
 
 def test_curves_are_drawn(data, tmp_path):
@@ -287,6 +300,16 @@ def test_pickled_code_is_not_run(data, tmp_path, fails):
     path = tmp_path / "evil.pth.tar"
     torch.save({"state_dict": {}, "args": subprocess.Popen}, path)
     assert "which could run code" in fails(data, "--resume", str(path))
+
+
+def test_a_download_without_a_network_says_so(fails, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise URLError("[Errno -3] Temporary failure in name resolution")
+
+    monkeypatch.setattr(trainer_data, "create_dataset", refuse)
+    message = fails(tmp_path / "data", "--dataset-download", dataset="torch/cifar10")
+    assert message.startswith("dataset 'torch/cifar10' cannot be downloaded to ")
+    assert "put it there yourself" in message
 
 
 def folder_without(tmp_path, what):
