@@ -247,9 +247,8 @@ def _decode_evt21(chunks: Iterator[tuple[Words, Words]], findings: Findings) -> 
     for high, low in chunks:
         base, at = time(high)
         high, low = high[at], np.ascontiguousarray(low[at], "<u4")
+        base |= (high >> 22) & 0x3F
+        x, y = ((high >> shift & 0x7FF).astype(np.int16) for shift in (11, 0))
         bits = np.flatnonzero(np.unpackbits(low.view(np.uint8), bitorder="little").view(bool))
-        row, bit = bits >> 5, bits & 31
-        words = high[row]
-        t = base[row] | ((words >> 22) & 0x3F)
-        x = ((words >> 11) & 0x7FF).astype(np.int16) + bit.astype(np.int16)
-        yield Events(t, x, (words & 0x7FF).astype(np.int16), words >= 1 << 28)
+        word = bits >> 5
+        yield Events(base[word], x[word] + (bits & 31).astype(np.int16), y[word], (high >= 1 << 28)[word])
