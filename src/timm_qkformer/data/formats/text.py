@@ -13,7 +13,7 @@ from .columns import Columns, find_columns
 from .findings import Decoded, Findings
 from .lines import parse_lines
 
-_BLOCK = 2**20  # bytes
+_BLOCK = 2**18  # bytes
 _LONGEST_LINE = 2**12
 _HEAD = 2**16  # bytes that the order of columns is guessed from
 # Orders without a line of names: the Robotics and Perception Group's, Metavision's, tonic's.
