@@ -2,7 +2,7 @@
 
 Every reader turns a file into arrays of all its events, in turns; those that read wrong numbers are named, not timed.
 CPU time of the whole process, so that neighbours on the machine do not count. Libraries that are not installed are left
-out: faery, evt3, expelliarmus, evio, tonic, spikingjelly, aedat, h5py.
+out: faery, evt3, evlib, expelliarmus, evio, tonic, spikingjelly, aedat, h5py, pandas, pyarrow, polars.
 
 `--large GB` writes an EVT 3.0 file of that size instead, turns it into clips, and says the peak memory.
 """
@@ -101,6 +101,25 @@ def evio(module: Any, path: Path) -> Arrays:
     return columns(module.read(str(path)))
 
 
+def evlib(module: Any, path: Path) -> Arrays:
+    frame = module.load_events(str(path)).collect()
+    t, x, y, p = (frame[name].to_numpy() for name in ("t", "x", "y", "polarity"))
+    return t.astype("m8[us]") if t.dtype.kind == "m" else t, x, y, p > 0
+
+
+def table(read: Callable[[Any, Path], Any]) -> Callable[[Any, Path], Arrays]:
+    def columns_of(module: Any, path: Path) -> Arrays:
+        frame = read(module, path)
+        t, x, y, p = (frame[name].to_numpy() for name in "txyp")
+        return t, x, y, p
+
+    return columns_of
+
+
+def numpy_loadtxt(module: Any, path: Path) -> Arrays:
+    return tuple(module.loadtxt(path, np.int64, delimiter=",", skiprows=1).T)  # type: ignore[return-value]
+
+
 def aedat(module: Any, path: Path) -> Arrays:
     return columns(np.concatenate([p["events"] for p in module.Decoder(path) if "events" in p]), "t x y on")
 
@@ -149,15 +168,20 @@ def contenders(count: int, folder: Path) -> dict[str, tuple[Path, dict[str, Call
     return {
         "EVT2": (
             event_formats.write_evt2(folder / "2.raw", hd),
-            {"faery": library("faery", faery), "expelliarmus": library("expelliarmus", expelliarmus("evt2"))},
+            {
+                "faery": library("faery", faery),
+                "expelliarmus": library("expelliarmus", expelliarmus("evt2")),
+                "evlib": library("evlib", evlib),
+            },
         ),
-        "EVT2.1": (event_formats.write_evt21(folder / "21.raw", vectors), {}),
+        "EVT2.1": (event_formats.write_evt21(folder / "21.raw", vectors), {"evlib": library("evlib", evlib)}),
         "EVT3, vectors": (
             write_large_evt3(folder / "3v.raw", count * 18 // 10),
             {
                 "evt3": library("evt3", evt3),
                 "faery": library("faery", faery),
                 "expelliarmus": library("expelliarmus", expelliarmus("evt3")),
+                "evlib": library("evlib", evlib),
             },
         ),
         "EVT3, single events": (
@@ -194,8 +218,15 @@ def contenders(count: int, folder: Path) -> dict[str, tuple[Path, dict[str, Call
         ".npz": (write_npz(folder / "a.npz", hd), {"numpy": library("numpy", numpy_npz)}),
         ".csv": (
             event_formats.write_text(folder / "a.csv", hd, header="t,x,y,p\n"),
-            {"faery": library("faery", faery)},
+            {
+                "faery": library("faery", faery),
+                "pandas": library("pandas", table(lambda module, path: module.read_csv(path))),
+                "pyarrow": library("pyarrow.csv", table(lambda module, path: module.read_csv(path))),
+                "polars": library("polars", table(lambda module, path: module.read_csv(path))),
+                "numpy.loadtxt": library("numpy", numpy_loadtxt),
+            },
         ),
+        ".txt in seconds": (event_formats.write_seconds(folder / "a.txt", hd), {}),
     }
 
 
@@ -251,7 +282,7 @@ def large(gigabytes: float) -> None:
         path = write_large_evt3(Path(folder) / "large.raw", int(gigabytes * 1e9))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         clips = events = 0
-        start = time.process_time()
+        start, begin = time.process_time(), time.perf_counter()
         with open_events(path) as recording, tqdm(total=recording.size, unit="B", unit_scale=True) as bar:
 
             def counted() -> Any:
@@ -265,10 +296,11 @@ def large(gigabytes: float) -> None:
                 clips += 1
                 assert clip.sum() > 0
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        seconds = time.process_time() - start
+        seconds, passed = time.process_time() - start, time.perf_counter() - begin
         print(
-            f"{path.stat().st_size:,} bytes, {events:,} events: {clips} clips [16, 2, 90, 160] in {seconds:.0f} s of "
-            f"CPU time, {events / seconds / 1e6:.1f} M events/s; peak memory {before / 1024:.0f} MB before, "
+            f"{path.stat().st_size:,} bytes, {events:,} events: {clips} clips [16, 2, 90, 160] in {passed:.0f} s, "
+            f"{seconds:.0f} s of CPU time, {events / seconds / 1e6:.1f} M events/s; peak memory "
+            f"{before / 1024:.0f} MB before, "
             f"{after / 1024:.0f} MB after"
         )
 

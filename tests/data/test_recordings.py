@@ -1,5 +1,6 @@
 """Recordings in every format: read as they were written, in chunks, whatever their name; and what becomes of damage."""
 
+import re
 import sys
 import tracemalloc
 import warnings
@@ -123,6 +124,16 @@ def test_state_is_carried_from_chunk_to_chunk(tmp_path, monkeypatch):
 def test_single_and_vector_events_of_evt3(vectors, tmp_path):
     events = clustered(300, (720, 1280))
     assert_same(read_events(write_evt3(tmp_path / "a.raw", events, vectors=vectors)), events)
+
+
+@pytest.mark.parametrize("name", ["EVT2", "EVT2.1", "EVT3"])
+def test_raw_files_are_what_evlib_reads(name, tmp_path):
+    """The one independent reader of EVT 2.1 that installs."""
+    evlib = pytest.importorskip("evlib")
+    path, events, _ = written(name, tmp_path, 5000)
+    theirs = {name: column.to_numpy() for name, column in evlib.load_events(str(path)).collect().to_dict().items()}
+    times, on = theirs["t"].astype("m8[us]").astype(np.int64), theirs["polarity"] > 0
+    assert_same(Events(times, theirs["x"], theirs["y"], on), events)
 
 
 def test_a_time_word_sets_the_lower_bits_to_zero(tmp_path):
@@ -288,6 +299,24 @@ def test_aedat3_of_several_cameras_or_compressed(tmp_path):
         read_events(path)
 
 
+def test_a_packet_of_aedat3_as_long_as_the_file_is_read_in_pieces(tmp_path):
+    events = random_events(400_000, (128, 128))
+    path = write_aedat3(tmp_path / "a.aedat", events)
+    tracemalloc.start()
+    try:
+        count = 0
+        with open_events(path) as recording:
+            for chunk in recording:
+                np.testing.assert_array_equal(chunk.t, events.t[count : count + len(chunk)])
+                np.testing.assert_array_equal(chunk.y, events.y[count : count + len(chunk)])
+                count += len(chunk)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == len(events)
+    assert peak < path.stat().st_size, "the whole packet was in memory"
+
+
 def test_aedat3_names_its_camera_and_leaves_out_invalid_events(tmp_path):
     path = write_aedat3(tmp_path / "a.aedat", random_events(10, (128, 128)))
     content = path.read_bytes().replace(b"DAT3.1\r\n", b"DAT3.1\r\n#Format: RAW\r\n#Source 0: DVS128\r\n")
@@ -406,6 +435,65 @@ def test_lines_that_are_too_short_and_too_long_do_not_make_up_for_each_other(tmp
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(EventFileError, match="line 50 of events is"):
         read_events(path)
+
+
+LINES = {
+    "whole": (["1,2,33,1", "100,2,3,0"], "i"),
+    "windows' line ends": (["1,2,33,1\r", "100,2,3,0\r"], "i"),
+    "signs": (["-1 2 33 -1", "-100 2 3 1"], "i"),
+    "18 digits": (["999999999999999999 2 3 1", "1 2 3 0"], "i"),
+    "19 digits": (["9000000000000000000 2 3 1", "1 2 3 0"], "f"),
+    "seconds": (["0.003811 96 133 0", "12.003820 96 7 1"], "f"),
+    "seconds of several lengths": (["0.0038 96 133 0", "12.00382 96 7 1"], "f"),
+    "fractions twice": (["0.003811 96.5 133 0", "12.003820 96.5 7 1"], "f"),
+    "negative seconds": (["-0.003811 96 133 0", "0.003820 96 7 1"], "f"),
+    "exponents": (["1e3 96 133 0", "2e3 96 7 1"], "f"),
+    "some fractions": (["1 96 133 0", "2.5 96 7 1"], "f"),
+    "several separators": (["1,2;3\t1", "2,2;3\t1"], "i"),
+    "other separators": (["1,2;3\t1", "2 2 3 1"], "f"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_numbers_of_text_are_pythons(name):
+    from timm_qkformer.data.formats.lines import parse_lines
+
+    lines, kind = LINES[name]
+    table = parse_lines("\n".join(lines * 3).encode() + b"\n", 4)
+    rows = [[float(word) for word in re.split(r"[,;\s]+", line.strip())] for line in lines * 3]
+    np.testing.assert_array_equal(np.array(table, float).T, rows)
+    assert table[0].dtype.kind == kind
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1,2,3\n1,2,3,4",
+        "1,2,3,4,5\n1,2,3,4",
+        "1,2,3,\n1,2,3,",
+        "1-2,3,4,5",
+        "1,,2,3",
+        "1,2,3,x",
+        "1.2.3,4,5,6",
+        "-,1,2,3",
+    ],
+)
+def test_what_is_no_line_of_four_numbers(text):
+    from timm_qkformer.data.formats.lines import parse_lines
+
+    assert parse_lines(text.encode(), 4) is None
+
+
+def test_a_block_of_whole_seconds_among_others(tmp_path, monkeypatch):
+    from timm_qkformer.data.formats import text
+
+    monkeypatch.setattr(text, "_BLOCK", 64)
+    events = Events(np.arange(100) * 500_000, *(np.arange(100),) * 2, np.ones(100, bool))
+    rows = [f"{t / 1e6:g} {x} {y} 1\n" for t, x, y in zip(events.t, events.x, events.y, strict=True)]
+    rows = [row if (20 < i < 80 and i % 2 == 0) or i < 20 else "" for i, row in enumerate(rows)]
+    (tmp_path / "a.txt").write_text("t x y p\n" + "".join(rows))
+    kept = [i for i, row in enumerate(rows) if row]
+    assert read_events(tmp_path / "a.txt").t.tolist() == events.t[kept].tolist()
 
 
 def test_spaces_between_numbers_of_text(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from event_files import as_dict, random_events, write_npz
+from event_files import as_dict, random_events, write_atis, write_npz
 from event_formats import clustered, write_evt3
 from timm_qkformer.data import (
     Events,
@@ -101,6 +101,21 @@ def test_a_live_source_gives_windows_as_soon_as_they_are_complete():
     assert seen == [100, 100, 100]
 
 
+def test_windows_by_count_follow_each_other():
+    events = Events(np.array([5, 9, 7, 20, 21]), *(np.zeros(5, int),) * 2, np.zeros(5, bool))
+    windows = list(count_windows(chunks(events, (1, 2)), 2, incomplete=True))
+    assert [(w.start, w.end) for w in windows] == [(5, 9), (9, 20), (20, 21)]
+
+
+def test_signed_and_unsigned_times_stay_whole_numbers():
+    events = random_events(100, SIZE)
+    both = [{**as_dict(events), "t": events.t.astype(kind)} for kind in (np.int64, np.uint64)]
+    (window,) = count_windows(both, 200)
+    assert window.events.t.dtype == np.int64
+    with pytest.raises(ValueError, match="timestamps run from 0 to 9223372036854775808"):
+        list(count_windows({**as_dict(events), "t": np.array([0, 2**63] * 50, np.uint64)}, 10))
+
+
 def test_sources_of_tonics_arrays_and_mappings():
     events = random_events(100, SIZE)
     array = np.zeros(100, [("x", "i2"), ("y", "i2"), ("t", "i8"), ("p", "?")])
@@ -132,8 +147,8 @@ def test_clips_in_a_row(tmp_path):
     surface = next(iter_clips(events, size, 2, duration=10_000, size=(45, 80), representation="surface"))
     assert surface.shape == (2, 2, 45, 80)
     assert 0 < surface.max() <= 1
-    for kwargs in ({}, {"count": 1, "duration": 1}, {"count": 1, "representation": "picture"}):
-        with pytest.raises(ValueError, match=r"one of duration|representation="):
+    for kwargs in ({}, {"count": 1, "duration": 1}, {"count": 1, "representation": "picture"}, {"count": 0}):
+        with pytest.raises(ValueError, match=r"one of duration|representation=|count=0"):
             next(iter_clips(events, size, 4, **kwargs))
 
 
@@ -220,6 +235,36 @@ def test_tonics_frames_are_ours():
     np.testing.assert_array_equal(as_clip(frames).numpy(), ToFrames(SIZE, 4)(array))
     both = transforms.Compose([transforms.RefractoryPeriod(10), ToVoxelGrid(SIZE, 5)])(array)
     assert both.shape == (5, 2, *SIZE)
+
+
+def test_tonics_data_sets_take_our_transforms_and_ours_take_its_files(tmp_path, monkeypatch):
+    """N-MNIST as tonic lays it out."""
+    tonic = pytest.importorskip("tonic")
+    for split, digit in (("Train", 3), ("Train", 7), ("Test", 3), ("Test", 7)):
+        for i in range(3):
+            folder = tmp_path / "NMNIST" / split / str(digit)
+            write_atis(folder / f"{i:05}.bin", random_events(300, (34, 34), seed=10 * digit + i))
+    monkeypatch.setattr(tonic.datasets.NMNIST, "_check_exists", lambda self: True)
+    frames, grid = ToFrames((34, 34), 4), ToVoxelGrid((34, 34), 3, size=(17, 17))
+    theirs = tonic.datasets.NMNIST(str(tmp_path), train=False, transform=frames)
+    assert len(theirs) == 6
+    seen = set()
+    for clip, target in theirs:
+        seeds = [10 * target + i for i in range(3)]
+        expected = [frames(random_events(300, (34, 34), seed=seed)) for seed in seeds]
+        seen.add((target, next(i for i, e in enumerate(expected) if np.array_equal(e, clip))))
+    assert len(seen) == 6
+    cached = tonic.MemoryCachedDataset(tonic.datasets.NMNIST(str(tmp_path), train=False, transform=grid))
+    loader = torch.utils.data.DataLoader(cached, batch_size=3, collate_fn=tonic.collation.PadTensors())
+    assert next(iter(loader))[0].shape == (3, 3, 2, 17, 17)
+    sliced = tonic.SlicedDataset(
+        tonic.datasets.NMNIST(str(tmp_path), train=False),
+        tonic.slicers.SliceByEventCount(100),
+        metadata_path=str(tmp_path / "slices"),
+        transform=frames,
+    )
+    assert sliced[0][0].shape == (4, 2, 34, 34)
+    assert sliced[0][0].sum() == 100
 
 
 def test_windows_of_a_file(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import torch
 
 from event_files import random_events, unpack_real_nmnist, write_atis, write_npz
 from timm_qkformer import cli, deploy
-from timm_qkformer.data import EventFileError, Events, FrameSpec, events_to_frames
+from timm_qkformer.data import EventFileError, Events, FrameSpec, count_windows, events_to_frames, time_windows
 from timm_qkformer.streaming import StreamReport, cut_windows, stream
 from timm_qkformer.streaming.report import Row
 from tiny import lively
@@ -96,18 +97,16 @@ def test_a_window_is_given_as_soon_as_it_is_complete():
 
 def test_windows_that_cannot_be():
     events = random_events(100, SIZE)
-    backwards = Events(events.t[::-1].copy(), events.x, events.y, events.p, SIZE)
     far = Events(np.array([0, 2**50]), events.x[:2], events.y[:2], events.p[:2], SIZE)
     for source, options, message in (
-        (events, {}, "give one of them"),
-        (events, {"duration": 5, "count": 5}, "give one of them"),
-        (events, {"duration": 0}, "duration=0 must be"),
-        (events, {"count": 1.5}, "count=1.5 must be"),
+        (events, {}, "one of duration=None and count=None"),
+        (events, {"duration": 5, "count": 5}, "one of duration=5 and count=5"),
+        (events, {"duration": 0}, "duration=0 needs to be"),
+        (events, {"count": 1.5}, "count=1.5 needs to be"),
         (Events(events.t, events.x, events.y, events.p), {"count": 5}, "the stream does not state"),
-        (backwards, {"count": 5}, "time runs backwards"),
-        ([events, events], {"count": 5}, "time runs backwards"),
-        (far, {"duration": 10}, "there is no event for"),
-        ({"t": events.t}, {"count": 5}, "need the fields t, x, y and p"),
+        (far, {"duration": 10}, "time jumps by"),
+        ({"t": events.t}, {"count": 5}, "lack the fields x, y, p"),
+        ({"x": events.x}, {"count": 5}, "lack the fields t, y, p"),
         (events, {"count": 5, "sensor_size": (8, 8)}, "outside of a sensor"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -115,6 +114,30 @@ def test_windows_that_cannot_be():
     with pytest.raises(EventFileError, match="no such file"):
         list(cut_windows("missing.npz", count=5))
     assert list(cut_windows([], count=5)) == []
+
+
+@pytest.mark.parametrize("cut", [{"duration": 7_000}, {"count": 130}])
+def test_windows_are_those_of_data(cut):
+    """One cutter, for events that come late as well."""
+    events = random_events(4000, SIZE)
+    events.t[1000:1100] -= 20_000
+    events.t[2000:] += 30_000
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        frames = list(cut_windows(camera(events), sensor_size=SIZE, **cut))
+        if "count" in cut:
+            windows = list(count_windows(camera(events, seed=1), cut["count"], incomplete=True))
+        else:
+            windows = list(time_windows(camera(events, seed=1), cut["duration"], incomplete=True))
+    assert [(w.start, w.end, w.events) for w in frames] == [(w.start, w.end, len(w.events)) for w in windows]
+    assert [w.start for w in frames[1:]] == [w.end for w in frames[:-1]]
+    late = [str(warning.message) for warning in found]
+    assert len(late) == (0 if "count" in cut else 2)
+    assert all("events came later than their window" in text for text in late)
+    for frame, window in zip(frames, windows, strict=True):
+        assert frame.frame.sum() == len(window.events)
+        if len(window.events):
+            assert np.array_equal(frame.frame, events_to_frames(window.events, FrameSpec(1), SIZE))
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +158,18 @@ def test_answers_are_those_of_the_clip_so_far(model):
         torch.testing.assert_close(prediction.logits, runner(clip[:, : prediction.steps])[0])
         assert prediction.label == int(prediction.logits.argmax())
         assert prediction.seconds > 0
+    lean = list(stream(runner, windows, states=False))
+    assert all(torch.equal(a.logits, b.logits) and a.state is None for a, b in zip(lean, found, strict=True))
+    seconds = sum(w.seconds for w in windows)
+    assert 0 < seconds < sum(p.seconds for p in found), "counting the events is a part of the latency"
     again = list(stream(runner, windows, restart=2))
     assert [p.steps for p in again] == [1, 2] * 3
     torch.testing.assert_close(again[3].logits, runner(clip[:, 2:4])[0])
+    first = found[0].state
+    resumed = list(stream(runner, windows[1:], state=first, states=False))
+    assert all(torch.equal(a.logits, b.logits) for a, b in zip(resumed, found[1:], strict=True))
+    kept = next(stream(runner, windows[1:], state=first))  # which nobody has written to
+    assert torch.equal(kept.logits, found[1].logits)
     for wrong, message in ((model.train(), "train mode"), (timm.create_model("test_qkformer").eval(), "3 channels")):
         with pytest.raises(ValueError, match=message):
             stream(wrong, windows)
@@ -230,7 +262,7 @@ def test_the_command(tmp_path, capsys):
     assert "3 windows" in capsys.readouterr().out
     for more, message in (
         (["--count", "300"], "--sensor-size"),
-        (["--count", "0", *size], "count=0 must be"),
+        (["--count", "0", *size], "count=0 needs to be"),
         (["--window", "10ms", *size, "--json", str(numbers)], "exists already"),
     ):
         assert cli.main([*command, *more]) == 2

@@ -2,15 +2,10 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .output import add_json, refuse_outputs, show
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from .output import add_json, add_no_progress, byte_bar, refuse_outputs, show
 
 
 def add_events(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +17,7 @@ def add_events(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gif", action="store_true", help="and a short film to DIR/FILE.gif; needs --pictures")
     parser.add_argument("--to", type=Path, metavar="OUT", help="convert one recording to .npz, .npy, .csv, .dat or .h5")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
-    parser.add_argument("--no-progress", action="store_true", help="no bar")
+    add_no_progress(parser)
 
 
 def events(args: argparse.Namespace) -> None:
@@ -40,13 +35,13 @@ def events(args: argparse.Namespace) -> None:
     if args.pictures is not None:
         import matplotlib  # noqa: F401, missing: say so before anything is read
     if args.to is not None:
-        with _bar(args, f"converting {args.files[0].name}") as progress:
+        with byte_bar(args, f"converting {args.files[0].name}") as progress:
             count = convert_events(args.files[0], args.to, overwrite=args.force, progress=progress)
         print(f"wrote {args.to}: {count:,} events")
         return
     summaries, lines = [], []
     for path in args.files:
-        with _bar(args, f"reading {path.name}") as progress:
+        with byte_bar(args, f"reading {path.name}") as progress:
             summary = summarize(path, progress)
         summaries.append(summary.to_dict())
         lines.append(printable(text_summary(summary), keep="\n"))
@@ -77,18 +72,3 @@ def _draw(path: Path, summary: Any, picture: Path, film: Path | None) -> list[st
     if film is not None:
         write_film(path, summary, film)
     return [f"wrote {written}" for written in (picture, film) if written is not None]
-
-
-@contextmanager
-def _bar(args: argparse.Namespace, text: str) -> "Iterator[Callable[[int, int], None]]":
-    from tqdm import tqdm
-
-    with tqdm(
-        desc=text, unit="B", unit_scale=True, leave=False, delay=1, disable=True if args.no_progress else None
-    ) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress

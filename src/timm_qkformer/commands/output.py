@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -46,3 +46,24 @@ def others_on_stderr(args: argparse.Namespace) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def add_no_progress(parser: argparse.ArgumentParser) -> None:
+    """Add `--no-progress`."""
+    parser.add_argument("--no-progress", action="store_true", help="no bar")
+
+
+@contextmanager
+def byte_bar(args: argparse.Namespace, text: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over a file that takes more than a second, on a terminal: call what it gives with bytes read and in all."""
+    from tqdm import tqdm
+
+    with tqdm(
+        desc=text, unit="B", unit_scale=True, leave=False, delay=1, disable=True if args.no_progress else None
+    ) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress

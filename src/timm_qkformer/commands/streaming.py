@@ -1,12 +1,17 @@
 """`timm-qkformer calibrate` and `timm-qkformer stream`."""
 
 import argparse
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..training.trainer.config import add_measured_arguments
 from .model import add_model, add_model_options, add_sensor_size, load
-from .output import STDOUT, add_json, refuse_outputs, show
+from .output import STDOUT, add_json, add_no_progress, byte_bar, refuse_outputs, show
+
+if TYPE_CHECKING:
+    from ..data import Recording
+    from ..streaming import Window
 
 
 def add_calibrate(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +70,7 @@ def add_stream(parser: argparse.ArgumentParser) -> None:
     add_sensor_size(parser)
     add_json(parser, "every window and number")
     parser.add_argument("--output", type=Path, metavar="FILE", help="draw the prediction over time, to a new PNG file")
+    add_no_progress(parser)
     add_model_options(parser)
 
 
@@ -84,11 +90,9 @@ def _microseconds(text: str) -> int:
 
 
 def stream(args: argparse.Namespace) -> None:
-    from timm.data import resolve_model_data_config
-
-    from ..data import check_events, read_events
+    from ..data import open_events
     from ..inference import deploy
-    from ..streaming import StreamReport, cut_windows
+    from ..streaming import StreamReport
     from ..streaming import stream as run
 
     refuse_outputs(args, args.output)
@@ -96,18 +100,10 @@ def stream(args: argparse.Namespace) -> None:
         import matplotlib  # noqa: F401, missing: say so before anything is measured
     loaded = load(args)
     model = loaded.model if args.precision == "plain" else deploy(loaded.model, args.precision)
-    events = read_events(args.recording)
-    sensor_size = tuple(args.sensor_size) if args.sensor_size else events.sensor_size
-    if sensor_size is None:
-        raise ValueError(f"{args.recording} does not state the camera's size: give --sensor-size HEIGHT WIDTH")
-    _, *size = resolve_model_data_config(model)["input_size"]
-    size = [min(side, sensor_side) for side, sensor_side in zip(size, sensor_size, strict=True)]
-    check_events(events, sensor_size, args.recording)
-    windows = cut_windows(
-        events, duration=args.window, count=args.count, sensor_size=sensor_size, size=(size[0], size[1])
-    )
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
-    report = StreamReport.of(run(model, windows, restart=args.restart), names)
+    with open_events(args.recording) as recording, byte_bar(args, f"streaming {args.recording.name}") as progress:
+        windows = _windows(args, model, recording, progress)
+        report = StreamReport.of(run(model, windows, restart=args.restart, states=False), names)
     facts = {"model": loaded.name, "precision": args.precision, "recording": args.recording.name}
     title = f"{loaded.title}, {args.precision}: {args.recording.name}"
     show(args, {**facts, **report.to_dict()}, f"{title}\n{report.text()}")
@@ -115,6 +111,24 @@ def stream(args: argparse.Namespace) -> None:
         from ..streaming.drawing import draw_stream
 
         _save(args, draw_stream(report, title))
+
+
+def _windows(
+    args: argparse.Namespace, model: Any, recording: "Recording", progress: Callable[[int, int], None]
+) -> "Iterator[Window]":
+    """Windows of the recording in frames of the model's size, or of the sensor's where that is smaller."""
+    from timm.data import resolve_model_data_config
+
+    from ..streaming import cut_windows
+
+    sensor_size = tuple(args.sensor_size) if args.sensor_size else recording.sensor_size
+    if sensor_size is None:
+        raise ValueError(f"{args.recording} does not state the camera's size: give --sensor-size HEIGHT WIDTH")
+    _, height, width = resolve_model_data_config(model)["input_size"]
+    size = (min(height, sensor_size[0]), min(width, sensor_size[1]))
+    for window in cut_windows(recording, duration=args.window, count=args.count, sensor_size=sensor_size, size=size):
+        progress(recording.progress, recording.size)
+        yield window
 
 
 def _save(args: argparse.Namespace, figure: Any) -> None:

@@ -1,29 +1,40 @@
 """Windows of events: by count, by duration, by number of slices, from recordings or from a live source.
 
 A source is whatever gives events in chunks: an open recording, `iter_events`, a camera's loop, a list. A chunk is
-`Events`, or a structured array or a mapping with t, x, y and p. Windows are given as soon as they are complete; what is
-kept in memory is the window that is not.
+`Events`, or a structured array or a mapping with t, x, y and p. Whatever cuts a source into windows, here and in
+`streaming`, does it by these rules:
+
+- Events stay in the order in which they come, and each is in one window. Windows follow each other without a gap.
+- A window is given as soon as it is complete, and what is kept in memory is the window that is not.
+- By duration, the first window starts at the first event's time or at `start`. A window is complete when an event has
+  come that is at or after its end. One in which nothing happens is a window as well; a million of them in a row are a
+  damaged clock, an error. An event that comes later than its window is counted into the one at hand, and one warning
+  at the end says how many did.
+- By count, a window is complete with its last event. It ends at the latest time so far, the first one starts at the
+  first event's time.
+- What is left when the source ends makes a last window if it is asked for (`incomplete`).
 """
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .events import Events, as_events
+from .events import MOST_TIME, Events, as_events
 from .representations import REPRESENTATIONS, represent
 
 Chunk = Events | NDArray[Any] | Mapping[str, Any]
 Source = Iterable[Chunk]
 
-_MOST_SILENT = 100_000  # windows without an event, one after the other
+_MOST_SILENT = 1_000_000  # windows without an event, one after the other
 
 
 class Window(NamedTuple):
-    """Events from `start` on and before `end`, in microseconds."""
+    """Events of a stretch of time, in microseconds: from `start` on and, by duration, before `end`."""
 
     start: int
     end: int
@@ -38,34 +49,16 @@ def count_windows(source: Source | Chunk, count: int, incomplete: bool = False) 
         count: Events of a window.
         incomplete: Whether what is left at the end is a window, too.
 
-    Returns:
-        Windows from their first event's time to the next one's, the last to its own last event's.
+    Raises:
+        ValueError: For a count below 1, or chunks that are no events.
     """
-    if count < 1:
-        raise ValueError(f"count={count} needs to be at least 1")
-    parts: list[Events] = []
-    held = 0
-    for chunk in _chunks(source):
-        start = 0
-        while held + len(chunk) - start >= count:
-            stop = start + count - held
-            whole = join([*parts, cut(chunk, start, stop)])
-            yield Window(int(whole.t[0]), int(whole.t[-1]), whole)
-            parts, held, start = [], 0, stop
-        if start < len(chunk):
-            parts.append(cut(chunk, start, len(chunk)))
-            held += len(chunk) - start
-    if parts and incomplete:
-        whole = join(parts)
-        yield Window(int(whole.t[0]), int(whole.t[-1]), whole)
+    return cut_source(source, None, count, incomplete=incomplete)
 
 
 def time_windows(
     source: Source | Chunk, duration: int, start: int | None = None, incomplete: bool = False
 ) -> Iterator[Window]:
     """Windows of so many microseconds each, those in which nothing happens among them.
-
-    An event whose time lies before the window at hand is counted into this one; a warning at the end says how many did.
 
     Args:
         source: Chunks of events, or one.
@@ -74,38 +67,101 @@ def time_windows(
         incomplete: Whether the last window, of which the end was not seen, is given, too.
 
     Raises:
-        ValueError: If nothing happens for 100,000 windows: time jumps, or `duration` is in another unit.
+        ValueError: For a duration below 1, chunks that are no events, or a million windows in which nothing happens:
+            time jumps, or `duration` is in another unit.
     """
-    if duration < 1:
-        raise ValueError(f"duration={duration} needs to be at least 1 microsecond")
-    parts: list[Events] = []
-    current, late = 0, 0
+    return cut_source(source, duration, None, start=start, incomplete=incomplete)
+
+
+def cut_source(
+    source: Source | Chunk, duration: int | None, count: int | None, *, start: int | None = None, incomplete: bool
+) -> Iterator[Window]:
+    """The cutter behind all windows: of a duration or a count, one of them."""
+    if (duration is None) == (count is None):
+        raise ValueError(f"one of duration={duration} and count={count} needs to be given")
+    for name, value in (("duration", duration), ("count", count)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1):
+            raise ValueError(f"{name}={value!r} needs to be a whole number of at least 1")
+    ends = _ByDuration(int(duration), start) if duration is not None else _ByCount(int(count or 0))
+    return _cut(source, ends, incomplete)
+
+
+def _cut(source: Source | Chunk, ends: "_ByDuration | _ByCount", incomplete: bool) -> Iterator[Window]:
+    parts: list[Events] = []  # of the window that is not complete
     for chunk in _chunks(source):
-        if start is None:
-            start = int(chunk.t[0])
-        own = (chunk.t.astype(np.int64) - start) // duration
-        number = np.maximum.accumulate(np.maximum(own, current))
-        late += int(np.count_nonzero(own < number))
-        edges = np.flatnonzero(np.diff(number, prepend=current))
         begin = 0
-        for edge in edges.tolist():
-            if edge > begin:
-                parts.append(cut(chunk, begin, edge))
-            following = int(number[edge])
-            if following - current > _MOST_SILENT:
+        for stop, start, end in ends.complete(chunk):
+            if stop > begin:
+                parts.append(cut(chunk, begin, stop))
+            yield Window(start, end, join(parts))
+            parts, begin = [], stop
+        if begin < len(chunk):
+            parts.append(cut(chunk, begin, len(chunk)))
+    if parts and incomplete:
+        yield Window(*ends.last(), join(parts))
+    if ends.late:
+        warnings.warn(f"{ends.late:,} events came later than their window and were counted into the next", stacklevel=2)
+
+
+class _ByDuration:
+    """Where windows of a duration end."""
+
+    def __init__(self, duration: int, start: int | None) -> None:
+        self._duration, self._start = duration, start
+        self._current = 0  # number of the window that is not complete
+        self.late = 0  # events
+
+    def complete(self, chunk: Events) -> Iterator[tuple[int, int, int]]:
+        """How many events of the chunk lie before the end of each window that it completes, its start and its end."""
+        if self._start is None:
+            self._start = int(chunk.t[0])
+        own = (chunk.t - self._start) // self._duration
+        number = np.maximum.accumulate(np.maximum(own, self._current))
+        self.late += int(np.count_nonzero(own < number))
+        for edge in np.flatnonzero(np.diff(number, prepend=self._current)).tolist():
+            silent = int(number[edge]) - self._current - 1
+            if silent > _MOST_SILENT:
                 raise ValueError(
-                    f"time jumps by {(following - current) * duration} microseconds, {following - current} windows of "
-                    f"duration={duration}"
+                    f"time jumps by {(silent + 1) * self._duration} microseconds, {silent + 1} windows of "
+                    f"duration={self._duration}"
                 )
-            yield _window(start, duration, current, parts)
-            for silent in range(current + 1, following):
-                yield _window(start, duration, silent, [])
-            parts, current, begin = [], following, edge
-        parts.append(cut(chunk, begin, len(chunk)))
-    if parts and incomplete and start is not None:
-        yield _window(start, duration, current, parts)
-    if late:
-        warnings.warn(f"{late:,} events came later than their window and were counted into the next", stacklevel=2)
+            for _ in range(silent + 1):
+                yield edge, *self.last()
+                self._current += 1
+
+    def last(self) -> tuple[int, int]:
+        """Start and end of the window that is not complete."""
+        begin = (self._start or 0) + self._current * self._duration
+        return begin, begin + self._duration
+
+
+class _ByCount:
+    """Where windows of a count end."""
+
+    late = 0
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._held = 0  # events of the window that is not complete
+        self._start: int | None = None
+        self._latest = -MOST_TIME
+
+    def complete(self, chunk: Events) -> Iterator[tuple[int, int, int]]:
+        """As `_ByDuration.complete`."""
+        begin = 0
+        if self._start is None:
+            self._start = int(chunk.t[0])
+        for stop in range(self._count - self._held, len(chunk) + 1, self._count):
+            self._latest = max(self._latest, int(chunk.t[begin:stop].max()))
+            yield stop, *self.last()
+            self._start, begin = self._latest, stop
+        self._held = (self._held + len(chunk)) % self._count
+        if begin < len(chunk):
+            self._latest = max(self._latest, int(chunk.t[begin:].max()))
+
+    def last(self) -> tuple[int, int]:
+        """As `_ByDuration.last`, with the latest event so far for the end."""
+        return self._start or 0, self._latest
 
 
 def slice_windows(events: Chunk, number: int, split_by: str = "number") -> list[Window]:
@@ -158,30 +214,27 @@ def iter_clips(
         size: (h, w) to sample down to; None keeps the sensor's.
         representation: Of a window: "counts", "binary" or "surface", see `representations`.
     """
-    if (duration is None) == (count is None):
-        raise ValueError(f"one of duration={duration} and count={count} needs to be given")
     if time_steps < 1:
         raise ValueError(f"time_steps={time_steps} needs to be at least 1")
     if representation not in REPRESENTATIONS:
         raise ValueError(f"representation={representation!r} needs to be one of {', '.join(REPRESENTATIONS)}")
-    windows = time_windows(source, duration) if duration is not None else count_windows(source, count or 0)
+    windows = cut_source(source, duration, count, incomplete=False)
     while len(clip := list(islice(windows, time_steps))) == time_steps:
         yield np.stack([represent(window.events, sensor_size, size, representation, window.end) for window in clip])
 
 
 def _chunks(source: Source | Chunk) -> Iterator[Events]:
-    """Chunks that have an event."""
+    """Chunks that have an event, with times of one kind: signed and unsigned ones joined would become floats."""
     chunks: Any = source
     if isinstance(source, (Events, Mapping)) or (isinstance(source, np.ndarray) and source.dtype.names is not None):
         chunks = [source]
     for chunk in chunks:
-        if len(chunk["t"] if isinstance(chunk, Mapping) else chunk):
-            yield as_events(chunk)
-
-
-def _window(start: int, duration: int, number: int, parts: list[Events]) -> Window:
-    begin = start + number * duration
-    return Window(begin, begin + duration, join(parts))
+        if len(chunk["t"] if isinstance(chunk, Mapping) and "t" in chunk else chunk):
+            events = as_events(chunk)
+            low, high = int(events.t.min()), int(events.t.max())
+            if max(-low, high) > MOST_TIME:
+                raise ValueError(f"timestamps run from {low} to {high} microseconds")
+            yield replace(events, t=events.t.astype(np.int64, copy=False))
 
 
 def cut(events: Events, start: int, stop: int) -> Events:

@@ -97,53 +97,66 @@ def open_aedat3(path: Path, file: BinaryIO, findings: Findings) -> Decoded:
 
 
 def _decode_aedat3(path: Path, file: BinaryIO, findings: Findings) -> Iterator[Events]:
-    """Packets: 28 bytes of header, then records. Polarity events (kind 1) are collected to chunks of some size."""
+    """Polarity events are collected to chunks of some size, whatever packets they came in."""
     parts: list[bytes] = []
     overflows: list[tuple[int, int]] = []  # of the clock, and for how many events
-    source: int | None = None
     count = 0
-    while True:
-        kind, origin, content, overflow = _packet(path, file, findings)
-        if kind == 1 and content:
-            if source is not None and origin != source:
-                raise EventFileError(path, f"has events of several cameras, the sources {source} and {origin}")
-            source = origin
-            parts.append(content)
-            overflows.append((overflow, len(content) // 8))
-            count += len(content) // 8
-        if parts and (count >= _CHUNK or kind < 0):
+    for content, overflow in _pieces(path, file, findings):
+        parts.append(content)
+        overflows.append((overflow, len(content) // 8))
+        count += len(content) // 8
+        if count >= _CHUNK:
             yield _polarity_events(b"".join(parts), overflows, findings)
             parts, overflows, count = [], [], 0
-        if kind < 0:
-            return
+    if parts:
+        yield _polarity_events(b"".join(parts), overflows, findings)
 
 
-def _packet(path: Path, file: BinaryIO, findings: Findings) -> tuple[int, int, bytes, int]:
-    """Kind (-1 at the end), source, records (of polarity events alone) and clock overflows of the next packet."""
+class _Packet(NamedTuple):
+    kind: int
+    source: int
+    overflow: int  # of the clock
+    records: int  # of polarity events alone, of those that are in the file
+    padding: int  # bytes after these
+
+
+def _pieces(path: Path, file: BinaryIO, findings: Findings) -> Iterator[tuple[bytes, int]]:
+    """Records of polarity events (kind 1), of one packet at most so many, and the packet's overflow of the clock."""
+    source: int | None = None
+    while (packet := _packet(path, file, findings)) is not None:
+        if packet.records:
+            if source is not None and packet.source != source:
+                raise EventFileError(path, f"has events of several cameras, the sources {source} and {packet.source}")
+            source = packet.source
+        for start in range(0, packet.records, _CHUNK):
+            yield file.read(8 * min(_CHUNK, packet.records - start)), packet.overflow
+        file.seek(packet.padding, os.SEEK_CUR)
+
+
+def _packet(path: Path, file: BinaryIO, findings: Findings) -> _Packet | None:
+    """The next packet, whose records follow in the file: a header of 28 bytes, then records. None at the end."""
     at, rest = file.tell(), _rest(file)
     head = file.read(28)
     if len(head) < 28:
         if head:
             _cut(len(head), findings)
-        return -1, 0, b"", 0
+        return None
     kind, source, size, offset, overflow, capacity, number, valid = struct.unpack("<hhiiiiii", head)
     sane = size > 0 and 0 <= offset < size and overflow >= 0 and 0 <= valid <= number <= capacity and kind >= 0
     if not sane or (kind == 1 and size != 8):
         stated = f"kind {kind}, {number} of {capacity} records of {size} bytes"
         raise EventFileError(path, f"has a damaged packet at byte {at}: {stated}")
     length = capacity * size
-    missing = length - (rest - 28)
+    there = min(length, rest - 28)
     if kind != 1:
-        file.seek(min(length, rest - 28), os.SEEK_CUR)
-        if missing > 0:
+        if there < length:
             _cut(rest, findings)
-        return kind, source, b"", overflow
-    content = file.read(min(length, rest - 28))
-    whole = min(len(content) - len(content) % 8, number * 8)
-    if missing > 0:
-        _cut(len(content) - whole, findings)
-        findings.add("the last packet lacks {n} events", (length - len(content)) // 8)
-    return kind, source, content[:whole], overflow
+        return _Packet(kind, source, overflow, 0, there)
+    records = min(there // 8, number)
+    if there < length:
+        _cut(there - 8 * records, findings)
+        findings.add("the last packet lacks {n} events", (length - there) // 8)
+    return _Packet(kind, source, overflow, records, there - 8 * records)
 
 
 def _cut(length: int, findings: Findings) -> None:

@@ -11,6 +11,8 @@ from ...errors import import_extra
 from ..events import EventFileError, Events
 from .findings import Decoded, Findings
 
+_CHUNK = 2**16
+
 
 def open_aedat4(path: Path, file: BinaryIO, findings: Findings) -> Decoded:
     """Open the container, whose compression (none, LZ4, Zstandard) the package undoes packet by packet."""
@@ -28,8 +30,9 @@ def open_aedat4(path: Path, file: BinaryIO, findings: Findings) -> Decoded:
 
 def _decode(decoder: Any) -> Iterator[Events]:
     for packet in decoder:
-        if "events" in packet:
-            events = packet["events"]
+        records = packet.get("events", ())  # of one packet, which the package unpacks whole
+        for start in range(0, len(records), _CHUNK):
+            events = records[start : start + _CHUNK]
             x, y = (events[name].astype(np.int16) for name in "xy")
             yield Events(events["t"].astype(np.int64), x, y, events["on"].astype(np.bool_))
 

@@ -55,9 +55,9 @@ class Columns:
         return whole_numbers(values, name, self._path, 0, _MOST_PIXELS - 1).astype(np.int32, copy=False)
 
     def _times(self, t: NDArray[Any]) -> NDArray[np.int64]:
-        if self._may_be_seconds and t.dtype.kind == "f":
+        if self._may_be_seconds and t.dtype.kind in "iuf":
             if self._in_seconds is None:
-                self._in_seconds = not _are_whole(t) and bool(np.isfinite(t).all())
+                self._in_seconds = t.dtype.kind == "f" and not _are_whole(t) and bool(np.isfinite(t).all())
             if self._in_seconds:
                 return self._from_seconds(t)
         limit = MOST_TIME - abs(self._offset)

@@ -17,8 +17,8 @@ from ..events import EventFileError, Events
 from .findings import Decoded, Findings, Unwrapper
 
 _MOST_HEADER = 2**16  # bytes
-_WORDS = 2**16  # of a chunk of EVT 2.0 and 3.0
-_VECTORS = 2**14  # of a chunk of EVT 2.1, up to 32 events each
+_WORDS = 2**15  # of a chunk of EVT 2.0 and 3.0
+_VECTORS = 2**13  # of a chunk of EVT 2.1, up to 32 events each
 _MOST_SIDE = 2**14  # pixels
 _SAMPLE = 2**13  # words that are looked at for their byte order
 MOST_UNKNOWN = 100  # one word in so many of an unknown kind is damage; more, and it is another format
@@ -247,9 +247,8 @@ def _decode_evt21(chunks: Iterator[tuple[Words, Words]], findings: Findings) -> 
     for high, low in chunks:
         base, at = time(high)
         high, low = high[at], np.ascontiguousarray(low[at], "<u4")
+        base |= (high >> 22) & 0x3F
+        x, y = ((high >> shift & 0x7FF).astype(np.int16) for shift in (11, 0))
         bits = np.flatnonzero(np.unpackbits(low.view(np.uint8), bitorder="little").view(bool))
-        row, bit = bits >> 5, bits & 31
-        words = high[row]
-        t = base[row] | ((words >> 22) & 0x3F)
-        x = ((words >> 11) & 0x7FF).astype(np.int16) + bit.astype(np.int16)
-        yield Events(t, x, (words & 0x7FF).astype(np.int16), words >= 1 << 28)
+        word = bits >> 5
+        yield Events(base[word], x[word] + (bits & 31).astype(np.int16), y[word], (high >= 1 << 28)[word])

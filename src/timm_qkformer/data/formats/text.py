@@ -1,7 +1,7 @@
 """Text: a line an event, columns in an order that a first line names or that their content tells."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from ..events import EventFileError, Events
 from .columns import Columns, find_columns
 from .findings import Decoded, Findings
+from .lines import parse_lines
 
-_BLOCK = 2**20  # bytes
+_BLOCK = 2**18  # bytes
 _LONGEST_LINE = 2**12
 _HEAD = 2**16  # bytes that the order of columns is guessed from
 # Orders without a line of names: the Robotics and Perception Group's, Metavision's, tonic's.
@@ -69,13 +70,13 @@ def _columns(path: Path, file: BinaryIO, names: list[str] | None, width: int) ->
     sample = file.read(_HEAD)
     file.seek(start)
     sample = sample[: sample.rfind(b"\n") + 1] or sample
-    table = _parse(sample, 4)
+    table = parse_lines(sample, 4)
     if table is None:
         table = _whole_lines(path, sample, 4, 1, Findings())
     fitting = [order for order in _ORDERS if _fits(table, order)]
     if len(fitting) > 1:  # x that does not fall looks like a time: the time runs further
-        spans = {order: np.ptp(table[:, order.index("t")]) for order in fitting}
-        fractions = [order for order in fitting if (table[:, order.index("t")] % 1 != 0).any()]
+        spans = {order: np.ptp(table[order.index("t")]) for order in fitting}
+        fractions = [order for order in fitting if (table[order.index("t")] % 1 != 0).any()]
         fitting = fractions or [order for order in fitting if spans[order] == max(spans.values())]
     if len(fitting) != 1:
         orders = ", ".join(_ORDERS)
@@ -84,31 +85,12 @@ def _columns(path: Path, file: BinaryIO, names: list[str] | None, width: int) ->
     return {name: fitting[0].index(name) for name in "txyp"}
 
 
-def _fits(table: NDArray[Any], order: str) -> bool:
-    t, x, y, p = (table[:, order.index(name)] for name in "txyp")
+def _fits(table: Sequence[NDArray[Any]], order: str) -> bool:
+    t, x, y, p = (table[order.index(name)] for name in "txyp")
     whole = all((column % 1 == 0).all() and (column >= 0).all() for column in (x, y))
     steps = np.diff(t)
     in_order = not len(steps) or bool(np.mean(steps >= 0) > 0.99)
     return bool(np.isin(p, (-1, 0, 1)).all()) and whole and in_order
-
-
-def _parse(text: bytes, width: int) -> NDArray[np.float64] | None:
-    """Lines of so many numbers; None if there is anything else."""
-    text = text.strip()
-    letters = np.frombuffer(text + b"\n", np.uint8)
-    ends = np.flatnonzero(letters == ord("\n"))
-    separators = np.cumsum(np.isin(letters, _SEPARATORS))[ends]
-    if (np.diff(separators, prepend=0) != width - 1).any():  # a line is short or long, or there are two in a row
-        return None
-    try:
-        numbers = np.fromstring(text.translate(_SPACES), sep=" ")
-    except (ValueError, DeprecationWarning):  # as new versions of numpy have it; older ones end early
-        return None
-    return numbers.reshape(len(ends), width) if len(numbers) == len(ends) * width else None
-
-
-_SPACES = bytes.maketrans(b",;\t\n\r", b"     ")
-_SEPARATORS = np.frombuffer(b",;\t ", np.uint8)
 
 
 def _decode(path: Path, file: BinaryIO, findings: Findings, columns: dict[str, int], width: int) -> Iterator[Events]:
@@ -118,16 +100,16 @@ def _decode(path: Path, file: BinaryIO, findings: Findings, columns: dict[str, i
         block += file.readline(_LONGEST_LINE)
         if not block.endswith(b"\n") and len(block) >= _BLOCK:
             raise EventFileError(path, f"has a line of more than {_LONGEST_LINE} bytes after line {line}")
-        table = _parse(block, width) if block.strip() else np.zeros((0, width))
+        table = parse_lines(block, width) if block.strip() else []
         if table is None:
             table = _whole_lines(path, block, width, line, findings)
         line += block.count(b"\n")
-        if len(table):
-            yield events(*(table[:, columns[name]] for name in "txyp"))
+        if len(table) and len(table[0]):
+            yield events(*(table[columns[name]] for name in "txyp"))
 
 
-def _whole_lines(path: Path, block: bytes, width: int, line: int, findings: Findings) -> NDArray[np.float64]:
-    """The lines of a block in which not all are sound: empty ones and a last one that is cut are left out."""
+def _whole_lines(path: Path, block: bytes, width: int, line: int, findings: Findings) -> list[NDArray[Any]]:
+    """The columns of a block in which not all are sound: empty ones and a last one that is cut are left out."""
     lines = block.split(b"\n")
     rows = []
     for number, text in enumerate(lines):
@@ -140,4 +122,4 @@ def _whole_lines(path: Path, block: bytes, width: int, line: int, findings: Find
             findings.add("the file is cut: {n} bytes at its end are no whole line and were left out", len(text))
         else:
             raise EventFileError(path, f"line {line + number} of events is {text[:60]!r}, expected {width} numbers")
-    return np.array(rows).reshape(-1, width)
+    return list(np.array(rows).reshape(-1, width).T)
