@@ -1,7 +1,7 @@
 """Convolution and pooling that keep little for the backward pass, with the values and gradients of the plain modules.
 
     convolution   keeps its input packed (`packing`) where that holds few whole numbers
-    max pooling   keeps which of its window's nine elements was the largest, a byte for each output
+    max pooling   keeps which of its window's nine elements was the largest, four bits for each output
 
 On CPUs, in float32 and bfloat16, convolutions of few spikes add weights up event by event (`events`) rather than
 multiply matrices, in the forward pass and for the weights' gradients; the inputs' gradients are dense. Results agree to
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import events
 from .calibration import DENSITIES, BreakEven, Timed, break_even
 from .native import count_training_work, may_run, training_kernels_pay
-from .packing import PackedTensor, SharedInput, refuse_second_derivatives, unpack
+from .packing import PackedTensor, SharedInput, counts, pack, refuse_second_derivatives, unpack
 from .policy import current_policy
 
 DEVICES = ("cpu", "cuda", "xpu")  # that torch has batch_norm_update_stats for
@@ -58,7 +58,7 @@ class _Convolve(torch.autograd.Function):
     ) -> Tensor:
         dtype = _autocast_dtype(x)
         ctx.conv, ctx.shape = conv, x.shape
-        ctx.packed = None if packed is None else packed._replace(data=packed.data.new_empty(0))  # autograd keeps it
+        ctx.packed = None if packed is None else packed.without_data()  # which autograd keeps
         ctx.dtypes = x.dtype, dtype, None if bias is None else bias.dtype
         ctx.subsampled = _subsamples(weight, conv, x)
         x = _subsample(x, conv) if ctx.subsampled else x
@@ -291,32 +291,61 @@ def max_pool(x: Tensor) -> Tensor:
 
 
 class _MaxPool(torch.autograd.Function):
-    """Keeps a byte for each output: the index of the largest element in its window, 0 to 8."""
+    """Keeps four bits for each output: the place of the largest element in its window, 0 to 8."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        result, index = F.max_pool2d(x, 3, 2, 1, return_indices=True)
-        row, column = _window_corners(result)
-        in_window = (index.div(x.shape[3], rounding_mode="floor") - row) * 3 + (index % x.shape[3] - column)
-        ctx.save_for_backward(in_window.to(torch.uint8))
+        result, places = pooled_places(x)
+        ctx.save_for_backward(places.data)
+        ctx.places = places.without_data()
         ctx.shape, ctx.dtype = x.shape, x.dtype
         return result
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         refuse_second_derivatives()
-        (grad,) = grad_outputs
-        (in_window,) = ctx.saved_tensors
-        row, column = _window_corners(in_window)
-        index = (in_window // 3 + row) * ctx.shape[3] + (in_window % 3 + column)
-        # Of its input the pooling's gradient reads the shape and the memory format alone.
-        like = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device, memory_format=torch.channels_last)
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        index = index.contiguous(memory_format=torch.channels_last)
-        gradient: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad, like, [3, 3], [2, 2], [1, 1], [1, 1], False, index
-        )
-        return gradient
+        places = ctx.places._replace(data=ctx.saved_tensors[0])
+        return gradient_of_places(grad_outputs[0], places, ctx.shape, ctx.dtype)
+
+
+_PLACES = counts(8)
+
+
+def pooled_places(x: Tensor) -> tuple[Tensor, PackedTensor]:
+    """`max_pool` of x in channels-last memory, and where in its window each result was, 0 to 8."""
+    result, index = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+    row, column = _window_corners(result)
+    places = (index.div(x.shape[3], rounding_mode="floor") - row) * 3 + (index % x.shape[3] - column)
+    packed = pack(places.to(torch.uint8), _PLACES)
+    assert packed is not None
+    return result, packed
+
+
+def at_places(x: Tensor, places: PackedTensor) -> Tensor:
+    """What x [M, C, H, W] has at places of windows of its pooling, in channels-last memory as x is."""
+    M, C, H, W = x.shape
+    index = _index_of(places, W).permute(0, 2, 3, 1).reshape(M, -1, C)
+    found = x.permute(0, 2, 3, 1).reshape(M, H * W, C).gather(1, index)
+    return found.unflatten(1, places.shape[2:]).permute(0, 3, 1, 2)
+
+
+def gradient_of_places(grad: Tensor, places: PackedTensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The pooling's gradient: from that of its result to that of its input, of this shape."""
+    # Of its input the pooling's gradient reads the shape and the memory format alone.
+    like = torch.empty(shape, dtype=dtype, device=grad.device, memory_format=torch.channels_last)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    index = _index_of(places, shape[3]).contiguous(memory_format=torch.channels_last)
+    gradient: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
+        grad, like, [3, 3], [2, 2], [1, 1], [1, 1], False, index
+    )
+    return gradient
+
+
+def _index_of(packed: PackedTensor, width: int) -> Tensor:
+    """Places in windows as indices into an image so wide."""
+    places = unpack(packed, torch.uint8)
+    row, column = _window_corners(places)
+    return (places // 3 + row) * width + (places % 3 + column)
 
 
 def _window_corners(x: Tensor) -> tuple[Tensor, Tensor]:

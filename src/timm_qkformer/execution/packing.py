@@ -89,6 +89,10 @@ class PackedTensor(NamedTuple):
     shape: torch.Size
     spikes: int | None = None
 
+    def without_data(self) -> "PackedTensor":
+        """The rest of it."""
+        return self._replace(data=self.data.new_empty(0))
+
 
 def pack(x: Tensor, numbers: Range) -> PackedTensor | None:
     """Pack a tensor; None, after one warning, if it holds something else than these numbers.

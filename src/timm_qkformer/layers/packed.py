@@ -5,7 +5,7 @@ What autograd keeps of a unit conv, BN, [pool], LIF is the convolution's input, 
 
     convolution   keeps its input packed, 1 to 8 bits an element, where that holds few whole numbers
     BN + LIF      keep the convolution's output alone (`neurons.normed`)
-    max pooling   keeps a byte for each output (`execution.convolution`)
+    max pooling   keeps four bits for each output (`execution.convolution`), between the two nothing else
     operators     keep their inputs packed and run again in the backward pass (`operators.base`)
 
 Units take this path by themselves while they train, and their plain code wherever they must: under torch.compile,
@@ -82,13 +82,14 @@ def pooled(pool: nn.Module, x: Tensor) -> Tensor:
 
 def spikes(unit: Any, shared: SharedInput) -> Tensor:
     """`SpikingConv.forward`."""
-    is_one_step = type(unit.pool) is nn.Identity and is_unhooked(unit.pool)
+    pools = _is_plain_pool(unit.pool)
+    is_one_step = pools or (type(unit.pool) is nn.Identity and is_unhooked(unit.pool))
     if not is_one_step or unit.batch_coupled or carried_state() is not None:
         return unit.fire(currents(unit, shared))
     y = _convolved(unit.conv, shared)
     if _norm_fires(unit.bn, unit.neuron, y):
-        return unit.pooled(norm_and_fire(y, unit.bn, unit.neuron.spec(membrane_dtype(y)), len(shared.x)))
-    return unit.fire(unit.bn(y).unflatten(0, shared.x.shape[:2]))
+        return unit.pooled(norm_and_fire(y, unit.bn, unit.neuron.spec(membrane_dtype(y)), len(shared.x), pools))
+    return unit.fire(_pool(unit.pool, unit.bn(y)).unflatten(0, shared.x.shape[:2]))
 
 
 def run_unit(unit: Any, shared: SharedInput) -> Tensor:

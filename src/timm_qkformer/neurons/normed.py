@@ -1,6 +1,6 @@
-"""Batch norm and neurons in one step that keeps the convolution's output alone.
+"""Batch norm, perhaps max pooling, and neurons in one step that keeps the convolution's output and where maxima were.
 
-autograd keeps the input of both. Here the normalised currents, potentials and the surrogate's derivative are computed
+autograd keeps the input of each. Here the normalised currents, potentials and the surrogate's derivative are computed
 again from the batch norm's input in the backward pass, all in one kernel (`compiled`). Values and gradients are those
 of the two modules, but for the order of sums. There are no second derivatives.
 """
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..execution.convolution import at_places, gradient_of_places, pooled_places
 from ..execution.packing import refuse_second_derivatives
 from ..execution.policy import current_policy
 from .compiled import alias, compiled_gradients, compiled_spikes
@@ -27,7 +28,7 @@ class _Norm(NamedTuple):
     running_var: Tensor | None
 
 
-def norm_and_fire(y: Tensor, bn: nn.BatchNorm2d, spec: NeuronSpec, steps: int) -> Tensor:
+def norm_and_fire(y: Tensor, bn: nn.BatchNorm2d, spec: NeuronSpec, steps: int, pool: bool = False) -> Tensor:
     """Neurons after a batch norm, starting from rest.
 
     Args:
@@ -35,13 +36,14 @@ def norm_and_fire(y: Tensor, bn: nn.BatchNorm2d, spec: NeuronSpec, steps: int) -
         bn: Batch norm with weight and bias; its statistics move as in its own forward pass.
         spec: The neurons, binary or ternary.
         steps: Time steps T.
+        pool: Pool the normalised currents before the neurons, as `execution.convolution.max_pool` does.
 
     Returns:
-        Spikes [T, B, C, H, W] in channels-last memory.
+        Spikes [T, B, C, H, W], or of the pooled size, in channels-last memory.
     """
     y = y.contiguous(memory_format=torch.channels_last)
     backend = current_policy().neurons
-    result: Tensor = _NormAndFire.apply(y, bn.weight, bn.bias, spec.leak, steps, _norm_of(bn), spec, backend)
+    result: Tensor = _NormAndFire.apply(y, bn.weight, bn.bias, spec.leak, steps, pool, _norm_of(bn), spec, backend)
     return result
 
 
@@ -68,6 +70,7 @@ class _NormAndFire(torch.autograd.Function):
         bias: Tensor,
         leak: Tensor | float,
         steps: int,
+        pool: bool,
         norm: _Norm,
         spec: NeuronSpec,
         backend: str,
@@ -82,7 +85,9 @@ class _NormAndFire(torch.autograd.Function):
         invstd = 1.0 / torch.sqrt(var + norm.eps)
         scale = weight * invstd
         affine = Affine(scale, bias - mean * scale)
-        rows = _rows(y, steps)
+        places = pooled_places(_normalised(y, affine))[1] if pool else None
+        source = y if places is None else at_places(y, places)
+        rows = _rows(source, steps)
         compiled = compiled_spikes(rows, spec, backend, affine)
         if compiled is not None:
             spikes = compiled[0]
@@ -91,19 +96,23 @@ class _NormAndFire(torch.autograd.Function):
             for t, fired in enumerate(fire_steps(scale_and_shift(rows.unbind(0), affine), spec)[0]):
                 spikes[t] = fired
         has_leak = isinstance(leak, Tensor)
-        ctx.save_for_backward(y, weight, mean, invstd, *affine, *([leak] if has_leak else []))
+        more = [*([leak] if has_leak else []), *([] if places is None else [places.data])]
+        ctx.save_for_backward(y, weight, mean, invstd, *affine, *more)
+        ctx.has_leak, ctx.places = has_leak, None if places is None else places.without_data()
         ctx.spec = spec._replace(leak=None) if has_leak else spec
         # Not the running statistics, which the backward pass has no use for and other passes modify.
         ctx.training, ctx.eps, ctx.steps, ctx.backend = norm.training, norm.eps, steps, backend
-        return _images(spikes, y)
+        return _images(spikes, source)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
-        y, weight, mean, invstd, scale, shift, *saved_leak = ctx.saved_tensors
-        spec = ctx.spec._replace(leak=saved_leak[0]) if saved_leak else ctx.spec
+        y, weight, mean, invstd, scale, shift, *more = ctx.saved_tensors
+        spec = ctx.spec._replace(leak=more.pop(0)) if ctx.has_leak else ctx.spec
+        places = None if ctx.places is None else ctx.places._replace(data=more[0])
+        source = y if places is None else at_places(y, places)
         leak_gradient = ctx.needs_input_grad[3]
-        affine, rows = Affine(scale, shift), _rows(y, ctx.steps)
+        affine, rows = Affine(scale, shift), _rows(source, ctx.steps)
         images = grad_outputs[0].flatten(0, 1).contiguous(memory_format=torch.channels_last)
         grad_spikes = _rows(images, ctx.steps)
         compiled = compiled_gradients(grad_spikes, rows, spec, leak_gradient, ctx.backend, affine)
@@ -114,9 +123,12 @@ class _NormAndFire(torch.autograd.Function):
             grads = gradient_steps(grad_spikes.unbind(0), currents, spec, leak_gradient)
             grad_rows = torch.stack([grad.to(y.dtype) for grad in grads.currents])
             grad_leak = None if grads.leak is None else grads.leak.sum()
+        grad_images = _images(grad_rows, source).flatten(0, 1)
+        if places is not None:
+            grad_images = gradient_of_places(grad_images, places, y.shape, y.dtype)
         var = 1.0 / invstd.square()  # stands in for the running variance, from which eval mode's invstd comes
         grad_y, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            _images(grad_rows, y).flatten(0, 1),
+            grad_images,
             y,
             weight,
             mean,
@@ -127,7 +139,13 @@ class _NormAndFire(torch.autograd.Function):
             0.0,
             [*ctx.needs_input_grad[:3]],
         )
-        return grad_y, grad_weight, grad_bias, grad_leak, None, None, None, None
+        return grad_y, grad_weight, grad_bias, grad_leak, *[None] * 5
+
+
+def _normalised(y: Tensor, affine: Affine) -> Tensor:
+    """[T * B, C, H, W] as its batch norm makes it, in the membrane's precision."""
+    (steps,) = scale_and_shift([y.permute(0, 2, 3, 1)], affine)
+    return steps.permute(0, 3, 1, 2)
 
 
 def _rows(y: Tensor, steps: int) -> Tensor:
