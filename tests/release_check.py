@@ -1,12 +1,15 @@
-"""Build sdist and wheel of the last commit from clean, and try them as a stranger would: `make release-check`.
+"""Build sdist and wheels of the last commit from clean, and try them as a stranger would: `make release-check`.
 
-What comes out is in dist/. Checked are the version (against the changelog and a tag, if one is given), metadata, what
-the files hold and how large they are; then the wheel is installed in an empty environment, `pip check` is asked, and
-README's example and a command run outside of the checkout.
+What comes out is in dist/: the sdist, a wheel for every machine and, on Linux, one with kernels for this kind. Checked
+are the version (against the changelog and a tag, if one is given), metadata, what the files hold and how large they
+are; then the wheel for this machine is installed in an empty environment, `pip check` is asked, and README's example
+and commands run outside of the checkout. With the file of a wheel as argument, that one is checked and tried.
 """
 
 import email
+import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -18,31 +21,35 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMITS = {".whl": 6, ".gz": 12}  # MB; the weights of two models are 3.7
+LIMITS = {".whl": 12, ".gz": 12}  # MB; the weights of two models are 3.7
 
 
 def main(arguments: list[str]) -> None:
     """Exits with a message at the first thing that is wrong."""
-    tag = arguments[0] if arguments else None
+    given = arguments[0] if arguments else None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files = _build(folder)
-        version = _check_metadata(files[".whl"])
-        if tag and tag != f"v{version}":
-            raise SystemExit(f"the tag is {tag}, the package's version {version}")
-        _check_changelog(version, released=bool(tag))
-        for suffix, path in files.items():
-            size = path.stat().st_size / 1e6
-            print(f"{path.name}: {size:.1f} MB")
-            if size > LIMITS[suffix]:
-                raise SystemExit(f"{path.name} has {size:.1f} MB, more than {LIMITS[suffix]}")
-        _check_contents(files)
-        _try(folder, files[".whl"])
+        if given and given.endswith(".whl"):
+            wheel = Path(given).resolve()
+            version = _check_metadata(wheel)
+            _check_wheel(wheel)
+            _try(folder, wheel)
+            print(f"{wheel.name} is sound")
+            return
+        sdist, *wheels = _build(folder)
+        for wheel in wheels:
+            version = _check_metadata(wheel)
+            _check_wheel(wheel)
+        if given and given != f"v{version}":
+            raise SystemExit(f"the tag is {given}, the package's version {version}")
+        _check_changelog(version, released=bool(given))
+        _check_sdist(sdist)
+        _try(folder, wheels[-1])
     print(f"{version} can be released: dist/ has the files")
 
 
-def _run(*command: object, cwd: Path | None = None) -> str:
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+def _run(*command: object, cwd: Path | None = None, **env: str) -> str:
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")} | env
     done = subprocess.run(
         [str(word) for word in command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, check=False
     )
@@ -51,8 +58,8 @@ def _run(*command: object, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def _build(folder: Path) -> dict[str, Path]:
-    """The files in dist/, built from the last commit in an environment of their own."""
+def _build(folder: Path) -> list[Path]:
+    """The files in dist/, built from the last commit in an environment of their own: sdist, pure wheel, Linux's."""
     if _run("git", "status", "--porcelain", cwd=ROOT):
         print("note: changes that are not committed are left out", file=sys.stderr)
     archive = folder / "source.tar"
@@ -64,12 +71,21 @@ def _build(folder: Path) -> dict[str, Path]:
     _run(python, "-m", "pip", "install", "--quiet", "build", "twine")
     dist = ROOT / "dist"
     shutil.rmtree(dist, ignore_errors=True)
-    _run(python, "-m", "build", "--outdir", dist, folder / "source")  # the wheel is built from the sdist
+    build = (python, "-m", "build", "--outdir", dist)
+    _run(*build, folder / "source", TIMM_QKFORMER_BUILD_KERNELS="0")  # the wheel is built from the sdist
+    (sdist,) = dist.glob("*.tar.gz")
+    if sys.platform == "linux":
+        with tarfile.open(sdist) as source:
+            source.extractall(folder / "unpacked", filter="data")
+        (unpacked,) = (folder / "unpacked").iterdir()
+        _run(*build, "--wheel", unpacked, TIMM_QKFORMER_BUILD_KERNELS="1")
     _run(python, "-m", "twine", "check", "--strict", *dist.iterdir())
-    files = {path.suffix: path for path in dist.iterdir()}
-    if set(files) != set(LIMITS):
-        raise SystemExit(f"expected one wheel and one sdist, got {sorted(path.name for path in dist.iterdir())}")
-    return files
+    wheels = sorted(dist.glob("*.whl"))  # "any" comes before "linux"
+    tags = [wheel.stem.split("-", 2)[2] for wheel in wheels]
+    expected = ["py3-none-any", f"py3-none-linux_{platform.machine()}"][: 1 + (sys.platform == "linux")]
+    if tags != expected:
+        raise SystemExit(f"expected wheels for {expected}, got {tags}")
+    return [sdist, *wheels]
 
 
 def _check_metadata(wheel: Path) -> str:
@@ -93,8 +109,16 @@ def _check_changelog(version: str, released: bool) -> None:
         raise SystemExit(f"CHANGELOG.md has no heading '## {version} - DATE', but {headings[:3]}")
 
 
-def _check_contents(files: dict[str, Path]) -> None:
-    with zipfile.ZipFile(files[".whl"]) as archive:
+def _check_size(path: Path) -> None:
+    size = path.stat().st_size / 1e6
+    print(f"{path.name}: {size:.1f} MB")
+    if size > LIMITS[path.suffix]:
+        raise SystemExit(f"{path.name} has {size:.1f} MB, more than {LIMITS[path.suffix]}")
+
+
+def _check_wheel(wheel: Path) -> None:
+    _check_size(wheel)
+    with zipfile.ZipFile(wheel) as archive:
         inside = archive.namelist()
     roots = {name.split("/")[0] for name in inside}
     strangers = {root for root in roots if not root.endswith(".dist-info")} - {
@@ -103,7 +127,22 @@ def _check_contents(files: dict[str, Path]) -> None:
     }
     if strangers or any("__pycache__" in name for name in inside):
         raise SystemExit(f"the wheel holds what it should not: {sorted(strangers)}")
-    with tarfile.open(files[".gz"]) as archive:
+    _check_kernels(wheel.name, inside)
+
+
+def _check_kernels(wheel: str, inside: list[str]) -> None:
+    """For each level of the wheel's machine a library of each source; none in a wheel for all."""
+    found = {(Path(name).parent.name, Path(name).name.split("-")[0]) for name in inside if name.endswith(".so")}
+    sources = {Path(name).stem for name in inside if name.endswith(".cpp")} - {"common"}
+    levels = {"x86_64": ("x86-64-v2", "x86-64-v3", "x86-64-v4"), "aarch64": ("armv8-a",)}
+    machine = next((machine for machine in levels if wheel.endswith(f"_{machine}.whl")), "")
+    if found != {(level, source) for level in levels.get(machine, ()) for source in sources}:
+        raise SystemExit(f"{wheel} has kernels {sorted(found)} for the sources {sorted(sources)}")
+
+
+def _check_sdist(sdist: Path) -> None:
+    _check_size(sdist)
+    with tarfile.open(sdist) as archive:
         source = {name.partition("/")[2] for name in archive.getnames()}
     for needed in (
         "README.md",
@@ -111,6 +150,7 @@ def _check_contents(files: dict[str, Path]) -> None:
         "CONTRIBUTING.md",
         "LICENSE",
         "Makefile",
+        "hatch_build.py",
         "mkdocs.yml",
         "tests/test_cli.py",
     ):
@@ -131,6 +171,10 @@ def _try(folder: Path, wheel: Path) -> None:
     print(f"README's example: {answer}")
     if answer != "frog":
         raise SystemExit("README's example answers something else than the comment behind it")
+    kernels = json.loads(_run(binaries / "timm-qkformer", "doctor", "--json", cwd=elsewhere))["kernels"]
+    print(f"kernels: {kernels}")
+    if not wheel.name.endswith("-any.whl") and not kernels.startswith("prebuilt"):
+        raise SystemExit("the kernels that came with the wheel do not run here")
     _run(binaries / "timm-qkformer", "profile", "test_qkformer", "--random", "--limit", "1", "--json", cwd=elsewhere)
 
 

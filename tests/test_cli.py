@@ -13,6 +13,7 @@ import torch
 from timm_qkformer import cli
 from timm_qkformer.commands.help import EXAMPLES
 from timm_qkformer.devices import usable_device
+from timm_qkformer.execution import execution_policy, native
 from timm_qkformer.training.trainer.settings import Settings
 
 
@@ -95,6 +96,27 @@ def test_the_device_is_found_by_itself(command):
     given = vars(cli.build_parser().parse_args([command, *required])).get("device", Settings.device)
     assert given == "auto"
     assert usable_device(given).type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_doctor_says_where_kernels_come_from(capsys, monkeypatch):
+    origins = {"events.cpp": "prebuilt x86-64-v3", "ssa.cpp": "prebuilt x86-64-v3"}
+    monkeypatch.setattr(native, "provenance", lambda: origins)
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "\nkernels      prebuilt x86-64-v3\n" in out
+    assert "events.cpp" not in out
+    assert "apt install" not in out
+    origins["ssa.cpp"] = "none"
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "\nkernels      none, prebuilt x86-64-v3\n  events.cpp           prebuilt x86-64-v3\n" in out
+    assert "apt install g++" in out
+    with execution_policy(kernels="never"):
+        assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kernels"] == "never, says the policy (none, prebuilt x86-64-v3)"
+    assert found["sources"] == origins
+    assert found["versions"].startswith("timm-qkformer ")
 
 
 def test_json_is_all_that_profile_prints(capsys):

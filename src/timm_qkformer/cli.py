@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .commands import analysis, app, events, reproduction, search, streaming
+from .commands import analysis, app, doctor, events, reproduction, search, streaming
 from .commands import export as exporting
 from .commands.help import EXIT_STATUS, HelpFormatter, PrintCompletion, examples
 from .commands.model import add_device
@@ -176,6 +176,7 @@ COMMANDS: dict[str, Command] = {
     "events": ("say what recordings of event cameras hold, and convert them", events.add_events, events.events),
     "search": ("search for architectures without training them", search.add_search, search.search),
     "reproduce": ("remake the paper's tables and figures", reproduction.add_reproduce, reproduction.reproduce),
+    "doctor": ("say what this machine has, and which kernels run on it", doctor.add_doctor, doctor.doctor),
     "publish": ("upload a converted folder to the Hugging Face Hub", _add_publish, _publish),
 }
 ALIASES = {"reproduce": ["paper"]}  # what commands were called before

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from timm_qkformer.execution import compiler
+from timm_qkformer.execution import compiler, libraries
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 
@@ -36,7 +36,7 @@ def refuse(*args, **kwargs):
 
 def test_what_is_on_disk_needs_neither_a_compiler_nor_the_right_to_write(built, monkeypatch):
     monkeypatch.setattr(compiler, "_build", refuse)
-    monkeypatch.setattr(compiler, "_turn", refuse)
+    monkeypatch.setattr(compiler, "turn", refuse)
     monkeypatch.setattr(compiler.tempfile, "mkstemp", refuse)
     assert compiler.load(SOURCE, "a.cpp").answer() == 42
 
@@ -49,7 +49,7 @@ def test_a_damaged_library_is_told_and_made_anew(built, content):
     built.write_bytes(broken)
     assert compiler.load(SOURCE, "a.cpp").answer() == 42
     assert len(list(built.parent.glob("*.so"))) == 1
-    assert compiler._intact(built.parent, compiler._key(SOURCE)) is not None
+    assert libraries.intact(built.parent, compiler.machine_key(SOURCE)) is not None
 
 
 def test_a_cold_cache_that_cannot_be_written_costs_a_folder_of_this_process_alone(cache, monkeypatch):
@@ -145,6 +145,6 @@ def test_eight_processes_build_once(cache, tmp_path):
 
 
 def test_one_folder_serves_machines_of_several_kinds(monkeypatch):
-    key = compiler._key(SOURCE)
+    key = compiler.machine_key(SOURCE)
     monkeypatch.setattr(compiler, "_processor", lambda: "another one")
-    assert compiler._key(SOURCE) != key
+    assert compiler.machine_key(SOURCE) != key

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_qkformer import execution
-from timm_qkformer.execution import convolution, execution_policy, native
+from timm_qkformer.execution import calibration, convolution, execution_policy, native
 from timm_qkformer.execution.packing import TERNARY, counts, pack
 from timm_qkformer.layers import SpikingConv
 
@@ -31,7 +31,7 @@ def small_layers_too(monkeypatch):
     """Lets layers as small as these tests' add events up."""
     for thresholds in (convolution._PRODUCTS, convolution._GRADIENTS):
         for dtype in thresholds:
-            monkeypatch.setitem(thresholds, dtype, convolution._BreakEven(0.5, 0.0))
+            monkeypatch.setitem(thresholds, dtype, calibration.BreakEven(0.5))
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ SHAPES = {  # input [N, H, W, C], output channels, side, stride
     "strided pixels": ((1, 9, 8, 24), 48, 1, 2),
     "wide kernel": ((1, 6, 11, 8), 16, 5, 1),
     "one pixel": ((1, 1, 1, 3), 2, 3, 1),
+    "several blocks of channels": ((2, 3, 4, 450), 64, 3, 1),
     "more pixels than a thread takes": ((2, 13, 17, 9), 130, 3, 1),
 }
 
@@ -160,9 +161,8 @@ def test_dense_products_stand_in(dtype, monkeypatch):
 def test_matrix_units_are_used_where_there_are_some(monkeypatch):
     capabilities = {"amx_int8": True, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert [weights.adds_events("auto", p) for p in weights.PRECISIONS] == [True, True, False]
-    assert all(weights.adds_events("events", p) for p in weights.PRECISIONS)
-    assert not any(weights.adds_events("dense", p) for p in weights.PRECISIONS)
+    for precision, expected in zip(weights.PRECISIONS, ("events", "events", "dense"), strict=True):
+        assert set(deploy(tiny.tiny("test_qkformer").float(), precision).products.values()) == {expected}
     full = torch.empty(0, device="meta")
     assert weights.spikes_dtype("fp32", full, True, BINARY) == torch.float32
 

@@ -1,5 +1,7 @@
 """Every kernel against its readable version in torch operations: sizes, types, neurons, memory layouts."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -176,6 +178,14 @@ def test_the_policy_of_neurons_leaves_kernels_alone(neurons):
         assert kernels._own("fire", x, SPEC, x.dtype) is None
 
 
+def test_a_wrong_setting_is_an_error_and_no_missing_library(monkeypatch):
+    monkeypatch.setattr(native, "_libraries", {})
+    monkeypatch.setenv(native.prebuilt.ENVIRONMENT_VARIABLE, "quick")
+    if sys.platform == "linux":
+        with pytest.raises(ValueError, match="TIMM_QKFORMER_PREBUILT='quick'"):
+            kernels.fire(currents(4, 3, 50), SPEC, torch.uint8)
+
+
 def test_without_a_compiler_torch_operations_run_after_one_warning(monkeypatch, recwarn):
     def fail(*args, **kwargs):
         raise OSError("no such compiler")
@@ -190,7 +200,8 @@ def test_without_a_compiler_torch_operations_run_after_one_warning(monkeypatch, 
     kernels.pool_fire(currents(1, 1, 2, 2, 3).double(), SPEC, torch.float64)  # another library
     (said,) = [str(w.message) for w in recwarn if "no such compiler" in str(w.message)]
     assert said.startswith(
-        "the kernels of kernels.cpp do not compile on this machine; models run without them, which costs speed but "
-        "changes no result: OSError: no such compiler. "
+        "the kernels of kernels.cpp did not come with this installation and do not compile on this machine: deployed "
+        "models and training on CPUs do without, which changes no result but takes up to three times as long: OSError: "
+        "no such compiler. "
     )
     assert "apt install g++" in said

@@ -60,6 +60,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "timm-qkformer search --space hst --score spikes --output found --rounds 5",
     ),
     "reproduce": ("timm-qkformer reproduce --quick", "timm-qkformer reproduce --data photographs --output paper"),
+    "doctor": ("timm-qkformer doctor", "timm-qkformer doctor --json"),
     "publish": ("timm-qkformer publish folder me/qkformer_hst10_384.custom --private",),
 }
 

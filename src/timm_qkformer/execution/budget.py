@@ -4,7 +4,7 @@ Under "auto" a kernel is compiled once the work that it would have done exceeds 
 compiling. So a short run never waits for a compiler, and a long one waits no longer than it has lost already. Counts
 do not depend on the clock: the same calls compile at the same place. Gradients of fast and slow code agree to rounding
 only, so a training run saves the counts (`state_dict`) and a resumed one starts from them: it changes over at the same
-call and repeats its numbers to the bit.
+call and repeats its numbers to the bit. So it does with what this machine was measured to do faster (`calibration`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from . import calibration
+
+_CALIBRATION = "calibration"
 _DTYPE, _DEVICE = "torch.dtype ", "torch.device "  # prefixes of values that are neither numbers nor plain text
 
 
@@ -49,16 +52,21 @@ _budgets: list[Budget] = []
 
 
 def state_dict() -> list[dict[str, Any]]:
-    """For each kind of kernel, what it is and how much work slower code has done. Numbers and text alone."""
-    return [
+    """For each kind of kernel, what it is and how much work slower code has done; then this machine's calibration.
+
+    Numbers and text alone.
+    """
+    work = [
         {"work": work, **{name: _encoded(value) for name, value in key._asdict().items()}}
         for budget in _budgets
         for key, work in list(budget.work.items())
     ]
+    return work + [{"work": 0, _CALIBRATION: name, **value} for name, value in calibration.state_dict().items()]
 
 
 def load_state_dict(state: Sequence[Mapping[str, Any]]) -> None:
     """Continue from what `state_dict` gave in another process; kernels that this version lacks are left out."""
+    calibration.load_state_dict({str(entry[_CALIBRATION]): entry for entry in state if _CALIBRATION in entry})
     for kernel in state:
         fields = {name: _decoded(value) for name, value in kernel.items() if name != "work"}
         any(budget.load(fields, int(kernel["work"])) for budget in _budgets)

@@ -19,6 +19,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,9 @@ from threading import Thread
 from typing import Any
 
 import torch
+
+from .libraries import candidates, intact
+from .libraries import name as file_name
 
 _logger = logging.getLogger(__name__)
 
@@ -52,8 +56,8 @@ def load(source: str, name: str) -> ctypes.CDLL:
         RuntimeError: If the source does not compile.
         OSError: If the result cannot be loaded.
     """
-    folder, key = _folder(), _key(source)
-    found = _intact(folder, key)
+    folder, key = cache_folder(), machine_key(source)
+    found = intact(folder, key)
     if found is not None:
         return ctypes.CDLL(str(found))
     try:
@@ -67,12 +71,23 @@ def load(source: str, name: str) -> ctypes.CDLL:
             return ctypes.CDLL(str(_build(source, folder, key)))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    with _turn(folder / f"{key}.lock", name):
-        found = _intact(folder, key)  # by whoever was first
+    with turn(folder / f"{key}.lock", name):
+        found = intact(folder, key)  # by whoever was first
         return ctypes.CDLL(str(_build(source, folder, key) if found is None else found))
 
 
-def _folder() -> Path:
+def compiler_path() -> str | None:
+    """The C++ compiler that Inductor would call; None if there is none."""
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return shutil.which(os.environ.get("CXX") or default)
+
+
+def is_kept(source: str) -> bool:
+    """Whether the library of a source is on disk."""
+    return intact(cache_folder(), machine_key(source)) is not None
+
+
+def cache_folder() -> Path:
     """Where libraries are kept: in the cache of torch's own kernels."""
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if given:
@@ -84,8 +99,8 @@ def _folder() -> Path:
     return folder
 
 
-def _key(source: str) -> str:
-    """What the library depends on: machines of several kinds may share a folder."""
+def machine_key(source: str) -> str:
+    """A name for what was made of a source on this machine: machines of several kinds may share a folder."""
     parts = (source, torch.__version__, os.environ.get("CXX", ""), platform.machine(), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
@@ -101,23 +116,8 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def _intact(folder: Path, key: str) -> Path | None:
-    """The library on disk whose content is what its name says; damaged ones are passed over."""
-    try:
-        for path in sorted(folder.glob(f"{key}-*.so")):
-            if path.name == _name(key, path.read_bytes()):
-                return path
-    except OSError:
-        pass  # gone meanwhile, or not for us to read
-    return None
-
-
-def _name(key: str, content: bytes) -> str:
-    return f"{key}-{hashlib.sha256(content).hexdigest()[:24]}.so"
-
-
 @contextmanager
-def _turn(path: Path, name: str) -> Iterator[None]:
+def turn(path: Path, name: str) -> Iterator[None]:
     """Wait until no other process holds the lock; with a message, and no longer than a compiler may take.
 
     Without locks (Windows, some network file systems) nobody waits, and a library may be made twice.
@@ -151,12 +151,12 @@ def _build(source: str, folder: Path, key: str) -> Path:
     """Compile, and move the library to its name when it is whole."""
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as made:
         file = Path(made) / "kernels.cpp"
-        file.write_text(source)
+        file.write_text(source, encoding="utf-8")
         command, target = _within_timeout(lambda: _command(str(file), made))
         _run(command, made)
         content = Path(target).read_bytes()
-        path = folder / _name(key, content)
-        for damaged in folder.glob(f"{key}-*.so"):
+        path = folder / file_name(key, content)
+        for damaged in candidates(folder, key):
             damaged.unlink(missing_ok=True)
         os.replace(target, path)
     return path

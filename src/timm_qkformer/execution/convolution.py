@@ -10,7 +10,7 @@ rounding, as those of any two orders of summation; sums of bfloat16 weights and 
 There are no second derivatives.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from . import events
+from .calibration import DENSITIES, BreakEven, Timed, break_even
 from .native import count_training_work, may_run, training_kernels_pay
 from .packing import PackedTensor, SharedInput, refuse_second_derivatives, unpack
 from .policy import current_policy
@@ -177,20 +178,44 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-class _BreakEven(NamedTuple):
-    """Mean spikes an element up to which events are faster: `most`, less an overhead that many additions share."""
+# Typical numbers, for products by the additions that make an output, for gradients by those that a spike takes part in.
+# Measured with AVX-512, where float32, dense and by events, is as fast as with AVX2; dense bfloat16 is twice as fast.
+_PRODUCTS = {torch.float32: BreakEven(0.6, 65), torch.bfloat16: BreakEven(0.3, 100)}
+_GRADIENTS = {torch.float32: BreakEven(0.48, 90), torch.bfloat16: BreakEven(0.22, 45)}
 
-    most: float
-    overhead: float
-
-    def holds(self, density: float, additions: int) -> bool:
-        return density < self.most - self.overhead / additions
+# Inputs [M, C, H, W] of the products that are timed, and C'; as many multiply-adds by 1x1 as by 3x3 kernels.
+_TIMED = {1: (((64, 96, 8, 8), 384), ((64, 384, 8, 8), 384)), 3: (((16, 48, 16, 16), 96), ((16, 192, 8, 8), 192))}
 
 
-# For products by the additions that make an output, for gradients by those that a spike takes part in. Measured with
-# AVX-512, where float32, dense and by events, is as fast as with AVX2; dense bfloat16 is twice as fast.
-_PRODUCTS = {torch.float32: _BreakEven(0.6, 65), torch.bfloat16: _BreakEven(0.3, 100)}
-_GRADIENTS = {torch.float32: _BreakEven(0.48, 90), torch.bfloat16: _BreakEven(0.22, 45)}
+def _break_even(dtype: torch.dtype, side: int, gradient: bool) -> BreakEven:
+    """Where training breaks even on this machine."""
+    name = str(dtype).removeprefix("torch.")
+    kind = f"training {name}, {'gradients' if gradient else 'products'}, {side}x{side}"
+    typical = (_GRADIENTS if gradient else _PRODUCTS)[dtype]
+    if side not in _TIMED:
+        return typical
+    return break_even(kind, typical, lambda: [_timed(*sizes, dtype, side, gradient) for sizes in _TIMED[side]])
+
+
+def _timed(shape: tuple[int, ...], outputs: int, dtype: torch.dtype, side: int, gradient: bool) -> Timed:
+    """A training step's product, or the gradient of its weights, as `_Convolve` runs them."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outputs, shape[1], side, side, generator=generator).to(dtype)
+    noise = torch.rand(shape, generator=generator)
+    inputs = [(noise < density).to(dtype).contiguous(memory_format=torch.channels_last) for density in DENSITIES]
+    if not gradient:
+        events_of = [partial(_event_products, x, weight, None, 1) for x in inputs]
+        return Timed(weight[0].numel(), events_of, partial(F.conv2d, inputs[0], weight, None, 1, side // 2))
+    grad = torch.randn(shape[0], outputs, *shape[2:], generator=generator).to(dtype)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    spikes = [x.to(torch.uint8, memory_format=torch.preserve_format) for x in inputs]
+    dense = partial(_dense_gradients, grad, inputs[0], weight, side // 2)
+    return Timed(weight[:, 0].numel(), [partial(_event_weight_gradient, x, grad, weight) for x in spikes], dense)
+
+
+def _dense_gradients(grad: Tensor, x: Tensor, weight: Tensor, padding: int) -> Any:
+    args = ([1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [False, True, False])
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *args)
 
 
 def _choose(x: Tensor, packed: PackedTensor | None, weight: Tensor, stride: list[int], conv: _Conv) -> _Choice:
@@ -223,17 +248,19 @@ def _choose(x: Tensor, packed: PackedTensor | None, weight: Tensor, stride: list
     # A sum of spikes above one is one event, and counts as several here: cheaper than looking for them.
     spikes = packed.spikes if x.numel() == packed.shape.numel() else None
     density = (x.sum(dtype=torch.float32).item() if spikes is None else spikes) / x.numel()
-    choice = _Choice(
-        _PRODUCTS[weight.dtype].holds(density, channels * side**2),
-        stride[0] == 1 and _GRADIENTS[weight.dtype].holds(density, outputs * side**2),
-    )
-    if not any(choice):
-        return choice
     if not training_kernels_pay():
-        if current_policy().kernels == "auto":
+        if current_policy().kernels == "auto" and density < _PRODUCTS[weight.dtype].most:
             count_training_work(x.numel() // stride[0] ** 2 * weight[:, 0].numel())
         return _Choice()
-    return choice if events.can_train(x) else _Choice()
+    if not events.can_train(x):
+        return _Choice()
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        products = _break_even(weight.dtype, side, gradient=False)
+        gradients = _break_even(weight.dtype, side, gradient=True)
+    return _Choice(
+        products.holds(density, channels * side**2),
+        stride[0] == 1 and gradients.holds(density, outputs * side**2),
+    )
 
 
 def _event_products(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:

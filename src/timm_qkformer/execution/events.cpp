@@ -38,28 +38,32 @@ class Buffer {
     }
 };
 
-// What arrives at rows of channels: single spikes, and sums of several. Those of row r end where the next row's room
-// begins, or before.
+// What arrives at rows, each a block of a pixel's channels: single spikes, and sums of several. Row r is block r % blocks of
+// pixel r / blocks. Its events end where the next row's room begins, or before.
 struct Events {
     Buffer<Int> single_begin, single_end, several_begin, several_end;
     Buffer<Channel> single;
     Buffer<Several> several;
 };
 
-const Events& list_events(const std::uint8_t* x, Int rows, Int C, int threads) {
+const Events& list_events(const std::uint8_t* x, Int pixels, Int C, Int block, int threads) {
+    const Int blocks = (C + block - 1) / block, rows = pixels * blocks;
     static thread_local Events of_this_thread;  // kept for the next convolution: fresh pages cost more than the listing
     Events& events = of_this_thread;
     for (Buffer<Int>* ends : {&events.single_begin, &events.single_end, &events.several_begin, &events.several_end})
         ends->resize(rows);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (Int r = 0; r < rows; ++r) {
-        std::int32_t single = 0, several = 0;
-        for (Int c = 0; c < C; ++c) {
-            single += x[r * C + c] == 1;
-            several += x[r * C + c] > 1;
+    for (Int pixel = 0; pixel < pixels; ++pixel) {
+        for (Int b = 0, r = pixel * blocks; b < blocks; ++b, ++r) {
+            const Int last = std::min(C, (b + 1) * block);
+            std::int32_t single = 0, several = 0;
+            for (Int c = b * block; c < last; ++c) {
+                single += x[pixel * C + c] == 1;
+                several += x[pixel * C + c] > 1;
+            }
+            events.single_end[r] = single;
+            events.several_end[r] = several;
         }
-        events.single_end[r] = single;
-        events.several_end[r] = several;
     }
     Int singles = 0, severals = 0;
     for (Int r = 0; r < rows; ++r) {
@@ -71,35 +75,39 @@ const Events& list_events(const std::uint8_t* x, Int rows, Int C, int threads) {
     events.single.resize(singles);
     events.several.resize(severals);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (Int r = 0; r < rows; ++r) {
-        Channel* single = events.single.get() + events.single_begin[r];
-        Several* several = events.several.get() + events.several_begin[r];
-        for (Int c = 0; c < C; c += 8) {
-            std::uint64_t eight = 0;
-            std::memcpy(&eight, x + r * C + c, std::min<Int>(8, C - c));
-            if (eight == 0) continue;
-            if ((eight & ALL_BUT_ONES) == 0) {
-                for (int i = 0; i < 8; ++i, eight >>= 8) {
-                    *single = static_cast<Channel>(c + i);
-                    single += eight & 1;
-                }
-            } else {
-                for (int i = 0; i < 8; ++i, eight >>= 8) {
-                    const auto times = static_cast<Channel>(eight & 255);
-                    *single = static_cast<Channel>(c + i);
-                    single += times == 1;
-                    *several = {static_cast<Channel>(c + i), times};
-                    several += times > 1;
+    for (Int pixel = 0; pixel < pixels; ++pixel) {
+        for (Int b = 0, r = pixel * blocks; b < blocks; ++b, ++r) {
+            Channel* single = events.single.get() + events.single_begin[r];
+            Several* several = events.several.get() + events.several_begin[r];
+            const Int last = std::min(C, (b + 1) * block);
+            for (Int c = b * block; c < last; c += 8) {
+                std::uint64_t eight = 0;
+                std::memcpy(&eight, x + pixel * C + c, std::min<Int>(8, last - c));
+                if (eight == 0) continue;
+                if ((eight & ALL_BUT_ONES) == 0) {
+                    for (int i = 0; i < 8; ++i, eight >>= 8) {
+                        *single = static_cast<Channel>(c + i);
+                        single += eight & 1;
+                    }
+                } else {
+                    for (int i = 0; i < 8; ++i, eight >>= 8) {
+                        const auto times = static_cast<Channel>(eight & 255);
+                        *single = static_cast<Channel>(c + i);
+                        single += times == 1;
+                        *several = {static_cast<Channel>(c + i), times};
+                        several += times > 1;
+                    }
                 }
             }
+            events.single_end[r] = single - events.single.get();
+            events.several_end[r] = several - events.several.get();
         }
-        events.single_end[r] = single - events.single.get();
-        events.several_end[r] = several - events.several.get();
     }
     return events;
 }
 
 constexpr int OUTPUTS = 64;  // pixels whose sums stay in the first cache together
+constexpr Int WEIGHTS = 49152;  // bytes of weights that are used for all of them before others are
 
 // Input currents of OUTPUTS pixels and WIDTH channels, for weights of one type.
 template <class Weight, int WIDTH>
@@ -273,63 +281,96 @@ void fire(Sums& currents, const float* bias, const float* scale, Int T, Int posi
     }
 }
 
+// A convolution: what it takes, and how large that is.
+struct Shape {
+    Int M, H, W, C, C_out, side, stride;
+
+    Int height() const { return (H - 1) / stride + 1; }
+    Int width() const { return (W - 1) / stride + 1; }
+};
+
+// Outputs whose sums are computed together: T steps of some positions.
+struct Outputs {
+    Int n;
+    Int image[OUTPUTS], top[OUTPUTS], left[OUTPUTS];  // of the pixels that an output sees, the first
+
+    Outputs(const Shape& shape, Int T, Int all_positions, Int first, Int positions) : n(T * positions) {
+        for (Int o = 0, t = 0; t < T; ++t) {
+            const Int at = t * all_positions + first, W = shape.width();
+            Int m = at / W / shape.height(), row = at / W % shape.height(), column = at % W;
+            for (Int p = 0; p < positions; ++p, ++o) {
+                image[o] = m * shape.H;
+                top[o] = row * shape.stride - shape.side / 2;
+                left[o] = column * shape.stride - shape.side / 2;
+                if (++column < W) continue;
+                column = 0;
+                if (++row < shape.height()) continue;
+                row = 0;
+                ++m;
+            }
+        }
+    }
+
+    // The pixel at a place of an output's kernel; -1 beyond the border.
+    Int pixel(const Shape& shape, Int o, Int i, Int j) const {
+        const Int row = top[o] + i, column = left[o] + j;
+        if (row < 0 || row >= shape.H || column < 0 || column >= shape.W) return -1;
+        return (image[o] + row) * shape.W + column;
+    }
+};
+
+// Place by place and block by block: their weights are in the first cache then.
+template <int WIDTH, class Weight, class Sums>
+void add_events(Sums& sums, const Outputs& outputs, const Events& events, const Weight* weights, const Shape& shape,
+                Int blocks) {
+    for (Int i = 0; i < shape.side; ++i) {
+        for (Int j = 0; j < shape.side; ++j, weights += shape.C * WIDTH) {
+            for (Int block = 0; block < blocks; ++block) {
+                for (Int o = 0; o < outputs.n; ++o) {
+                    const Int pixel = outputs.pixel(shape, o, i, j);
+                    if (pixel < 0) continue;
+                    const Int r = pixel * blocks + block;
+                    sums.add(o, weights, events.single.get() + events.single_begin[r],
+                             events.single.get() + events.single_end[r], events.several.get() + events.several_begin[r],
+                             events.several.get() + events.several_end[r]);
+                }
+            }
+        }
+    }
+}
+
 // T steps of a position are computed by the same thread; T is 1 where a step does not depend on others. Where `periodic`,
 // neurons fire at every k-th step, and x has the first spikes alone: at step k those of period k.
 template <class Weight, int WIDTH>
 void convolve_as(const std::uint8_t* x, const Weight* weight, const float* bias, const float* scale, const Target& to,
-                 Int T, bool periodic, Int M, Int H, Int W, Int C, Int C_out, Int side, Int stride, int threads) {
-    const Int H_out = (H - 1) / stride + 1, W_out = (W - 1) / stride + 1;
-    const Int all_positions = M / T * H_out * W_out, most = OUTPUTS / T;
+                 Int T, bool periodic, const Shape& shape, int threads) {
+    const Int all_positions = shape.M / T * shape.height() * shape.width(), most = OUTPUTS / T;
     const Int chunks = (all_positions + most - 1) / most;
-    const Events& events = list_events(x, M * H * W, C, threads);
+    const Int places = shape.side * shape.side, C_out = shape.C_out;
+    const Int block = WEIGHTS / static_cast<Int>(WIDTH * sizeof(Weight));
+    const Int blocks = (shape.C + block - 1) / block;
+    const Events& events = list_events(x, shape.M * shape.H * shape.W, shape.C, block, threads);
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
     for (Int tile = 0; tile < C_out / WIDTH; ++tile) {
         for (Int chunk = 0; chunk < chunks; ++chunk) {
             const Int start = tile * WIDTH, first = chunk * most, positions = std::min(most, all_positions - first);
-            const Int n = T * positions;
-            Int image[OUTPUTS], top[OUTPUTS], left[OUTPUTS];
+            const Outputs outputs(shape, T, all_positions, first, positions);
             alignas(64) Currents<Weight, WIDTH> currents;
-            for (Int o = 0, t = 0; t < T; ++t) {
-                const Int at = t * all_positions + first;
-                Int m = at / W_out / H_out, row = at / W_out % H_out, column = at % W_out;
-                for (Int p = 0; p < positions; ++p, ++o) {
-                    image[o] = m * H;
-                    top[o] = row * stride - side / 2;
-                    left[o] = column * stride - side / 2;
-                    currents.begin(o, periodic && t > 0 ? nullptr : bias + start);  // each step has a share of the first
-                    if (++column < W_out) continue;
-                    column = 0;
-                    if (++row < H_out) continue;
-                    row = 0;
-                    ++m;
-                }
-            }
-            for (Int i = 0; i < side; ++i) {
-                for (Int j = 0; j < side; ++j) {
-                    const Weight* weights = weight + ((start * side + i * WIDTH) * side + j * WIDTH) * C;
-                    for (Int o = 0; o < n; ++o) {
-                        const Int row = top[o] + i, column = left[o] + j;
-                        if (row < 0 || row >= H || column < 0 || column >= W) continue;
-                        const Int pixel = (image[o] + row) * W + column;
-                        currents.add(o, weights, events.single.get() + events.single_begin[pixel],
-                                     events.single.get() + events.single_end[pixel],
-                                     events.several.get() + events.several_begin[pixel],
-                                     events.several.get() + events.several_end[pixel]);
-                    }
-                }
-            }
+            for (Int o = 0; o < outputs.n; ++o)  // each step has a share of the first
+                currents.begin(o, periodic && o >= positions ? nullptr : bias + start);
+            add_events<WIDTH>(currents, outputs, events, weight + start * places * shape.C, shape, blocks);
             if (periodic) sum_up_periods(currents, T, positions);
             if (to.neuron != nullptr) {
                 fire<WIDTH>(currents, bias + start, scale + start, T, positions, first * C_out + start, C_out, to);
             } else {
-                for (Int o = 0; o < n; ++o) {
+                for (Int o = 0; o < outputs.n; ++o) {
                     const Int at = (o / positions * all_positions + first + o % positions) * C_out + start;
                     if (to.currents != nullptr) {
                         currents.store(o, to.currents + at, bias + start, scale + start);
                     } else {
-                        float x[WIDTH];
-                        currents.store(o, x, bias + start, scale + start);
-                        for (int i = 0; i < WIDTH; ++i) to.rounded_currents[at + i] = rounded(x[i]);
+                        float values[WIDTH];
+                        currents.store(o, values, bias + start, scale + start);
+                        for (int i = 0; i < WIDTH; ++i) to.rounded_currents[at + i] = rounded(values[i]);
                     }
                 }
             }
@@ -343,7 +384,7 @@ void convolve(const std::uint8_t* x, const Weight* weight, const float* bias, co
     const auto run = width == 64   ? convolve_as<Weight, 64>
                      : width == 32 ? convolve_as<Weight, 32>
                                    : convolve_as<Weight, 16>;
-    run(x, weight, bias, scale, to, T, periodic, M, H, W, C, C_out, side, stride, threads);
+    run(x, weight, bias, scale, to, T, periodic, Shape{M, H, W, C, C_out, side, stride}, threads);
 }
 
 }  // namespace

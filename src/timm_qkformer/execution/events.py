@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .memory import fresh
 from .native import INT, POINTER, THREADS, function, may_run, neuron_operand
 
 _ARITHMETIC = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.int8: torch.int8}
@@ -129,7 +130,7 @@ class EventWeights:
         if periods > 1:
             x = first_spikes(x.unflatten(0, (periods, -1))).flatten(0, 1)
         x, stride = self._needed(x)
-        out = torch.empty(*x.shape[:1], *self._size(x, stride), len(self.bias), dtype=dtype, device=x.device)
+        out = fresh((*x.shape[:1], *self._size(x, stride), len(self.bias)), dtype)
         kernel = _kernel("convolve", self.arithmetic)
         assert kernel is not None
         results = (out.data_ptr(), None) if dtype == torch.float32 else (None, out.data_ptr())

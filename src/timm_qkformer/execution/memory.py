@@ -20,7 +20,7 @@ def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     The kernel hands out large tensors page by page while they are first written, which takes longer than the writing;
     numpy asks for huge pages from the same size on.
     """
-    tensor = torch.empty(*shape, dtype=dtype)
+    tensor = torch.empty(*shape, dtype=dtype, device="cpu")
     size = tensor.numel() * tensor.element_size()
     if size >= _LEAST and (advise := _advise()) is not None:
         start = -(-tensor.data_ptr() // _PAGE) * _PAGE

@@ -1,16 +1,18 @@
-"""Kernels in C++, compiled on this machine when they are first needed (`compiler`)."""
+"""Kernels in C++: those that came with the wheel (`prebuilt`), else compiled here when first needed (`compiler`)."""
 
 import ctypes
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import compiler
+from . import compiler, prebuilt
 from .budget import Budget
+from .libraries import COMMON, Source, sources
 from .policy import current_policy, under_dispatch_mode
 
 # Multiply-adds that dense convolutions do in training, without gradients, before "auto" compiles kernels for it: one
@@ -67,7 +69,7 @@ def may_run(x: Tensor) -> bool:
 def function(
     name: str, package: str, file: str, functions: Mapping[str, Sequence[Any]], instances: str = ""
 ) -> Callable[..., None] | None:
-    """A function of a library; None, after one warning, on machines that cannot compile it.
+    """A function of a library; None, after one warning, where none came along and none can be compiled.
 
     Args:
         name: Of the function.
@@ -80,18 +82,21 @@ def function(
     if key not in _libraries:
         with _compiling:
             if key not in _libraries:
-                _libraries[key] = _compile(package, file, functions, instances)
+                _libraries[key] = _load(package, file, functions, instances)
     library = _libraries[key]
     return None if library is None else getattr(library, name)
 
 
-def _compile(package: str, file: str, functions: Mapping[str, Sequence[Any]], instances: str) -> ctypes.CDLL | None:
+def _load(package: str, file: str, functions: Mapping[str, Sequence[Any]], instances: str) -> ctypes.CDLL | None:
     global _missing
-    if _missing is not None:  # whoever was asked in vain, and perhaps for minutes, is not asked again
-        return None
+    prebuilt.levels()  # a setting that is wrong is the user's error, not a missing library
     try:
-        sources = files(__package__).joinpath("common.cpp"), files(package).joinpath(file)
-        library = compiler.load("\n".join([*(source.read_text() for source in sources), instances]), file)
+        source = Source.of(files(__package__).joinpath(COMMON), files(package).joinpath(file))
+        library = prebuilt.load(source, functions)
+        if library is None:
+            if _missing is not None:  # whoever was asked in vain, perhaps for minutes, is not asked again
+                return None
+            library = compiler.load(source.text(instances), file)
         for name, operands in functions.items():
             run = getattr(library, name)
             run.argtypes, run.restype = operands, None
@@ -103,7 +108,25 @@ def _compile(package: str, file: str, functions: Mapping[str, Sequence[Any]], in
     return library
 
 
-_INSTALL = (
+def provenance() -> dict[str, str]:
+    """Where the kernels of each of this package's sources come from on this machine; nothing is compiled to find out.
+
+    "prebuilt" and the kind of processors: they came with the wheel. "built here": they are on disk, or will be compiled
+    when they are first needed. "none": nothing came along, and there is no compiler.
+    """
+    return {source.file: _origin(source) for source in sources(Path(__file__).parents[1])}
+
+
+def _origin(source: Source) -> str:
+    found = prebuilt.find(source)
+    if found is not None and prebuilt.shares_openmp():
+        return f"prebuilt {found[0].name}"
+    if compiler.compiler_path() or any(compiler.is_kept(source.text(each)) for each in source.instances()):
+        return "built here"
+    return "none"
+
+
+INSTALL = (
     "a C++ compiler makes them: `apt install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora), "
     "`conda install gxx`, `xcode-select --install` (macOS)"
 )
@@ -118,8 +141,9 @@ def _warn(file: str, error: Exception) -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"the kernels of {file} do not compile on this machine; models run without them, which costs speed but "
-            f"changes no result: {type(error).__name__}: {error}. {_INSTALL}; or "
+            f"the kernels of {file} did not come with this installation and do not compile on this machine: deployed "
+            "models and training on CPUs do without, which changes no result but takes up to three times as long: "
+            f"{type(error).__name__}: {error}. {INSTALL}; or "
             'execution_policy(kernels="never") silences this',
             RuntimeWarning,
             stacklevel=4,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..execution.libraries import TYPES
 from ..execution.memory import fresh
 from ..execution.native import DOUBLE, INT, POINTER, THREADS, function, may_run, neuron_operand
 from ..neurons import NeuronSpec, integrate_and_fire, membrane_dtype, run_neurons
@@ -18,12 +19,8 @@ from ..neurons.state import Carried, carried_state
 from ..operators import NativeKernel
 
 # (currents, spikes), as the C++ sources spell them
-_TYPES: dict[tuple[torch.dtype, torch.dtype], str] = {
-    (torch.float64, torch.float64): "float64_float64, double, double",
-    (torch.float32, torch.float32): "float32_float32, float, float",
-    (torch.float32, torch.bfloat16): "float32_bfloat16, float, BFloat16",
-    (torch.float32, torch.uint8): "float32_uint8, float, std::uint8_t",
-    (torch.bfloat16, torch.bfloat16): "bfloat16_bfloat16, BFloat16, BFloat16",
+_TYPES: dict[tuple[torch.dtype, ...], str] = {
+    tuple(getattr(torch, name) for name in types.partition(",")[0].split("_")): types for types in TYPES
 }
 
 _OWN: dict[str, list[Any]] = {

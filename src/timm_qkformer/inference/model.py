@@ -1,6 +1,6 @@
 """From a trained model to one that only runs, and runs fast, with the interface of the one that it was made from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, NoReturn
 
@@ -15,8 +15,8 @@ from ..models.stepping import StreamState, run_step
 from .blocks import DeployedUnit
 from .feedback import deployed_stage
 from .guard import check_can_run, refuse
-from .projection import Projection
-from .weights import PRECISIONS, PRODUCTS, adds_events, check_sums, fits_bytes, spikes_dtype, weights_dtype
+from .products import check_choices, choose, densities, projections
+from .weights import PRECISIONS, PRODUCTS, check_sums, fits_bytes, spikes_dtype, weights_dtype
 
 # Samples run together as long as the last stage has no more tokens [T, B, N] than this: enough to keep matrix products
 # efficient, few enough to stay in the processor's cache.
@@ -35,13 +35,20 @@ class DeployedModel(nn.Module):
     Args:
         model: The original, which stays as it is.
         precision: "fp32", "bf16" or "int8".
-        products: "auto", "events" or "dense".
+        products: "auto", "events" or "dense", or what `products` of another such model says.
+        images: Of which "auto" chooses by.
 
     Raises:
         TypeError, ValueError: See `deploy`.
     """
 
-    def __init__(self, model: SpikingTransformer, precision: str, products: str) -> None:
+    def __init__(
+        self,
+        model: SpikingTransformer,
+        precision: str,
+        products: str | Mapping[str, str] = "auto",
+        images: Tensor | None = None,
+    ) -> None:
         super().__init__()
         if type(model.readout) not in (MeanReadout, MembraneReadout):
             raise TypeError(f"readout is a {type(model.readout).__name__}, expected MeanReadout or MembraneReadout")
@@ -70,12 +77,32 @@ class DeployedModel(nn.Module):
         self.batch_coupled = any(getattr(module, "batch_coupled", False) for module in self.modules())
         self.numbers = _numbers(stages, model.membrane_shortcut)
         for i, stage in enumerate(stages):
-            check_sums(_numbers([stage], model.membrane_shortcut), f"stages.{i}", precision, products)
-        self.events = fits_bytes(self.numbers) and stem_dtype == torch.float32 and adds_events(products, precision)
-        for module in self.stages.modules():
-            if isinstance(module, Projection):
-                module.events = self.events
+            asked = "events" if isinstance(products, Mapping) and "events" in products.values() else products
+            check_sums(_numbers([stage], model.membrane_shortcut), f"stages.{i}", precision, str(asked))
+        # Whether spikes are bytes, which convolutions may add up.
+        self.events = fits_bytes(self.numbers) and stem_dtype == torch.float32 and products != "dense"
+        self._set_products(self._choices(products, images))
         self._spikes_dtype()  # warns here rather than in the first batch
+
+    def _choices(self, products: str | Mapping[str, str], images: Tensor | None) -> dict[str, str]:
+        if isinstance(products, Mapping):
+            return check_choices(self, products)
+        if products != "auto" or not self.events or self.stem.projection.weight.device.type != "cpu":
+            return dict.fromkeys(projections(self), "events" if self.events else "dense")
+        if images is None:
+            return choose(self, self.precision)
+        self._set_products(dict.fromkeys(projections(self), "events"))
+        return choose(self, self.precision, densities(self, images))
+
+    def _set_products(self, choices: Mapping[str, str]) -> None:
+        for name, layer in projections(self).items():
+            layer.events = choices[name] == "events"
+        self.events = self.events and "events" in choices.values()
+
+    @property
+    def products(self) -> dict[str, str]:
+        """What each convolution does, "events" or "dense", by name; `deploy` takes it, too."""
+        return {name: "events" if layer.events else "dense" for name, layer in projections(self).items()}
 
     def _spikes_dtype(self) -> torch.dtype:
         return spikes_dtype(self.precision, self.stem.projection.weight, self.events, self.numbers)
@@ -222,7 +249,12 @@ def _numbers(stages: list[Any], membrane_shortcut: bool) -> Range:
     return Range(min(n.low for n in numbers), max(n.high for n in numbers))
 
 
-def deploy(model: nn.Module, precision: str = "fp32", products: str = "auto") -> DeployedModel:
+def deploy(
+    model: nn.Module,
+    precision: str = "fp32",
+    products: str | Mapping[str, str] = "auto",
+    images: Tensor | None = None,
+) -> DeployedModel:
     """Make a model for inference: the same answers in a fraction of the time.
 
     Batch norms are folded into the convolutions, tensors are channels last, and neurons run in kernels together with
@@ -241,8 +273,13 @@ def deploy(model: nn.Module, precision: str = "fp32", products: str = "auto") ->
             "events": add a spike's weights to the outputs that see it. Silence costs nothing: the sparser the spikes,
             the faster. Currents are float32.
             "dense": multiply matrices of spikes, most of them zeros, and weights.
-            "auto": events, except where a processor has matrix units (AMX) for the precision. On other devices and in
-            float64 products are dense.
+            "auto": for each convolution what this machine does faster, for the precision, the kernel, and the share of
+            inputs that is not zero. Large models have that measured, once for a machine, in a second or two
+            (`execution.calibration`).
+            A mapping: what `products` of another deployed model says, on this machine or another. On other devices and
+            in float64 products are dense.
+        images: A batch [B, C, H, W] or event clips [B, T, C, H, W], prepared as for the model, that "auto" finds those
+            shares by. Otherwise they are typical ones.
 
     Returns:
         The model, in eval mode, on the original's device.
@@ -257,8 +294,10 @@ def deploy(model: nn.Module, precision: str = "fp32", products: str = "auto") ->
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown, choose one of {list(PRECISIONS)}")
-    if products not in PRODUCTS:
+    if not isinstance(products, Mapping) and products not in PRODUCTS:
         raise ValueError(f"products={products!r} is unknown, choose one of {list(PRODUCTS)}")
+    if images is not None and products != "auto":
+        raise ValueError(f'images are what products="auto" chooses by, and products={products!r}: give one of them')
     if not isinstance(model, SpikingTransformer):
         raise TypeError(
             f"model is a {type(model).__name__}, expected a QKFormer or MaxFormer, without a wrapper around it (take "
@@ -266,4 +305,4 @@ def deploy(model: nn.Module, precision: str = "fp32", products: str = "auto") ->
         )
     # Not as inference tensors: load_state_dict could not write to them later.
     with torch.inference_mode(False), torch.no_grad():
-        return DeployedModel(model, precision, products)
+        return DeployedModel(model, precision, products, images)

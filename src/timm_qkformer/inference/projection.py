@@ -55,6 +55,7 @@ class Projection(DerivedState):
         self.stride = stride
         self.groups = groups
         self.events = False  # whether spikes as bytes are added up event by event
+        self.seen: list[float] | None = None  # densities of inputs, while `products.densities` asks for them
         self.kernel_size = weight.shape[-1]
         self.register_buffer("weight", weight.to(dtype))
         self.register_buffer("bias", bias.to(torch.float64 if dtype == torch.float64 else torch.float32))
@@ -100,7 +101,11 @@ class Projection(DerivedState):
         if events is not None:
             return events.currents(x, periods if events.can_add_periods(periods) else 1)
         if x.dtype == torch.uint8 and not self._multiplies_bytes(x):
-            x = x.to(self.bias.dtype)
+            return self._multiply(x.to(self._multiplied_as(x))).to(self.bias.dtype)
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """Dense products, in the arithmetic of x's dtype."""
         run: Callable[[Tensor], Tensor] = self._packed(x.dtype, lambda: self._pack(x))
         if self.is_matrix:
             if self.stride > 1:
@@ -153,12 +158,19 @@ class Projection(DerivedState):
         return packed.weights
 
     def _event_weights(self, x: Tensor) -> EventWeights | None:
+        if self.seen is not None:
+            self.seen.append(x.count_nonzero().item() / x.numel())
         if not self.events or self.groups > 1 or not EventWeights.take(self.weight, x):
             return None
         weights: EventWeights = self._packed(
             "events", lambda: EventWeights(self.weight, self.bias, self.scale, self.stride)
         )
         return weights
+
+    def _multiplied_as(self, x: Tensor) -> torch.dtype:
+        """What spikes as bytes become where bytes are not multiplied."""
+        is_half = self.weight.dtype == torch.bfloat16 and has_onednn(torch.bfloat16, x.device)
+        return torch.bfloat16 if is_half else self.bias.dtype
 
     def _multiplies_bytes(self, x: Tensor) -> bool:
         return self.weight.dtype == torch.int8 and has_onednn(torch.uint8, x.device)

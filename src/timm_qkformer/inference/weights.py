@@ -65,18 +65,6 @@ def weights_dtype(precision: str, full: torch.dtype) -> torch.dtype:
     return {"fp32": full, "bf16": torch.bfloat16, "int8": torch.int8}[precision]
 
 
-def adds_events(products: str, precision: str) -> bool:
-    """Whether convolutions on CPUs add the weights of spikes up, event by event, rather than multiply matrices.
-
-    "auto" does, unless this machine has matrix units (AMX) for the precision. It is a matter of the machine and never
-    of the data, so that a sample's answer does not depend on others.
-    """
-    matrix_unit = {"bf16": "amx_bf16", "int8": "amx_int8"}.get(precision, "")
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
-    has_unit = bool(capabilities.get(matrix_unit))
-    return products == "events" or (products == "auto" and not has_unit)
-
-
 def spikes_dtype(precision: str, like: Tensor, events: bool, numbers: Range) -> torch.dtype:
     """What spikes are stored in, which decides the arithmetic of the convolutions that take them.
 
