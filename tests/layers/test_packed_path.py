@@ -252,7 +252,7 @@ def test_bytes_of_hst4_384(half, saved):
         sizes.append(kept_bytes(saved))
     assert sizes[1] < 0.4 * sizes[0]
     per_image_at_full_width = 4 * sizes[1] / len(x) / 1e6
-    assert per_image_at_full_width < (26 if half else 50)
+    assert per_image_at_full_width < (25 if half else 46)
 
 
 def test_autocast():
