@@ -8,7 +8,7 @@ DOCS_STAMP := $(DOCS_VENV)/.installed
 TAG ?=
 
 .DEFAULT_GOAL := help
-.PHONY: clients help demo test test-all attack lint spell docs docs-serve timm-suite release-check manylinux clean
+.PHONY: clients gpu help demo test test-all attack lint spell docs docs-serve timm-suite release-check manylinux clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,12 @@ MANYLINUX := quay.io/pypa/manylinux_2_28_$(shell uname -m):2025.08.15-1
 manylinux: ## in a container (docker): a wheel with its kernels for many Linux systems, in dist/, tried
 	docker run --rm --volume "$(CURDIR):/source" --workdir /source $(MANYLINUX) sh tests/manylinux.sh
 	$(PYTHON) tests/release_check.py dist/*-manylinux_*.whl
+
+# Looks for a device before anything is installed.
+gpu: ## on a machine with a CUDA device: its tests and benchmarks, and gpu-report.json and .md to send us
+	@$(PYTHON) tests/run_gpu.py --check
+	@$(MAKE) --no-print-directory $(STAMP)
+	$(BIN)/python tests/run_gpu.py
 
 clients: $(STAMP) ## other libraries on our models, slow: writes docs/compatibility.md
 	$(BIN)/python -m pip install --quiet -e '.[dev,explain,export]' peft lightning
