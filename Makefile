@@ -9,7 +9,7 @@ CLIENTS_VENV := build/clients-venv # others' wishes for versions are no matter o
 TAG ?=
 
 .DEFAULT_GOAL := help
-.PHONY: clients help demo test test-all attack lint spell docs docs-serve timm-suite release-check manylinux clean
+.PHONY: clients gpu help demo test test-all attack lint spell docs docs-serve timm-suite release-check manylinux clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,12 @@ clients: ## other libraries on our models, slow: writes docs/compatibility.md
 	test -x $(CLIENTS_VENV)/bin/python || $(PYTHON) -m venv $(CLIENTS_VENV)
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet -e '.[dev,explain,export]' accelerate fastai lightning peft segmentation-models-pytorch
 	OMP_NUM_THREADS=1 $(CLIENTS_VENV)/bin/python tests/run_clients.py
+
+# Looks for a device before anything is installed.
+gpu: ## on a machine with a CUDA device: its tests and benchmarks, and gpu-report.json and .md to send us
+	@$(PYTHON) tests/run_gpu.py --check
+	@$(MAKE) --no-print-directory $(STAMP)
+	$(BIN)/python tests/run_gpu.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

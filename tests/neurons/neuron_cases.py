@@ -90,7 +90,7 @@ def differentiate(run, neuron, x: Tensor, v: Tensor | None) -> tuple[list[Tensor
     v = None if v is None else v.detach().clone().requires_grad_()
     results = run(x, v)
     weights = torch.Generator().manual_seed(7)
-    loss = sum((y * torch.randn(y.shape, dtype=y.dtype, generator=weights)).sum() for y in results)
+    loss = sum((y * torch.randn(y.shape, dtype=y.dtype, generator=weights).to(y.device)).sum() for y in results)
     inputs = [x, *([] if v is None else [v]), *neuron.parameters()]
     grads = torch.autograd.grad(loss, inputs, allow_unused=True)
     return [y.detach() for y in results], list(grads)

@@ -160,6 +160,27 @@ def test_long_sequences_and_odd_inputs_stay_in_eager_mode(compilations):
     assert compilations == []
 
 
+def test_captured_graphs_take_kernels_that_exist_and_compile_none(monkeypatch):
+    calls = []
+
+    def counting(key):
+        run = compiled.kernel_body(key)
+        return lambda *args: calls.append(key) or run(*args)
+
+    monkeypatch.setattr(compiled, "_compile", counting)
+    x = torch.randn(4, 6)
+    with execution_policy(neurons="compile"):
+        monkeypatch.setattr(compiled, "_is_capturing", lambda _: True)
+        assert torch.equal(integrate_and_fire(x, SPEC), wanted(x))
+        assert compiled._kernels == {}
+        monkeypatch.setattr(compiled, "_is_capturing", lambda _: False)
+        integrate_and_fire(x, SPEC)
+        monkeypatch.setattr(compiled, "_is_capturing", lambda _: True)
+        assert torch.equal(integrate_and_fire(x, SPEC), wanted(x))
+    assert len(compiled._kernels) == 1
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("backend", ["auto", "compile"])
 def test_without_a_compiler_it_warns_once(backend, monkeypatch):
     def broken(*_, **__):

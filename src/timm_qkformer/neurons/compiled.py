@@ -179,7 +179,6 @@ def _can_compile(x: Tensor, leak: float | Tensor, affine: Affine | None) -> bool
         and (x[0].numel() > 1 if affine is None else min(x.shape[1:]) > 1)
         and not under_dispatch_mode(x)
         and (isinstance(leak, float) or (is_plain(leak) and leak.dim() == 0))
-        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 
@@ -289,6 +288,8 @@ def _kernel(key: _Key, elements: int, backend: str) -> Callable[..., Any] | None
     run = _kernels.get(key)
     if run is not None:
         return run
+    if _is_capturing(key.device):
+        return None
     if backend == "auto" and _budget.spend(key, elements, AUTO_BUDGET[device_type]):
         return None
     with _compiling:
@@ -304,6 +305,11 @@ def _kernel(key: _Key, elements: int, backend: str) -> Callable[..., Any] | None
                     stacklevel=2,
                 )
         return _kernels.get(key)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured here: kernels that exist become part of it, but none can be compiled."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _compile(key: _Key) -> Callable[..., Any]:
