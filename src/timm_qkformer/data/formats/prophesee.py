@@ -18,7 +18,7 @@ from .findings import Decoded, Findings, Unwrapper
 
 _MOST_HEADER = 2**16  # bytes
 _WORDS = 2**16  # of a chunk of EVT 2.0 and 3.0
-_VECTORS = 2**13  # of a chunk of EVT 2.1, up to 32 events each
+_VECTORS = 2**14  # of a chunk of EVT 2.1, up to 32 events each
 _MOST_SIDE = 2**14  # pixels
 _SAMPLE = 2**13  # words that are looked at for their byte order
 MOST_UNKNOWN = 100  # one word in so many of an unknown kind is damage; more, and it is another format
