@@ -69,6 +69,11 @@ class Bench(NamedTuple):
     rounds: int
     sizes: Sizes
 
+    @property
+    def fast(self) -> str:
+        """Policy of the rows with compiled neurons; a trial on a CPU does not wait for the compiler."""
+        return "eager" if self.device == "cpu" else "compile"
+
     def measure(self, contenders: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
         """Seconds of each contender and round."""
         if self.device == "cpu":
@@ -116,7 +121,7 @@ def lif_passes(x: Tensor, grad: Tensor, run: Callable[[Tensor], Tensor]) -> dict
     return {"forward": forward, "forward + backward": both}
 
 
-def lif_contenders() -> dict[str, Callable[[Tensor], Tensor]]:
+def lif_contenders(fast: str) -> dict[str, Callable[[Tensor], Tensor]]:
     """Each takes input currents [T, B, C, H, W] to spikes, from rest: hard reset, tau 2, threshold 1, sigmoid."""
     from spikingjelly.activation_based import functional
     from spikingjelly.activation_based.neuron import LIFNode
@@ -131,7 +136,7 @@ def lif_contenders() -> dict[str, Callable[[Tensor], Tensor]]:
         with execution_policy(neurons=backend):
             return ours(x)
 
-    return {EAGER: partial(by, "eager"), COMPILED: partial(by, "compile"), THEIRS: spikingjelly}
+    return {EAGER: partial(by, "eager"), COMPILED: partial(by, fast), THEIRS: spikingjelly}
 
 
 def measure_lif(bench: Bench) -> dict[str, dict[str, list[float]]]:
@@ -139,7 +144,7 @@ def measure_lif(bench: Bench) -> dict[str, dict[str, list[float]]]:
     torch.manual_seed(0)
     x = torch.randn(bench.sizes.lif, device=bench.device) * 2.0
     grad, other = torch.randn_like(x), torch.empty_like(x)
-    contenders = lif_contenders()
+    contenders = lif_contenders(bench.fast)
     wanted = contenders[EAGER](x)
     for name, run in contenders.items():
         if not torch.equal(run(x), wanted):
@@ -213,9 +218,9 @@ def training_runs(bench: Bench, name: str, size: tuple[dict[str, Any], int, int]
     runs = {
         THEIRS + "'s neurons": step(ours(), neurons="spikingjelly"),
         THEIRS + "'s neurons, bf16": step(ours(), neurons="spikingjelly", half=True),
-        "ours": step(ours(), neurons="compile"),
-        "ours, bf16": step(ours(), neurons="compile", half=True),
-        "ours, plain modules": step(ours(), neurons="compile", packed=False),
+        "ours": step(ours(), neurons=bench.fast),
+        "ours, bf16": step(ours(), neurons=bench.fast, half=True),
+        "ours, plain modules": step(ours(), neurons=bench.fast, packed=False),
     }
     if "hst10" in name:  # spikingjelly has the ImageNet embedding alone
         runs |= {
@@ -247,7 +252,7 @@ def inference_runs(bench: Bench, name: str, size: tuple[dict[str, Any], int, int
         model.train()(images[:8])
     model.eval()
 
-    def run(network: nn.Module, neurons: str = "compile", x: Tensor = images, half: bool = False) -> object:
+    def run(network: nn.Module, neurons: str = bench.fast, x: Tensor = images, half: bool = False) -> object:
         autocast = torch.autocast(bench.device, torch.bfloat16, enabled=half)
         with torch.inference_mode(), execution_policy(neurons=neurons), autocast:
             return network(x)
@@ -284,6 +289,7 @@ def model_tables(bench: Bench) -> dict[str, list[Row]]:
     for name, size in (("qkformer_hst4_384", bench.sizes.small), ("qkformer_hst10_768", bench.sizes.large)):
         title = f"{name}, {size[2]} px, batch {size[1]}"
         for what, make in (("training step", training_runs), ("inference", inference_runs)):
+            print(f"{what}: {title}", flush=True)
             tables[f"{what}: {title}"] = table(bench, make(bench, name, size), THEIRS + "'s neurons")
             if bench.device == "cuda":
                 torch.cuda.empty_cache()
