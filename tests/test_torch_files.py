@@ -92,10 +92,10 @@ def test_eight_threads_read_at_the_same_time(saved):
 
 
 def test_nothing_is_left_allowed(saved):
-    before = torch.serialization.get_safe_globals()
+    before = set(torch.serialization.get_safe_globals())  # a list in the order of a set
     with ThreadPoolExecutor(4) as threads:
         assert len(list(threads.map(lambda _: read_content(saved[0]), range(16)))) == 16
-    assert torch.serialization.get_safe_globals() == before
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 def test_load_weights_takes_a_training_checkpoint(saved):
