@@ -77,7 +77,9 @@ def break_even(kind: str, typical: BreakEven, timed: Callable[[], Sequence[Timed
             with compiler.turn(path.with_suffix(".lock"), "the calibration"):
                 _known.update({name: value for name, value in _read(path).items() if name not in _known})
                 if key not in _known:
-                    _known[key] = fit(timed())
+                    # Whatever the caller is in the middle of.
+                    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                        _known[key] = fit(timed())
                     _write(path)
         return _known[key]
 

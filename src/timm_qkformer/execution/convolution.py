@@ -254,12 +254,9 @@ def _choose(x: Tensor, packed: PackedTensor | None, weight: Tensor, stride: list
         return _Choice()
     if not events.can_train(x):
         return _Choice()
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        products = _break_even(weight.dtype, side, gradient=False)
-        gradients = _break_even(weight.dtype, side, gradient=True)
     return _Choice(
-        products.holds(density, channels * side**2),
-        stride[0] == 1 and gradients.holds(density, outputs * side**2),
+        _break_even(weight.dtype, side, gradient=False).holds(density, channels * side**2),
+        stride[0] == 1 and _break_even(weight.dtype, side, gradient=True).holds(density, outputs * side**2),
     )
 
 
