@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from timm_qkformer.devices import processor_name
 from timm_qkformer.files import replacing, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -106,20 +107,12 @@ def environment(*packages: str) -> dict[str, Any]:
     """What a result depends on besides the code, for its JSON."""
     return {
         "threads": torch.get_num_threads(),
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "load_average_at_the_end": os.getloadavg(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
         | {package: version(package) for package in ("timm-qkformer", *packages)},
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def write_json(content: dict[str, object], path: Path) -> None:

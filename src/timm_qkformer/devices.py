@@ -1,5 +1,8 @@
 """Which device a command runs on. Only `errors` is below: nothing else of the package is imported here."""
 
+import platform
+from pathlib import Path
+
 import torch
 
 from .errors import first_line
@@ -29,3 +32,13 @@ def require_cuda(name: str) -> None:
     """ValueError if a CUDA device is asked for and PyTorch has none."""
     if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name!r} is not available here; --device cpu is")
+
+
+def processor_name() -> str:
+    """What the processor calls itself, or its kind of machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

@@ -82,6 +82,14 @@ def test_torch_compile_of_a_training_step(packed, device):
     torch.testing.assert_close(inner.grad, wanted.grads["input"], rtol=1e-6, atol=1e-7)
 
 
+def in_two_threads(work):
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 @pytest.mark.filterwarnings("ignore:precision=")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_two_streams_share_a_model(precision, cuda):
@@ -98,11 +106,7 @@ def test_two_streams_share_a_model(precision, cuda):
                 found[index].append(model(inputs[index]))
             torch.cuda.current_stream().synchronize()
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_two_threads(work)
     for own, expected in zip(found, wanted, strict=True):
         assert len(own) == 20
         assert all(torch.equal(logits, expected) for logits in own)
@@ -120,11 +124,7 @@ def test_two_streams_train_two_copies(cuda):
             steps[index] = Step(model, x, neurons="eager")
             torch.cuda.current_stream().synchronize()
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_two_threads(work)
     assert len(steps) == 2
     for step in steps.values():
         torch.testing.assert_close(step.out, wanted.out, rtol=1e-9, atol=1e-9)

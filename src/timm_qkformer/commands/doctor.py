@@ -3,7 +3,6 @@
 import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from .output import add_json, show
@@ -44,7 +43,7 @@ def findings() -> dict[str, Any]:
     """
     import torch
 
-    from ..devices import device_name
+    from ..devices import device_name, processor_name
     from ..execution import calibration, compiler, current_policy, native, prebuilt
 
     sources = native.provenance()
@@ -53,7 +52,9 @@ def findings() -> dict[str, Any]:
     return {
         "versions": ", ".join(f"{name} {_version_of(name)}" for name in ("timm-qkformer", "timm", "torch")),
         "python": platform.python_version(),
-        "processor": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "processor": ", ".join(
+            (processor_name(), torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads")
+        ),
         "device": device_name(),
         "policy": ", ".join(f"{name}={value}" for name, value in policy._asdict().items()),
         "kernels": origins if policy.kernels != "never" else f"never, says the policy ({origins})",
@@ -70,12 +71,3 @@ def _version_of(distribution: str) -> str:
         return version(distribution)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
