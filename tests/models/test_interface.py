@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from timm.models import save_for_hf
+from timm.models import model_entrypoint, save_for_hf
 from timm.optim import create_optimizer_v2
 
 from timm_qkformer import deploy
@@ -30,6 +30,7 @@ from timm_qkformer.neurons import IF, LIF, ParametricLIF, SpikingNeuron, run_wit
 from tiny import images, lively
 from tiny import tiny as tiny_model
 
+OURS = [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("timm_qkformer.")]
 NAMES = ["test_qkformer", "test_qkformer_ms", "test_maxformer"]
 
 PARAMS = [
@@ -59,6 +60,16 @@ def test_parameter_counts_are_the_papers(name, kwargs, cls, params):
     model = timm.create_model(name, device="meta", **kwargs)
     assert type(model) is cls
     assert sum(p.numel() for p in model.parameters()) == params
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_configs_name_the_first_convolution_and_the_classifier(name):
+    model = timm.create_model(name, device="meta")
+    config, parameters = model.pretrained_cfg, model.state_dict()
+    assert f"{config['first_conv']}.weight" in parameters
+    assert f"{config['classifier']}.weight" in parameters
+    for key in ("num_classes", "input_size", "pool_size", "crop_pct", "interpolation", "mean", "std"):
+        assert config[key], key
 
 
 def test_parameters_keep_their_order():

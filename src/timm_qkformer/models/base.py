@@ -53,6 +53,7 @@ IMAGENET_CFG: dict[str, Any] = {
 
 # Those of small images, and of event cameras of 128 x 128 pixels, by the models that pool the least of either.
 CIFAR10_CFG: dict[str, Any] = {
+    **IMAGENET_CFG,
     "num_classes": 10,
     "input_size": (3, 32, 32),
     "pool_size": (8, 8),
@@ -61,6 +62,7 @@ CIFAR10_CFG: dict[str, Any] = {
     "std": (0.2470, 0.2435, 0.2616),
 }
 EVENTS_CFG: dict[str, Any] = {
+    **IMAGENET_CFG,
     "num_classes": 10,
     "input_size": (2, 128, 128),
     "pool_size": (8, 8),
