@@ -23,6 +23,16 @@ namespace {
 
 using Int = std::int64_t;
 
+// How many threads a piece of work is worth, by the nanoseconds it takes one core, roughly. To wake a thread takes as long as
+// tens of thousands of additions; where the machine is busy, the others wait for it for milliseconds.
+constexpr Int WORTH_A_THREAD = 100000;
+
+inline int worth(Int nanoseconds, int threads) {
+    return static_cast<int>(std::max<Int>(1, std::min<Int>(threads, nanoseconds / WORTH_A_THREAD)));
+}
+
+constexpr Int ADDITIONS = 16;  // of weights, in a nanosecond
+
 // Of a vector register.
 #ifdef __AVX512F__
 constexpr int BYTES = 64;

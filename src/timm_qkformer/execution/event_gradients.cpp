@@ -94,7 +94,8 @@ Events list_events(const std::uint8_t* x, const Chunks& chunks, Int C, int threa
     Events events;
     events.single_begin.resize(chunks.count * C + 1);
     events.several_begin.resize(chunks.count * C + 1);
-#pragma omp parallel for num_threads(threads) schedule(static)
+    const int listing = worth(chunks.M * chunks.H * chunks.W * C, threads);
+#pragma omp parallel for num_threads(listing) schedule(static)
     for (Int k = 0; k < chunks.count; ++k) {
         Int* singles = events.single_begin.data() + k * C;
         Int* severals = events.several_begin.data() + k * C;
@@ -102,7 +103,7 @@ Events list_events(const std::uint8_t* x, const Chunks& chunks, Int C, int threa
     }
     events.single.reset(new Pixel[begin(events.single_begin)]);
     events.several.reset(new Several[begin(events.several_begin)]);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(listing) schedule(static)
     for (Int k = 0; k < chunks.count; ++k) {
         std::vector<Int> single(events.single_begin.begin() + k * C, events.single_begin.begin() + (k + 1) * C);
         std::vector<Int> several(events.several_begin.begin() + k * C, events.several_begin.begin() + (k + 1) * C);
@@ -176,8 +177,10 @@ void weight_gradient(const std::uint8_t* x, const Gradient* grad, Int M, Int H, 
     const Chunks chunks(M, H, W, side);
     const Events events = list_events(x, chunks, C, threads);
     const Int tiles = C_out / WIDTH, size = side * side * C * WIDTH;
+    const Int found = events.single_begin.back() + events.several_begin.back();
+    const int adding = worth(found * side * side * C_out / ADDITIONS, threads);
     const Int pixels = chunks.images * (chunks.rows + 2 * chunks.margin) * (W + 2 * chunks.margin);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(adding)
     {
         const std::unique_ptr<float[]> local(new float[pixels * WIDTH]);
 #pragma omp for collapse(2) schedule(dynamic)

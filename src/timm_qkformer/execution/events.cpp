@@ -44,15 +44,17 @@ struct Events {
     Buffer<Int> single_begin, single_end, several_begin, several_end;
     Buffer<Channel> single;
     Buffer<Several> several;
+    Int total = 0;
 };
 
 const Events& list_events(const std::uint8_t* x, Int pixels, Int C, Int block, int threads) {
     const Int blocks = (C + block - 1) / block, rows = pixels * blocks;
+    const int listing = worth(pixels * C, threads);
     static thread_local Events of_this_thread;  // kept for the next convolution: fresh pages cost more than the listing
     Events& events = of_this_thread;
     for (Buffer<Int>* ends : {&events.single_begin, &events.single_end, &events.several_begin, &events.several_end})
         ends->resize(rows);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(listing) schedule(static)
     for (Int pixel = 0; pixel < pixels; ++pixel) {
         for (Int b = 0, r = pixel * blocks; b < blocks; ++b, ++r) {
             const Int last = std::min(C, (b + 1) * block);
@@ -72,9 +74,10 @@ const Events& list_events(const std::uint8_t* x, Int pixels, Int C, Int block, i
         singles += events.single_end[r] + 1;  // every channel is written, and stays if it counts
         severals += events.several_end[r] + 1;
     }
+    events.total = singles + severals - 2 * rows;
     events.single.resize(singles);
     events.several.resize(severals);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(listing) schedule(static)
     for (Int pixel = 0; pixel < pixels; ++pixel) {
         for (Int b = 0, r = pixel * blocks; b < blocks; ++b, ++r) {
             Channel* single = events.single.get() + events.single_begin[r];
@@ -350,7 +353,9 @@ void convolve_as(const std::uint8_t* x, const Weight* weight, const float* bias,
     const Int block = WEIGHTS / static_cast<Int>(WIDTH * sizeof(Weight));
     const Int blocks = (shape.C + block - 1) / block;
     const Events& events = list_events(x, shape.M * shape.H * shape.W, shape.C, block, threads);
-#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+    const Int additions = events.total * places / (shape.stride * shape.stride) * C_out;
+    const int adding = worth(additions / ADDITIONS + T * all_positions * C_out, threads);
+#pragma omp parallel for collapse(2) num_threads(adding) schedule(static)
     for (Int tile = 0; tile < C_out / WIDTH; ++tile) {
         for (Int chunk = 0; chunk < chunks; ++chunk) {
             const Int start = tile * WIDTH, first = chunk * most, positions = std::min(most, all_positions - first);

@@ -13,7 +13,7 @@ void pack(const X* x, Int n, std::uint8_t* out, int bits, Int size, std::int32_t
           std::int64_t* spikes, int threads) {
     std::int64_t sum = 0;
     int misfits = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : sum) reduction(| : misfits)
+#pragma omp parallel for num_threads(worth(n / 4, threads)) schedule(static) reduction(+ : sum) reduction(| : misfits)
     for (Int start = 0; start < size; start += CHUNK) {
         std::uint8_t* to = out + start;
         for (int k = 0; k < 8 / bits; ++k) {
@@ -44,7 +44,7 @@ inline void store(std::uint8_t* to, std::int32_t n) { *to = static_cast<std::uin
 template <class X>
 void unpack(const std::uint8_t* data, int bits, Int size, std::int32_t low, X* x, Int n, int threads) {
     const std::int32_t mask = (1 << bits) - 1;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(worth(n / 4, threads)) schedule(static)
     for (Int start = 0; start < size; start += CHUNK) {
         for (int k = 0; k < 8 / bits; ++k) {
             const Int first = k * size + start;

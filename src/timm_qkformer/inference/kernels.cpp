@@ -26,7 +26,7 @@ void fire(const X* x, Int x_step, const S* sums, Int sums_step, S* out, Int out_
           int threads) {
     using V = typename Membrane<X>::type;
     const Int blocks = (M + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(worth(T * M / 2, threads)) schedule(static)
     for (Int block = 0; block < blocks; ++block) {
         const Int start = block * BLOCK;
         const Int n = std::min(BLOCK, M - start);
@@ -56,7 +56,7 @@ void pool_fire(const X* x, Int x_step, S* out, Int T, Int B, Int H, Int W, Int C
     using V = typename Membrane<X>::type;
     const Int rows = (H + 1) / 2, columns = (W + 1) / 2;
     const Int out_step = B * rows * columns * C;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(worth(2 * T * out_step, threads)) schedule(static)
     for (Int line = 0; line < B * rows; ++line) {
         const Int b = line / rows, row = line % rows;
         const Int top = std::max<Int>(2 * row - 1, 0), bottom = std::min<Int>(2 * row + 1, H - 1);

@@ -14,7 +14,7 @@ void channel_attention(const X* x, S* out, Int T, Int B, Int N, Int C, const Neu
     using V = typename Membrane<X>::type;
     constexpr Int width = 32;
     const Int strips = (C + width - 1) / width;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(worth(2 * T * B * N * C, threads))
     {
         std::vector<V> q(N * width), k(N * width);
 #pragma omp for schedule(static)

@@ -13,7 +13,7 @@ void token_attention(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads, 
                      const Potentials<typename Membrane<X>::type>& carried, int threads) {
     using V = typename Membrane<X>::type;
     const Int dim = C / heads, M = B * N;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(worth(2 * T * M * C, threads))
     {
         std::vector<V> q(C), k(C), potentials(heads), counts(heads);
         std::vector<std::int32_t> fired(C), mask(heads);

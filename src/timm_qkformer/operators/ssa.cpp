@@ -31,7 +31,7 @@ void self_attention_as(const X* x, S* out, Int T, Int B, Int N, Int C, Int heads
                        const Potentials<typename Membrane<X>::type>& carried, int threads) {
     using V = typename Membrane<X>::type;
     const Int dim = C / heads;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(worth(T * B * N * C * (3 + dim / ADDITIONS), threads))
     {
         std::vector<V> q(N * dim), k(N * dim), v(N * dim), attn(N * dim), currents(dim);
         std::vector<std::int32_t> fired(dim);
