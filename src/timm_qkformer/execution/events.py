@@ -4,6 +4,7 @@ The kernels are in events.cpp and event_gradients.cpp.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,9 +40,15 @@ _FUNCTIONS: dict[str, dict[str, list[Any]]] = {
 
 
 def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
-    name += f"_{str(dtype).removeprefix('torch.')}"
-    file = next(file for file, functions in _FUNCTIONS.items() if name in functions)
+    name, file = _place(name, dtype)
     return function(name, __package__, file, _FUNCTIONS[file])
+
+
+@lru_cache
+def _place(name: str, dtype: torch.dtype) -> tuple[str, str]:
+    """A function's name for this dtype, and its file."""
+    name += f"_{str(dtype).removeprefix('torch.')}"
+    return name, next(file for file, functions in _FUNCTIONS.items() if name in functions)
 
 
 def can_run(x: Tensor) -> bool:
@@ -113,6 +120,7 @@ class EventWeights:
             tiles = tiles.unflatten(3, (2, -1)).transpose(3, 4).flatten(3).to(torch.int16).add(128).to(torch.uint8)
         self.tiles = tiles.contiguous()
         self.bias = F.pad(bias, (0, padding))
+        self.padded = self.outputs + padding
         self.scale = torch.ones_like(self.bias) if scale is None else F.pad(scale.float(), (0, padding))
 
     @staticmethod
@@ -130,7 +138,7 @@ class EventWeights:
         if periods > 1:
             x = first_spikes(x.unflatten(0, (periods, -1))).flatten(0, 1)
         x, stride = self._needed(x)
-        out = fresh((*x.shape[:1], *self._size(x, stride), len(self.bias)), dtype)
+        out = fresh((*x.shape[:1], *self._size(x, stride), self.padded), dtype)
         kernel = _kernel("convolve", self.arithmetic)
         assert kernel is not None
         results = (out.data_ptr(), None) if dtype == torch.float32 else (None, out.data_ptr())
@@ -139,7 +147,7 @@ class EventWeights:
 
     def can_fire(self, steps: int) -> bool:
         """Whether neurons may follow in the same kernel."""
-        return self.can_add_periods(steps) and len(self.bias) == self.outputs
+        return self.can_add_periods(steps) and self.padded == self.outputs
 
     def can_add_periods(self, steps: int) -> bool:
         """Whether `currents` may make use of periods."""
@@ -183,4 +191,4 @@ class EventWeights:
 
     def _operands(self, x: Tensor, stride: int) -> tuple[int, ...]:
         tensors = (tensor.data_ptr() for tensor in (x, self.tiles, self.bias, self.scale))
-        return *tensors, *x.shape, len(self.bias), self.side, stride, self.width
+        return *tensors, *x.shape, self.padded, self.side, stride, self.width

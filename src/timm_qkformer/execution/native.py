@@ -3,6 +3,7 @@
 import ctypes
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
@@ -72,8 +73,9 @@ class _Neuron(ctypes.Structure):
     ]
 
 
+@lru_cache(maxsize=256)
 def neuron_operand(*neurons: Any) -> ctypes.Array:
-    """Neurons (`NeuronSpec`, binary or ternary) as the kernels take them."""
+    """Neurons (`NeuronSpec`, binary or ternary, whose leak is a number) as the kernels take them, to be read alone."""
     return (_Neuron * len(neurons))(
         *(_Neuron(n.leak, n.threshold, n.soft_reset, n.decay_input, n.levels == "ternary") for n in neurons)
     )

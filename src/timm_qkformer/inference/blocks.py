@@ -66,7 +66,7 @@ class DeployedUnit(nn.Module):
         return kernels.max_pool(fired) if self.pool_spikes else fired
 
     def _fire(self, x: Tensor, spikes: torch.dtype, time_steps: int | None, periodic: bool) -> Tensor:
-        repeats = time_steps if time_steps is not None and len(x) == 1 else 1
+        repeats = time_steps if time_steps is not None and x.shape[0] == 1 else 1
         if self.neuron is not None and not self.pool and repeats == 1:
             return self.projection.fire(x, self.neuron.spec, spikes)
         currents = self.projection.currents(x, periodic)

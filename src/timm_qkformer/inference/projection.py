@@ -126,7 +126,7 @@ class Projection(DerivedState):
         events = self._event_weights(pixels)
         dense_steps = sums is None or sums[0].is_contiguous()
         carried = carried_state()
-        if events is not None and dtype == torch.uint8 and dense_steps and events.can_fire(len(x)):
+        if events is not None and dtype == torch.uint8 and dense_steps and events.can_fire(x.shape[0]):
             shape = events.fired_shape(pixels)
             shape = shape if x.dim() == 5 else (shape[0], *shape[2:])
             if carried is None or carried.fits(shape):
@@ -142,16 +142,16 @@ class Projection(DerivedState):
         images = x.flatten(0, 1)
         if x.dim() == 4:
             return self(images.unsqueeze(1)).squeeze(1).unflatten(0, x.shape[:2])
-        return self(images, len(x) if periodic else 1).unflatten(0, x.shape[:2])
+        return self(images, x.shape[0] if periodic else 1).unflatten(0, x.shape[:2])
 
     def _packed(self, way: object, pack: Callable[[], Any]) -> Any:
         """What `pack` makes of the weights, kept until they change."""
-        for name in ("weight", "bias"):
-            if getattr(self, name).is_inference():  # of a copy made or loaded in inference mode: it counts no changes
-                with torch.inference_mode(False):
-                    setattr(self, name, getattr(self, name).clone())
+        weight, bias = self.weight, self.bias
+        if weight.is_inference() or bias.is_inference():  # a copy made or loaded in inference mode counts no changes
+            with torch.inference_mode(False):
+                weight, bias = self.weight, self.bias = weight.clone(), bias.clone()
         packed: _Packed | None = self.derived.get(way)
-        key = tuple((tensor.data_ptr(), tensor._version) for tensor in (self.weight, self.bias))
+        key = weight.data_ptr(), weight._version, bias.data_ptr(), bias._version
         if packed is None or packed.key != key:
             with torch.inference_mode(False), torch.no_grad():
                 packed = self.derived[way] = _Packed(key, pack())

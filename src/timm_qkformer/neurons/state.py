@@ -107,7 +107,8 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
     """A module and all within it, once for each place: several times as fast as `modules()`, for use at every step."""
     found = [module]
     for part in found:
-        found += [child for child in part._modules.values() if child is not None]
+        if children := part._modules:
+            found += [child for child in children.values() if child is not None]
     return found
 
 
