@@ -292,7 +292,7 @@ class _MaxPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        result, places = pooled_places(x)
+        result, _, places = pooled_places(x)
         ctx.save_for_backward(places.data)
         ctx.places = places.without_data()
         ctx.shape, ctx.dtype = x.shape, x.dtype
@@ -302,43 +302,42 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         refuse_second_derivatives()
         places = ctx.places._replace(data=ctx.saved_tensors[0])
-        return gradient_of_places(grad_outputs[0], places, ctx.shape, ctx.dtype)
+        return gradient_of_places(grad_outputs[0], index_of(places, ctx.shape[3]), ctx.shape, ctx.dtype)
 
 
 _PLACES = counts(8)
 
 
-def pooled_places(x: Tensor) -> tuple[Tensor, PackedTensor]:
-    """`max_pool` of x in channels-last memory, and where in its window each result was, 0 to 8."""
+def pooled_places(x: Tensor) -> tuple[Tensor, Tensor, PackedTensor]:
+    """`max_pool` of x in channels-last memory, where in its image each result was, and where in its window, 0 to 8."""
     result, index = F.max_pool2d(x, 3, 2, 1, return_indices=True)
     row, column = _window_corners(result)
     places = (index.div(x.shape[3], rounding_mode="floor") - row) * 3 + (index % x.shape[3] - column)
     packed = pack(places.to(torch.uint8), _PLACES)
     assert packed is not None
-    return result, packed
+    return result, index, packed
 
 
-def at_places(x: Tensor, places: PackedTensor) -> Tensor:
-    """What x [M, C, H, W] has at places of windows of its pooling, in channels-last memory as x is."""
+def at_places(x: Tensor, index: Tensor) -> Tensor:
+    """What x [M, C, H, W] has at `index`, [M, C, H', W'] in its images, in channels-last memory as x is."""
     M, C, H, W = x.shape
-    index = _index_of(places, W).permute(0, 2, 3, 1).reshape(M, -1, C)
-    found = x.permute(0, 2, 3, 1).reshape(M, H * W, C).gather(1, index)
-    return found.unflatten(1, places.shape[2:]).permute(0, 3, 1, 2)
+    found = x.permute(0, 2, 3, 1).reshape(M, H * W, C).gather(1, index.permute(0, 2, 3, 1).reshape(M, -1, C))
+    return found.unflatten(1, index.shape[2:]).permute(0, 3, 1, 2)
 
 
-def gradient_of_places(grad: Tensor, places: PackedTensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The pooling's gradient: from that of its result to that of its input, of this shape."""
+def gradient_of_places(grad: Tensor, index: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The pooling's gradient: from that of its result, which was at `index`, to that of its input, of this shape."""
     # Of its input the pooling's gradient reads the shape and the memory format alone.
     like = torch.empty(shape, dtype=dtype, device=grad.device, memory_format=torch.channels_last)
     grad = grad.contiguous(memory_format=torch.channels_last)
-    index = _index_of(places, shape[3]).contiguous(memory_format=torch.channels_last)
+    index = index.contiguous(memory_format=torch.channels_last)
     gradient: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
         grad, like, [3, 3], [2, 2], [1, 1], [1, 1], False, index
     )
     return gradient
 
 
-def _index_of(packed: PackedTensor, width: int) -> Tensor:
+def index_of(packed: PackedTensor, width: int) -> Tensor:
     """Places in windows as indices into an image so wide."""
     places = unpack(packed, torch.uint8)
     row, column = _window_corners(places)

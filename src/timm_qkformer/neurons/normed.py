@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..execution.convolution import at_places, gradient_of_places, pooled_places
+from ..execution.convolution import at_places, gradient_of_places, index_of, pooled_places
 from ..execution.packing import refuse_second_derivatives
 from ..execution.policy import current_policy
 from .compiled import alias, compiled_gradients, compiled_spikes
@@ -85,8 +85,11 @@ class _NormAndFire(torch.autograd.Function):
         invstd = 1.0 / torch.sqrt(var + norm.eps)
         scale = weight * invstd
         affine = Affine(scale, bias - mean * scale)
-        places = pooled_places(_normalised(y, affine))[1] if pool else None
-        source = y if places is None else at_places(y, places)
+        source, places = y, None
+        if pool:
+            _, index, places = pooled_places(_normalised(y, affine))
+            source = at_places(y, index)
+            del index  # eight bytes an element
         rows = _rows(source, steps)
         compiled = compiled_spikes(rows, spec, backend, affine)
         if compiled is not None:
@@ -110,7 +113,8 @@ class _NormAndFire(torch.autograd.Function):
         y, weight, mean, invstd, scale, shift, *more = ctx.saved_tensors
         spec = ctx.spec._replace(leak=more.pop(0)) if ctx.has_leak else ctx.spec
         places = None if ctx.places is None else ctx.places._replace(data=more[0])
-        source = y if places is None else at_places(y, places)
+        index = None if places is None else index_of(places, y.shape[3])
+        source = y if index is None else at_places(y, index)
         leak_gradient = ctx.needs_input_grad[3]
         affine, rows = Affine(scale, shift), _rows(source, ctx.steps)
         images = grad_outputs[0].flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -124,8 +128,8 @@ class _NormAndFire(torch.autograd.Function):
             grad_rows = torch.stack([grad.to(y.dtype) for grad in grads.currents])
             grad_leak = None if grads.leak is None else grads.leak.sum()
         grad_images = _images(grad_rows, source).flatten(0, 1)
-        if places is not None:
-            grad_images = gradient_of_places(grad_images, places, y.shape, y.dtype)
+        if index is not None:
+            grad_images = gradient_of_places(grad_images, index, y.shape, y.dtype)
         var = 1.0 / invstd.square()  # stands in for the running variance, from which eval mode's invstd comes
         grad_y, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad_images,
