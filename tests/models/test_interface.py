@@ -8,10 +8,11 @@ from functools import partial
 import pytest
 import timm
 import torch
-from timm.models import model_entrypoint, save_for_hf
+from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 
 from timm_qkformer import deploy
+from timm_qkformer.hub.infer import architectures
 from timm_qkformer.layers import SpikingConv, SpikingMlp, register_mlp
 from timm_qkformer.models import (
     Architecture,
@@ -30,7 +31,6 @@ from timm_qkformer.neurons import IF, LIF, ParametricLIF, SpikingNeuron, run_wit
 from tiny import images, lively
 from tiny import tiny as tiny_model
 
-OURS = [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("timm_qkformer.")]
 NAMES = ["test_qkformer", "test_qkformer_ms", "test_maxformer"]
 
 PARAMS = [
@@ -62,7 +62,7 @@ def test_parameter_counts_are_the_papers(name, kwargs, cls, params):
     assert sum(p.numel() for p in model.parameters()) == params
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", architectures())
 def test_configs_name_the_first_convolution_and_the_classifier(name):
     model = timm.create_model(name, device="meta")
     config, parameters = model.pretrained_cfg, model.state_dict()

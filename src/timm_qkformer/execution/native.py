@@ -73,12 +73,17 @@ class _Neuron(ctypes.Structure):
     ]
 
 
-@lru_cache(maxsize=256)
 def neuron_operand(*neurons: Any) -> ctypes.Array:
-    """Neurons (`NeuronSpec`, binary or ternary, whose leak is a number) as the kernels take them, to be read alone."""
-    return (_Neuron * len(neurons))(
-        *(_Neuron(n.leak, n.threshold, n.soft_reset, n.decay_input, n.levels == "ternary") for n in neurons)
+    """Neurons (`NeuronSpec`, binary or ternary) as the kernels take them, to be read alone."""
+    numbers = (  # by value: tensors may change
+        (float(n.leak), float(n.threshold), n.soft_reset, n.decay_input, n.levels == "ternary") for n in neurons
     )
+    return _neurons(*numbers)
+
+
+@lru_cache(maxsize=256)
+def _neurons(*fields: tuple[float | bool, ...]) -> ctypes.Array:
+    return (_Neuron * len(fields))(*(_Neuron(*each) for each in fields))
 
 
 def may_run(x: Tensor) -> bool:

@@ -103,9 +103,10 @@ class _CallPacked(torch.autograd.Function):
         needed = [
             tensor for tensor, need in zip((*inputs, *ctx.parameters), ctx.needs_input_grad[2:], strict=True) if need
         ]
-        with torch.enable_grad(), execution_policy(*ctx.policy), torch.autocast(*ctx.autocast):
-            result = ctx.function(*inputs)
-        # As torch asks for: each gradient in the precision of its operation, not in autocast's.
-        with execution_policy(*ctx.policy), torch.autocast(ctx.autocast[0], enabled=False):
-            grads = iter(torch.autograd.grad(result, needed, grad_outputs, allow_unused=True))
+        with execution_policy(*ctx.policy):
+            with torch.enable_grad(), torch.autocast(*ctx.autocast):
+                result = ctx.function(*inputs)
+            # As torch asks for: each gradient in the precision of its operation, not in autocast's.
+            with torch.autocast(ctx.autocast[0], enabled=False):
+                grads = iter(torch.autograd.grad(result, needed, grad_outputs, allow_unused=True))
         return None, None, *(next(grads) if need else None for need in ctx.needs_input_grad[2:])
