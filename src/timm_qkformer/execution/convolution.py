@@ -143,13 +143,14 @@ def _subsample(x: Tensor, conv: _Conv) -> Tensor:
 
 def _compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Precision in which products of `dtype` are summed up fastest without being less exact."""
-    if x.device.type == "cpu" and dtype in _HALF and not _cpu_multiplies(dtype):
+    if x.device.type == "cpu" and dtype in _HALF and not cpu_multiplies(dtype):
         return torch.float32
     return dtype
 
 
 @lru_cache
-def _cpu_multiplies(dtype: torch.dtype) -> bool:
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of bfloat16 or float16."""
     # Without instructions for it torch falls back to loops that take ten times as long as float32.
     query = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     supported = getattr(torch.ops.mkldnn, query, None)

@@ -100,6 +100,8 @@ def test_the_loss_of_each_step():
         ({"time_steps_random": [4]}, "time_steps_random needs to be int"),
         ({"tet": 1.5}, "tet=1.5 needs to be from 0 to 1"),
         ({"tet": 0.5, "torchcompile": "eager"}, "torchcompile does not allow"),
+        ({"tet": 1.0, "tet_lambda": 1.5}, "tet_lambda=1.5 needs to be from 0 to 1"),
+        ({"tet_lambda": 0.1}, "tet_lambda=0.1 is a part of .* need tet above 0"),
     ],
 )
 def test_settings_that_cannot_be(changes, message, data, tmp_path):
@@ -120,3 +122,21 @@ def test_flags_and_recipes(data, tmp_path):
     plain = parse_train(flags(data, tmp_path, "x", recipe))
     assert (plain.time_steps_random, plain.tet) == (None, None)
     assert "tet" not in RECIPE
+
+
+def test_the_second_term_pulls_each_steps_logits_to_one():
+    model, x, target = tiny("test_qkformer_ms", time_steps=3), images(2), torch.tensor([1, 4])
+    criterion = torch.nn.CrossEntropyLoss()
+    logits = step_logits(model, model.stages(model.stem(x, 3)))
+    # The release's own lines (Spike-driven Transformer, criterion.py): all steps at once against a constant.
+    distance = torch.nn.functional.mse_loss(logits, torch.full_like(logits, 1.0))
+    own = torch.stack([criterion(of_step, target) for of_step in logits]).mean()
+    found = StepsTask(1.0, 0.25, model=model, criterion=criterion, verbose=False)(x, target)["loss"]
+    torch.testing.assert_close(found, 0.75 * own + 0.25 * distance)
+    assert (found - own).abs() > 1e-2
+
+
+def test_the_loss_of_sdts_event_recipe(data, tmp_path):
+    result = run(data, tmp_path, **PLAIN, tet=1.0, tet_lambda=0.001)
+    saved = torch.load(result.folder / "last.pth.tar", weights_only=True)
+    assert (saved["args"]["tet"], saved["args"]["tet_lambda"]) == (1.0, 0.001)

@@ -32,7 +32,7 @@ _LEAST = {
 # Probabilities and shares.
 _SHARES = (
     "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "drop", "drop_path", "drop_block", "model_ema_decay",
-    "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "momentum", "bn_momentum", "tet",
+    "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "momentum", "bn_momentum", "tet", "tet_lambda",
 )  # fmt: skip
 _MOST_STEPS = 10_000
 # More would have the machine stand still before an error came.
@@ -201,6 +201,8 @@ def _check_train(settings: Settings) -> None:
         need(1 <= low <= high <= _MOST_STEPS, "time_steps_random", f"LOW HIGH, from 1 to {_MOST_STEPS:,}")
     if settings.tet is not None and settings.torchcompile:
         raise ValueError(f"tet={settings.tet} looks into the model at each step, which torchcompile does not allow")
+    if settings.tet_lambda and not settings.tet:
+        raise ValueError(f"tet_lambda={settings.tet_lambda} is a part of the steps' own losses, which need tet above 0")
     if settings.class_weights is not None:
         need(all(w > 0 for w in settings.class_weights), "class_weights", "above 0, one for each class")
         if settings.bce_loss:

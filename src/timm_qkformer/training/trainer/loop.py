@@ -16,6 +16,7 @@ from ...execution import execution_policy
 from .checkpoint import DivergedError
 from .data import TrainLoader
 from .distributed import Processes
+from .muon import muon_precision
 from .network import forward_weights, model_dtype, train_mode
 from .settings import Settings
 from .steps import drawn_time_steps, shown_for
@@ -76,7 +77,8 @@ def train_epoch(
     Raises:
         DivergedError: If a loss is not finite, before it gets to the weights.
     """
-    with execution_policy(packed=False) if needs_second_derivatives(parts.optimizer) else nullcontext():
+    twice = execution_policy(packed=False) if needs_second_derivatives(parts.optimizer) else nullcontext()
+    with twice, muon_precision(parts.processes.device):
         return _train_epoch(parts, epoch, consumed, losses, on_update)
 
 

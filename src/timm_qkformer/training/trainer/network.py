@@ -190,7 +190,7 @@ def build_task(settings: Settings, processes: Processes, model: nn.Module) -> Cl
         require_compilable(model)
     common: dict[str, Any] = {"device": device, "dtype": model_dtype(settings), "verbose": False}
     common |= {"model": model, "criterion": _loss(settings).to(device)}
-    return StepsTask(settings.tet, **common) if settings.tet else ModelTask(**common)
+    return StepsTask(settings.tet, settings.tet_lambda, **common) if settings.tet else ModelTask(**common)
 
 
 def _loss(settings: Settings) -> nn.Module:

@@ -196,6 +196,7 @@ class Settings:
     class_weights: list[float] | None = _o(None, "weight of each class in the loss", metavar="WEIGHT")
     time_steps_random: list[int] | None = _o(None, "draw T from LOW to HIGH for each batch", length=2)
     tet: float | None = _o(None, "share of the loss that is the mean of each time step's own (TET)", metavar="WEIGHT")
+    tet_lambda: float = _o(0.0, "share of these that is the logits' mean square distance from 1", metavar="WEIGHT")
     quantize_weights: bool = _o(False, "train, or measure, with weights rounded to 8 bits")
     tensorboard: bool | None = _o(None, "write TensorBoard files (where tensorboard is installed)")
     event_split_by: Literal["number", "time"] = _o("number", "frames of as many events each, or of as long a time each")

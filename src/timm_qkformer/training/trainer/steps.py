@@ -1,8 +1,8 @@
 """Training for every T: time steps drawn for each batch, and a loss of each step by itself (TET).
 
 Mixed time steps (arXiv 2503.17394) let one set of weights serve at several T. Temporal efficient training (TET, Deng et
-al. 2022, arXiv 2202.11946) asks for the right answer at each step rather than of their mean alone; its second term,
-which pulls all logits to a constant, is left out.
+al. 2022, arXiv 2202.11946) asks for the right answer at each step rather than of their mean alone; its second term
+pulls all logits to a constant, so that none of them strays far.
 """
 
 from collections.abc import Iterator
@@ -78,11 +78,16 @@ def step_logits(model: Any, sequence: Tensor) -> Tensor:
 
 
 class StepsTask(ModelTask):
-    """A task whose loss is that of the mean over T, and `weight` of it the mean of each step's."""
+    """A task whose loss is that of the mean over T, and `weight` of it TET's.
 
-    def __init__(self, weight: float, **kwargs: Any) -> None:
+    TET's is (1 - decay) of the mean of each step's loss and `decay` (lambda) of the logits' mean square distance from
+    1.
+    """
+
+    def __init__(self, weight: float, decay: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.weight = weight
+        self.decay = decay
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         model: Any = unwrap_model(self.trainable_module)
@@ -92,6 +97,9 @@ class StepsTask(ModelTask):
             output = self.trainable_module(input)
         finally:
             hook.remove()
-        own = [self.criterion(logits, target) for logits in step_logits(model, sequences[-1])]
-        loss = (1.0 - self.weight) * self.criterion(output, target) + self.weight * torch.stack(own).mean()
+        logits = step_logits(model, sequences[-1])
+        own = torch.stack([self.criterion(of_step, target) for of_step in logits]).mean()
+        if self.decay:
+            own = (1.0 - self.decay) * own + self.decay * (logits - 1.0).square().mean()
+        loss = (1.0 - self.weight) * self.criterion(output, target) + self.weight * own
         return {"loss": loss, "output": output}
