@@ -6,6 +6,7 @@ Authors' code: https://github.com/BrainCog-X/Brain-Cog, examples/TIM
 Spikformer for event cameras whose queries remember earlier time steps.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Union
 
@@ -85,7 +86,8 @@ def _parts(block: Any) -> Iterator[Named]:
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateDict:
     """As `spikformer.checkpoint_filter_fn`, for the authors' release.
 
-    Thresholds that a checkpoint holds are the model's from then on; its surrogates' constants are dropped.
+    Thresholds that a checkpoint holds are the model's from then on, and a release's file without any is warned of; its
+    surrogates' constants are dropped.
 
     Raises:
         ValueError: Naming every missing, extra or misshapen tensor, or thresholds that the model has not.
@@ -98,6 +100,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
         model.set_thresholds([values.pop() for values in own])
     elif any(own):
         raise ValueError(f"the checkpoint's blocks have other thresholds each, or lack some: {_OWN} are {own}")
+    elif any(".TIM." in name for name in tensors):
+        warnings.warn(
+            "the file is the release's, which stores its neurons' thresholds, but holds none: the model keeps its own "
+            "(its argument `thresholds`)",
+            stacklevel=2,
+        )
     return translate_flat(tensors, model, _STEM, _UNUSED, _parts)
 
 
