@@ -9,9 +9,9 @@ import torch
 from on_device import FLOAT64, Step, cosine
 
 import tiny
-from timm_qkformer.execution import counts, execution_policy
+from timm_qkformer.execution import counts, execution_policy, packing
 from timm_qkformer.layers import SpikingConv, SpikingMlp, SpikingPatchEmbed
-from timm_qkformer.neurons import IF, LIF, ParametricLIF
+from timm_qkformer.neurons import IF, LIF, ParametricLIF, compiled
 
 lively = partial(tiny.lively, bias=(0.5, 2.0))
 
@@ -137,3 +137,15 @@ def test_the_peak_is_below_that_of_plain_modules(cuda):
         torch.cuda.synchronize()
         peaks[packed] = torch.cuda.max_memory_allocated() - before
     assert peaks[True] < 0.6 * peaks[False], peaks
+
+
+def test_spikes_come_packed_from_the_kernel_that_fires(device, monkeypatch):
+    monkeypatch.setattr(compiled, "_PACKING_DEVICES", {device.type})  # on a CPU it could, too
+    asked, own = [], packing.pack
+    monkeypatch.setattr(packing, "pack", lambda x, numbers: asked.append(x.shape) or own(x, numbers))
+    units = SpikingConv(6, 10, 3, input_range=counts(1)), SpikingConv(10, 4, input_range=counts(1))
+    layer = lively(torch.nn.Sequential(*units)).to(device)
+    x = spikes(4, 2, 6, 8, 8).to(device)
+    ours, plain = (Step(layer, x, packed=packed, neurons="compile") for packed in (True, False))
+    assert asked == [(8, 6, 8, 8)], "the input alone"
+    ours.assert_close_to(plain, **FLOAT64)

@@ -11,7 +11,7 @@ from torch import nn
 
 import tiny
 from timm_qkformer.execution import BINARY, REAL, counts, execution_policy, packing
-from timm_qkformer.layers import ConvNorm, SpikingConv, SpikingMlp, SpikingPatchEmbed, packed
+from timm_qkformer.layers import ConvNorm, SpikingConv, SpikingMlp, SpikingPatchEmbed, output_range, packed
 from timm_qkformer.neurons import IF, LIF, ParametricLIF, compiled
 from timm_qkformer.operators import base as operators
 
@@ -418,3 +418,60 @@ def test_an_input_that_does_not_fit_is_kept_as_it_is_after_one_warning(factor, s
     saved.clear()
     layer.train()(factor * x)
     assert not any(t.dtype == torch.uint8 for t in saved)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Neurons' kernels pack what they fire, as on CUDA, here as torch operations; yields what else was packed."""
+    monkeypatch.setattr(compiled, "_PACKING_DEVICES", {"cpu"})
+    monkeypatch.setattr(compiled, "_MIN_ELEMENTS", {"cpu": 0})
+    monkeypatch.setattr(compiled, "_kernels", {})
+    monkeypatch.setattr(compiled, "_compile", compiled.kernel_body)
+    found, own = [], packing.pack
+    monkeypatch.setattr(packing, "pack", lambda x, held: found.append(x.shape) or own(x, held))
+    return found
+
+
+class Ternary(LIF):
+    levels = "ternary"
+
+
+@pytest.mark.parametrize("neuron", [LIF, Ternary])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_spikes_come_packed_from_the_kernel_that_fires(steps, neuron, asked):
+    first = SpikingConv(6, 10, 3, input_range=BINARY, neuron_layer=neuron)
+    layer = lively(nn.Sequential(first, SpikingConv(10, 4, input_range=output_range(first))).double())
+    out, *_ = check(layer, spikes(steps, 2, 6, 8, 8), neurons="compile")
+    assert asked == [(2 * steps, 6, 8, 8)], "the input alone"
+    assert 0.02 < out.mean() < 0.98
+
+
+def test_steps_that_do_not_divide_are_packed_afterwards(asked):
+    layer = lively(
+        nn.Sequential(SpikingConv(6, 10, 3, input_range=BINARY), SpikingConv(10, 4, input_range=BINARY)).double()
+    )
+    check(layer, spikes(4, 1, 6, 3, 3), neurons="compile")  # nine pixels, in two parts
+    assert asked == [(4, 6, 3, 3), (4, 10, 3, 3)]
+
+
+@pytest.mark.parametrize("name", ["test_qkformer", "test_spikformer", "test_sdt"])
+def test_models_with_spikes_that_come_packed(name, asked):
+    model, x = tiny.tiny(name, time_steps=4), tiny.images(2)
+    check(model, x, neurons="compile", same_spikes=False, rtol=1e-6, atol=1e-7)
+    many = len(asked)
+    asked.clear()
+    with execution_policy(neurons="eager"):
+        model.train()(x).sum().backward()
+    assert many < len(asked)
+
+
+def test_spikes_that_were_changed_since_are_packed_anew():
+    x = spikes(4, 2, 3, 4, 4)
+    data = packing.pack(x.flatten(0, 1), BINARY).data
+    packing.remember(x, data, BINARY)
+    assert packing.SharedInput(x, BINARY).packed.data is data
+    assert packing.SharedInput(x, counts(2)).packed.data is not data
+    assert packing.SharedInput(x.clone(), BINARY).packed.data is not data
+    x.neg_().add_(1)
+    again = packing.SharedInput(x, BINARY).packed
+    assert torch.equal(packing.unpack(again, x.dtype).unflatten(0, (4, 2)), x)

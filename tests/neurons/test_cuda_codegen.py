@@ -9,8 +9,9 @@ import functools
 import pytest
 import torch
 
-from timm_qkformer.neurons import compiled, integrate_and_fire_reference
-from timm_qkformer.neurons.compiled import _Key
+from timm_qkformer.execution.packing import BINARY, TERNARY, _pack_in_torch, parts_of_a_step
+from timm_qkformer.neurons import integrate_and_fire_reference, kernel
+from timm_qkformer.neurons.kernel import Key
 
 triton = pytest.importorskip("triton", reason="needs Triton's compiler and interpreter")
 triton_codegen = pytest.importorskip("triton_codegen")
@@ -28,7 +29,7 @@ NEURONS = {
 @functools.cache
 def generated(neuron, backward, capability=90, dtype=torch.float32, constant=False, row=16, steps=4, soft_reset=False):
     leak_gradient = bool(NEURONS[neuron].get("leak_gradient")) and backward
-    key = _Key(
+    key = Key(
         backward=backward,
         steps=steps,
         constant=constant,
@@ -42,12 +43,12 @@ def generated(neuron, backward, capability=90, dtype=torch.float32, constant=Fal
     )
     if backward:
         key = key._replace(surrogate="sigmoid", leak_gradient=leak_gradient)
-    operands = compiled.example_operands(key)
+    operands = kernel.example_operands(key)
     # A learned leak is on the device, other scalars stay on the host and become arguments of the launch.
     leak = 2 if backward else 1
     on_device = [operand.dim() > 0 or (i == leak and neuron == "plif") for i, operand in enumerate(operands)]
     code = triton_codegen.generate(
-        compiled.kernel_body(key), operands, capability, compiled.inductor_options("cuda"), on_device
+        kernel.kernel_body(key), operands, capability, kernel.inductor_options("cuda"), on_device
     )
     return code, key
 
@@ -81,12 +82,12 @@ def test_one_kernel_reads_once_and_writes_once(neuron, backward, options):
     code, key = generated(neuron, backward, **options)
     assert len(code.kernels) == len(code.launches) == 1
     assert code.other_calls == []
-    kernel = code.kernels[0]
+    found = code.kernels[0]
     tensors = (1 if key.constant else key.steps) + (key.steps if backward else 0)
-    assert len(kernel.loads) == len(set(kernel.loads)) == tensors
-    assert kernel.source.count("tl.load(") == tensors + (neuron == "plif")  # the learned leak, one number
+    assert len(found.loads) == len(set(found.loads)) == tensors
+    assert found.source.count("tl.load(") == tensors + (neuron == "plif")  # the learned leak, one number
     # Gradients of the leak come out summed over rows of 16.
-    assert len(kernel.stores) == len(set(kernel.stores)) == key.steps + key.leak_gradient
+    assert len(found.stores) == len(set(found.stores)) == key.steps + key.leak_gradient
     # Nothing is allocated but the results.
     assert code.source.count("= empty_strided_cuda(") == 1 + key.leak_gradient
 
@@ -136,3 +137,66 @@ def test_the_interpreter_gives_the_references_answer(neuron, backward, options):
     if key.leak_gradient:
         assert results[1].shape == ((rows,) if key.row > 1 else (size,))
         torch.testing.assert_close(results[1].sum(), wanted_leak.grad, rtol=1e-4, atol=1e-4)
+
+
+@functools.cache
+def packing(steps, neuron="lif", dtype=torch.bfloat16):
+    numbers = TERNARY if neuron == "ternary" else BINARY
+    key = Key(
+        backward=False,
+        steps=steps,
+        constant=False,
+        row=1,
+        dtype=dtype,
+        device=CPU,
+        leak_device=CPU,
+        soft_reset=False,
+        decay_input=True,
+        affine=True,
+        levels=NEURONS[neuron].get("levels", "binary"),
+        packs=numbers,
+    )
+    operands = kernel.example_operands(key)
+    options = kernel.inductor_options("cuda") | kernel.unsplit(steps)
+    on_device = [operand.dim() > 0 for operand in operands]
+    return triton_codegen.generate(kernel.kernel_body(key), operands, 90, options, on_device), key
+
+
+PACKING = [
+    pytest.param(4, "lif"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, "lif"), (2, "lif"), (8, "lif"), (10, "lif")]),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [(16, "lif"), (4, "ternary")]),
+]
+
+
+@pytest.mark.parametrize(("steps", "neuron"), PACKING)
+def test_the_kernel_that_fires_packs(steps, neuron, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    code, key = packing(steps, neuron)
+    assert len(code.kernels) == len(code.launches) == 1
+    assert code.other_calls == []
+    found, chunks = code.kernels[0], steps * parts_of_a_step(steps, key.packs)
+    assert len(found.loads) == len(set(found.loads)) == chunks + 2  # scale and shift of the channel
+    assert len(found.stores) == len(set(found.stores)) == chunks + chunks * key.packs.bits // 8
+    assert code.source.count("= empty_strided_cuda(") == 2
+    assert ".target sm_90" in found.ptx(90, tmp_path, block=256)
+
+
+@pytest.mark.parametrize(("steps", "neuron"), PACKING)
+def test_what_it_packs_are_its_spikes(steps, neuron):
+    code, key = packing(steps, neuron, torch.float32)
+    parts, size, channels = parts_of_a_step(steps, key.packs), 7, 5
+    x = torch.randn(steps, parts * size, channels) * 2
+    scale, shift, leak, threshold = (
+        torch.rand(channels) + 0.5,
+        torch.randn(channels),
+        torch.tensor(0.5),
+        torch.tensor(0.75),
+    )
+    operands = [x.view(steps, parts, size, channels), scale, shift, leak, threshold]
+    spikes, packed = code.interpret(operands, size, channels)
+    wanted, _ = integrate_and_fire_reference(x * scale + shift, leak, 0.75, False, True, key.levels)
+    assert torch.equal(spikes.view(x.shape), wanted)
+    assert 0.1 < wanted.abs().mean() < 0.9
+    data, _ = _pack_in_torch(wanted.flatten(), key.packs)
+    assert torch.equal(packed.flatten(), data)

@@ -86,7 +86,7 @@ class Generated:
     """Inductor's output: a Python module whose `call` launches Triton kernels."""
 
     source: str
-    order: list[int | None]  # for each argument of `call`, which operand it is; None: the open size
+    order: list[int | None]  # for each argument of `call`, which operand it is; None: an open size
 
     @property
     def kernels(self) -> list[Kernel]:
@@ -104,9 +104,10 @@ class Generated:
         body = self.source[self.source.index("def call(") :]
         return re.findall(r"^ +(?:\w+ = )?(?:extern_kernels|aten|torch\.ops)\.\S+", body, flags=re.MULTILINE)
 
-    def interpret(self, operands: list[Tensor], size: int) -> list[Tensor]:
-        """Run the module on these operands, given in the order of the traced function."""
-        arguments = [size if i is None else operands[i] for i in self.order]
+    def interpret(self, operands: list[Tensor], *sizes: int) -> list[Tensor]:
+        """Run the module on these operands, given in the order of the traced function, and open sizes."""
+        left = iter(sizes)
+        arguments = [next(left) if i is None else operands[i] for i in self.order]
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "generated.py").write_text(self.source)
             torch.save(arguments, Path(folder, "arguments.pt"))
@@ -123,7 +124,7 @@ def generate(function, operands: list[Tensor], capability: int, options: dict, o
     """Inductor's code for `function(*operands)` on a CUDA device of this compute capability (90: sm_90).
 
     Args:
-        function: What to compile; a fresh function object, see `compiled.kernel_body`.
+        function: What to compile; a fresh function object, see `kernel.kernel_body`.
         operands: CPU tensors that stand for the device's.
         capability: Compute capability of the device that is not there.
         options: Inductor's configuration.
@@ -232,7 +233,7 @@ def interpret(folder: Path) -> None:
     from torch._inductor.async_compile import AsyncCompile
 
     def empty(shape, strides, dtype):  # nan: what is not stored, shows
-        return torch.empty_strided(shape, strides, dtype=dtype).fill_(torch.nan)
+        return torch.empty_strided(shape, strides, dtype=dtype).fill_(torch.nan if dtype.is_floating_point else 99)
 
     torch._C._dynamo.guards._empty_strided_cuda = empty
     torch._C._cuda_getCurrentRawStream = lambda _: None

@@ -7,10 +7,10 @@ what it packs with the range, and an input that does not fit it is kept as it is
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import byref, c_int64
 from functools import cached_property
-from math import inf
+from math import gcd, inf
 from typing import Any, NamedTuple
 
 import torch
@@ -124,6 +124,44 @@ def unpack(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
     return flat.view(*outer, H, W, C).movedim(-1, -3)
 
 
+def parts_of_a_step(steps: int, numbers: Range) -> int:
+    """In how many parts of one size each of some time steps is cut, so that all of them together fill bytes."""
+    elements = 8 // _bits(numbers)
+    return elements // gcd(elements, steps)
+
+
+def pack_chunks(chunks: Sequence[Tensor], numbers: Range) -> Tensor:
+    """`pack`'s bytes [N, ...] of a flat tensor in chunks [...] of one size, as many as fill N times a byte.
+
+    For kernels that have an element of each chunk at hand. Chunks are taken to hold what they may.
+    """
+    bits = _bits(numbers)
+    count = len(chunks) * bits // 8
+    shifted = [chunk.to(torch.int32) - int(numbers.low) for chunk in chunks]
+    rows = []
+    for first in range(count):
+        total = shifted[first]
+        for index, chunk in enumerate(shifted[first + count :: count], start=1):
+            total = total + (chunk << (bits * index))
+        rows.append(total.to(torch.uint8))
+    return torch.stack(rows)
+
+
+_ATTRIBUTE = "_timm_qkformer_packed"
+
+
+def remember(x: Tensor, data: Tensor, numbers: Range) -> None:
+    """Leave with x [T, B, C, H, W] what a kernel packed of it, for the layers that will ask."""
+    packed = PackedTensor(data, numbers, torch.Size((x.shape[0] * x.shape[1], *x.shape[2:])))
+    setattr(x, _ATTRIBUTE, (x._version, packed))
+
+
+def _remembered(x: Tensor, numbers: Range) -> PackedTensor | None:
+    """What was left with x; None if that is nothing, or of other numbers, or x was changed since."""
+    version, packed = getattr(x, _ATTRIBUTE, (None, None))
+    return packed if packed is not None and packed.numbers == numbers and version == x._version else None
+
+
 class SharedInput:
     """An input [T, B, C, H, W] of several layers, packed once for all of them when the first asks.
 
@@ -144,7 +182,9 @@ class SharedInput:
     @cached_property
     def packed(self) -> PackedTensor | None:
         """The images [T * B, C, H, W], packed; None if they cannot be."""
-        return None if self.numbers.bits is None else pack(self.images, self.numbers)
+        if self.numbers.bits is None:
+            return None
+        return _remembered(self.x, self.numbers) or pack(self.images, self.numbers)
 
 
 def refuse_second_derivatives() -> None:

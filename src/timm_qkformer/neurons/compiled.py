@@ -4,7 +4,7 @@ A kernel reads its input once and writes its result once, and keeps nothing for 
 sees memory, not shapes: an input [T, ...] whose steps lie densely one behind the other, in whatever order of their
 own dimensions (contiguous, channels last, ...), is viewed as [T, M]; a step repeated by `expand` is viewed as [M].
 So one kernel serves every layer and every size. Thresholds, leaks and the surrogate's steepness are operands, not
-constants; the number of steps, dtype, device and the kind of reset and surrogate (`_Key`) are compiled in. Other
+constants; the number of steps, dtype, device and the kind of reset and surrogate (`Key`) are compiled in. Other
 inputs are copied together first. Where a batch norm's scale and shift of each channel belong to the kernel (`Affine`),
 the input is [T, M, C], channels last.
 
@@ -13,20 +13,20 @@ it that compiling pays (`AUTO_BUDGET`, see `execution.budget`). Tensors too smal
 in eager mode. Where torch.compile fails (no C++ compiler, no Triton), the process warns once and stays with eager mode.
 """
 
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from threading import RLock
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..execution.budget import Budget
+from ..execution.packing import Range, parts_of_a_step
 from ..execution.policy import is_plain, under_dispatch_mode
-from .recurrence import Affine, fire_steps, gradient_steps, scale_and_shift
+from .kernel import Key, example_operands, inductor_options, kernel_body, unsplit
+from .recurrence import Affine
 from .spec import NeuronSpec, membrane_dtype
 
 # Elements [T, ...] that "auto" lets eager mode process before it compiles the kernel. On a CPU eager mode loses about
@@ -46,35 +46,13 @@ _ROW = {"cpu": 1, "cuda": 16}
 # and Inductor's kernels on all of them, which costs more than it gains.
 _MIN_ELEMENTS = {"cpu": 2**15, "cuda": 0}
 
-# Elements of a step for which kernels are compiled: enough for Inductor to make use of all cores.
-_TYPICAL_SIZE = 2**18
-_TYPICAL_CHANNELS = 2**8
+# Devices whose kernels pack the spikes that they make, and how many steps times parts of a step one may unroll for it.
+# On CPUs a pass of its own, over what is still in the cache, takes a hundredth of a training step.
+_PACKING_DEVICES = {"cuda"}
+_MOST_PARTS = 32
 
-
-class _Key(NamedTuple):
-    """What is compiled into a kernel."""
-
-    backward: bool
-    steps: int
-    constant: bool  # one step's current, given at every step
-    row: int
-    dtype: torch.dtype
-    device: torch.device
-    leak_device: torch.device
-    soft_reset: bool
-    decay_input: bool
-    # Backward kernels only:
-    detach_reset: bool = True
-    surrogate: str = ""
-    leak_gradient: bool = False
-    # Both:
-    affine: bool = False  # each channel's current is scaled and shifted first
-    levels: str = "binary"
-    state: bool = False  # potentials come in and go out
-
-
-_kernels: dict[_Key, Callable[..., Any]] = {}
-_budget = Budget(_Key)
+_kernels: dict[Key, Callable[..., Any]] = {}
+_budget = Budget(Key)
 _compiling = RLock()
 _no_compiler: set[str] = set()  # device types
 
@@ -99,6 +77,14 @@ def like_steps(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, (_step_size(x), *strides), dtype=x.dtype, device=x.device)
 
 
+class Fired(NamedTuple):
+    """Spikes, the potential after them if it is to be kept, and the spikes packed if the kernel has packed them."""
+
+    spikes: Tensor
+    potential: Tensor | None = None
+    packed: Tensor | None = None
+
+
 def compiled_spikes(
     x: Tensor,
     spec: NeuronSpec,
@@ -106,25 +92,39 @@ def compiled_spikes(
     affine: Affine | None = None,
     v: Tensor | None = None,
     keep_state: bool = False,
-) -> tuple[Tensor, Tensor | None] | None:
+    numbers: Range | None = None,
+) -> Fired | None:
     """Spikes by a compiled kernel and, with `keep_state`, the potential after them; None where `backend` or the
     circumstances ask for eager mode.
 
-    With `affine`, x is [T, M, C], contiguous, and becomes x * scale + shift first.
+    With `affine`, x is [T, M, C], contiguous, and becomes x * scale + shift first. With `numbers`, which spikes are
+    then of, the kernel packs them as well where it can: the bytes of `execution.packing.pack`.
     """
     if not _can_compile(x, spec.leak, affine):
         return None
     x, strides = _dense(x)
     state = keep_state or v is not None
     key = _key(x, spec, backward=False, affine=affine is not None, state=state)
+    if numbers is not None and affine is not None and _may_pack(x, numbers):
+        key = key._replace(packs=numbers)
     run = _kernel(key, x.numel(), backend)
     if run is None:
         return None
     operands = [*(affine or ()), *_operands(spec.leak, spec.threshold, dtype=membrane_dtype(x))]
-    if not state:
-        return alias(_call(run, key, [x], operands), x.shape, (_step_size(x), *strides)), None
-    spikes, potential = _call(run, key, [x, _step_of(v, x, strides)], operands)
-    return alias(spikes, x.shape, (_step_size(x), *strides)), alias(potential, x.shape[1:], strides)
+    layout = (_step_size(x), *strides)
+    if state:
+        spikes, potential = _call(run, key, [x, _step_of(v, x, strides)], operands)
+        return Fired(alias(spikes, x.shape, layout), alias(potential, x.shape[1:], strides))
+    if key.packs is not None:
+        spikes, packed = _call(run, key, [x], operands)
+        return Fired(alias(spikes, x.shape, layout), packed=alias(packed, (packed.numel(),), (1,)))
+    return Fired(alias(_call(run, key, [x], operands), x.shape, layout))
+
+
+def _may_pack(x: Tensor, numbers: Range) -> bool:
+    T, M, _ = x.shape
+    parts = parts_of_a_step(T, numbers)
+    return x.device.type in _PACKING_DEVICES and M % parts == 0 and M > parts and T * parts <= _MOST_PARTS
 
 
 def compiled_gradients(
@@ -201,8 +201,12 @@ def _is_constant(x: Tensor) -> bool:
     return x.shape[0] > 1 and x.stride(0) == 0
 
 
-def _flat(x: Tensor, key: _Key) -> Tensor:
+def _flat(x: Tensor, key: Key) -> Tensor:
     """The memory of dense steps as [T, M], of a constant step as [M]; M in rows, if there are rows."""
+    if key.packs is not None:
+        T, M, channels = x.shape
+        parts = parts_of_a_step(T, key.packs)
+        return alias(x, (T, parts, M // parts, channels), (M * channels, M // parts * channels, channels, 1))
     if key.affine:
         return alias(x, x.shape, x.stride())
     shape, strides = _flat_step(_step_size(x), key)
@@ -211,7 +215,7 @@ def _flat(x: Tensor, key: _Key) -> Tensor:
     return alias(x, shape, strides)
 
 
-def _flat_step(size: int, key: _Key) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _flat_step(size: int, key: Key) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and strides of one step of `size` elements, as the kernel sees it."""
     row = key.row
     return ((size,), (1,)) if row == 1 else ((size // row, row), (row, 1))
@@ -226,9 +230,9 @@ def alias(x: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
 
 def _key(
     x: Tensor, spec: NeuronSpec, backward: bool, leak_gradient: bool = False, affine: bool = False, state: bool = False
-) -> _Key:
+) -> Key:
     row = 1 if affine else _ROW[x.device.type]
-    key = _Key(
+    key = Key(
         backward,
         x.shape[0],
         _is_constant(x),
@@ -264,7 +268,7 @@ def _constant_operand(index: int, value: float, dtype: torch.dtype) -> Tensor:
         return torch.tensor(value, dtype=dtype, device=_CPU)
 
 
-def _call(run: Callable[..., Any], key: _Key, sequences: Sequence[Tensor], operands: Sequence[Tensor]) -> Any:
+def _call(run: Callable[..., Any], key: Key, sequences: Sequence[Tensor], operands: Sequence[Tensor]) -> Any:
     # torch.compile would compile once more for each of these states, though none changes the result.
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
@@ -278,7 +282,7 @@ def _call(run: Callable[..., Any], key: _Key, sequences: Sequence[Tensor], opera
     return run(*(_flat(x, key) for x in sequences[:count]), *states, *operands)
 
 
-def _kernel(key: _Key, elements: int, backend: str) -> Callable[..., Any] | None:
+def _kernel(key: Key, elements: int, backend: str) -> Callable[..., Any] | None:
     """The compiled kernel; None if there is none and, by `backend`, should not be one yet."""
     device_type = key.device.type
     if backend == "eager" or device_type in _no_compiler:
@@ -312,129 +316,9 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _compile(key: _Key) -> Callable[..., Any]:
-    options = inductor_options(key.device.type) | (_unsplit() if key.affine and key.steps <= _UNSPLIT_STEPS else {})
+def _compile(key: Key) -> Callable[..., Any]:
+    options = inductor_options(key.device.type) | (unsplit(key.steps) if key.affine else {})
     run = torch.compile(kernel_body(key), fullgraph=True, options=options)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(key.device.type, enabled=False):
         run(*example_operands(key))
     return run
-
-
-def inductor_options(device_type: str) -> dict[str, str | int | bool | Callable[..., Any]]:
-    """What Inductor is told beyond its defaults."""
-    from torch._inductor import config  # not at import: it takes seconds
-
-    # Products are rounded before they are added, as in eager mode: no fused multiply-add, the same spikes.
-    if device_type == "cpu":
-        return {"cpp.enable_floating_point_contract_flag": "off", **_vector_bits()}
-    options = {
-        "emulate_precision_casts": True,
-        # Each step's result is stored where it belongs. By default each element of the whole result would be computed
-        # on its own, with all the steps before it, and intermediate potentials would go through memory.
-        "max_pointwise_cat_inputs": 0,
-        "max_complex_pointwise_cat_inputs": 0,
-    }
-    return {name: value for name, value in options.items() if hasattr(config, name)}
-
-
-def _vector_bits() -> dict[str, int]:
-    """The width of vectors, stated, so that it is part of what names a kernel in Inductor's cache on disk.
-
-    Otherwise, with torch 2.14, a process with ATEN_CPU_CAPABILITY=avx2 loads loops written for AVX-512, and half of the
-    neurons are left out.
-    """
-    from torch._inductor.cpu_vec_isa import pick_vec_isa  # not at import: it takes seconds
-
-    isa = pick_vec_isa()
-    return {"cpp.simdlen": isa.bit_width()} if isa else {}
-
-
-def _unsplit() -> dict[str, int]:
-    """Keep Inductor from passing intermediate results of a long computation through memory.
-
-    It then writes the code of a result anew for each of its uses, three in every step, before it finds what is common.
-    """
-    from torch._inductor import config  # not at import: it takes seconds
-
-    names = ("realize_opcount_threshold", "realize_reads_threshold")
-    return {name: 10_000 for name in names if hasattr(config, name)}
-
-
-_UNSPLIT_STEPS = 4
-
-
-def kernel_body(key: _Key) -> Callable[..., Any]:
-    """What is compiled: (x, leak, threshold) to spikes, or (grad_spikes, x, leak, threshold, alpha) to the gradients of
-    x, leak and potential; with `key.affine`, scale and shift precede the leak; with `key.state`, the potential before
-    the first step follows x (and the gradient of that after the last step follows it), and potentials are returned."""
-
-    def steps_of(x: Tensor, affine: Sequence[Tensor]) -> Sequence[Tensor]:
-        steps = [x] * key.steps if key.constant else x.unbind(0)
-        return scale_and_shift(steps, Affine(*affine)) if affine else steps
-
-    def spec_of(leak: Tensor, threshold: Tensor, alpha: Tensor | float = 1.0) -> NeuronSpec:
-        flags = (key.soft_reset, key.decay_input, key.levels, key.detach_reset, key.surrogate)
-        return NeuronSpec(leak, threshold, *flags, alpha)
-
-    def forward(x: Tensor, *operands: Tensor) -> Any:
-        v, operands = (operands[0], operands[1:]) if key.state else (None, operands)
-        *affine, leak, threshold = operands
-        steps, v = fire_steps(steps_of(x, affine), spec_of(leak, threshold), v, key.state)
-        spikes = torch.stack([fired.to(x.dtype) for fired in steps])
-        return (spikes, v) if key.state else spikes
-
-    def backward(grad_spikes: Tensor, x: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        states, operands = (operands[:2], operands[2:]) if key.state else ((), operands)
-        *affine, leak, threshold, alpha = operands
-        spec = spec_of(leak, threshold, alpha)
-        grads = gradient_steps(grad_spikes.unbind(0), steps_of(x, affine), spec, key.leak_gradient, *states)
-        leak_shares = grads.leak
-        if leak_shares is not None and key.row > 1:
-            # Summed over rows only: a sum over everything would take a kernel of its own and read x again.
-            leak_shares = leak_shares.sum(-1)
-        grad_x = torch.stack([grad.to(x.dtype) for grad in grads.currents])
-        return grad_x, leak_shares, grads.v if key.state else None
-
-    body = backward if key.backward else forward
-    # torch.compile keeps its cache and its limit of recompilations with the code object, and what it remembers of
-    # sizes that changed with the code's name.
-    code = body.__code__.replace(co_name="lif_" + re.sub(r"\W+", "_", "_".join(map(str, key))))
-    return FunctionType(code, body.__globals__, code.co_name, body.__defaults__, body.__closure__)
-
-
-def example_operands(key: _Key, size: int = _TYPICAL_SIZE) -> list[Tensor]:
-    """Operands for `kernel_body(key)` with `size` elements a step, a size that torch.compile is to leave open."""
-    shape: tuple[int, ...] = (size,) if key.row == 1 else (size // key.row, key.row)
-    if key.affine:
-        shape = (size // _TYPICAL_CHANNELS, _TYPICAL_CHANNELS)
-    dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
-
-    def scalar(device: torch.device = _CPU) -> Tensor:
-        return torch.zeros((), dtype=dtype, device=device)
-
-    def sequence(steps: tuple[int, ...] = (key.steps,)) -> Tensor:
-        x = torch.zeros((*steps, *shape), dtype=key.dtype, device=key.device)
-        for dim in range(x.dim()):
-            is_open = dim == len(steps) or (key.affine and dim > len(steps))
-            mark = torch._dynamo.mark_dynamic if is_open else torch._dynamo.mark_static
-            mark(x, dim)
-        return x
-
-    def channels() -> Tensor:
-        x = torch.zeros(_TYPICAL_CHANNELS, dtype=dtype, device=key.device)
-        torch._dynamo.mark_dynamic(x, 0)
-        return x
-
-    def potential() -> Tensor:
-        v = torch.zeros(shape, dtype=dtype, device=key.device)
-        for dim in range(v.dim()):
-            (torch._dynamo.mark_dynamic if dim == 0 else torch._dynamo.mark_static)(v, dim)
-        return v
-
-    x = sequence(()) if key.constant else sequence()
-    affine = [channels(), channels()] if key.affine else []
-    if not key.backward:
-        states = [potential()] if key.state else []
-        return [x, *states, *affine, scalar(key.leak_device), scalar()]
-    states = [potential(), potential()] if key.state else []
-    return [sequence(), x, *states, *affine, scalar(key.leak_device), scalar(), scalar()]

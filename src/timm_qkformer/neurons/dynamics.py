@@ -120,7 +120,7 @@ class _IntegrateAndFire(torch.autograd.Function):
         else:
             compiled = compiled_spikes(x, spec, backend, v=v, keep_state=keep_state)
             if compiled is not None:
-                spikes, potential = compiled
+                spikes, potential = compiled.spikes, compiled.potential
             else:
                 spikes = like_steps(x)
                 steps, potential = fire_steps(x.unbind(0), spec, v, keep_state)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..execution.convolution import at_places, gradient_of_places, index_of, pooled_places
-from ..execution.packing import refuse_second_derivatives
+from ..execution.packing import BINARY, TERNARY, refuse_second_derivatives, remember
 from ..execution.policy import current_policy
 from .compiled import alias, compiled_gradients, compiled_spikes
 from .recurrence import Affine, fire_steps, gradient_steps, scale_and_shift
@@ -43,8 +43,15 @@ def norm_and_fire(y: Tensor, bn: nn.BatchNorm2d, spec: NeuronSpec, steps: int, p
     """
     y = y.contiguous(memory_format=torch.channels_last)
     backend = current_policy().neurons
-    result: Tensor = _NormAndFire.apply(y, bn.weight, bn.bias, spec.leak, steps, pool, _norm_of(bn), spec, backend)
+    packed: list[Tensor] = []
+    norm = _norm_of(bn)
+    result: Tensor = _NormAndFire.apply(y, bn.weight, bn.bias, spec.leak, steps, pool, norm, spec, backend, packed)
+    for data in packed:
+        remember(result, data, _NUMBERS[spec.levels])
     return result
+
+
+_NUMBERS = {"binary": BINARY, "ternary": TERNARY}
 
 
 def _norm_of(bn: nn.BatchNorm2d) -> _Norm:
@@ -74,6 +81,7 @@ class _NormAndFire(torch.autograd.Function):
         norm: _Norm,
         spec: NeuronSpec,
         backend: str,
+        packed: list[Tensor],  # gets the spikes packed, if the kernel that makes them can do it
     ) -> Tensor:
         if norm.training:
             mean, var = torch.batch_norm_update_stats(y, norm.running_mean, norm.running_var, norm.momentum)
@@ -91,9 +99,10 @@ class _NormAndFire(torch.autograd.Function):
             source = at_places(y, index)
             del index  # eight bytes an element
         rows = _rows(source, steps)
-        compiled = compiled_spikes(rows, spec, backend, affine)
+        compiled = compiled_spikes(rows, spec, backend, affine, numbers=_NUMBERS[spec.levels])
         if compiled is not None:
-            spikes = compiled[0]
+            spikes = compiled.spikes
+            packed += [] if compiled.packed is None else [compiled.packed]
         else:
             spikes = torch.empty_like(rows)
             for t, fired in enumerate(fire_steps(scale_and_shift(rows.unbind(0), affine), spec)[0]):
@@ -143,7 +152,7 @@ class _NormAndFire(torch.autograd.Function):
             0.0,
             [*ctx.needs_input_grad[:3]],
         )
-        return grad_y, grad_weight, grad_bias, grad_leak, *[None] * 5
+        return grad_y, grad_weight, grad_bias, grad_leak, *[None] * 6
 
 
 def _normalised(y: Tensor, affine: Affine) -> Tensor:
