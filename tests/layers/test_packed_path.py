@@ -1,6 +1,7 @@
 """Training with packed activations against the plain modules: the same values and gradients, less kept."""
 
 import copy
+import gc
 import warnings
 from functools import partial
 
@@ -475,3 +476,15 @@ def test_spikes_that_were_changed_since_are_packed_anew():
     x.neg_().add_(1)
     again = packing.SharedInput(x, BINARY).packed
     assert torch.equal(packing.unpack(again, x.dtype).unflatten(0, (4, 2)), x)
+    number = id(x)
+    assert number in map(id, packing._known)
+    del x
+    gc.collect()
+    assert number not in map(id, packing._known)
+
+
+def test_spikes_are_saved_without_what_is_known_of_them(tmp_path):
+    x = spikes(4, 2, 3, 4, 4)
+    packing.remember(x, packing.pack(x.flatten(0, 1), BINARY).data, BINARY)
+    torch.save(x, tmp_path / "x.pt")
+    assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True), x)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .native import INT, POINTER, THREADS, function, may_run, training_kernels_pay
 
@@ -147,18 +148,19 @@ def pack_chunks(chunks: Sequence[Tensor], numbers: Range) -> Tensor:
     return torch.stack(rows)
 
 
-_ATTRIBUTE = "_timm_qkformer_packed"
+# By the tensor, with its version. Not an attribute of it, which torch.save would write into a user's file.
+_known: Any = WeakTensorKeyDictionary()
 
 
 def remember(x: Tensor, data: Tensor, numbers: Range) -> None:
     """Leave with x [T, B, C, H, W] what a kernel packed of it, for the layers that will ask."""
     packed = PackedTensor(data, numbers, torch.Size((x.shape[0] * x.shape[1], *x.shape[2:])))
-    setattr(x, _ATTRIBUTE, (x._version, packed))
+    _known[x] = x._version, packed
 
 
 def _remembered(x: Tensor, numbers: Range) -> PackedTensor | None:
     """What was left with x; None if that is nothing, or of other numbers, or x was changed since."""
-    version, packed = getattr(x, _ATTRIBUTE, (None, None))
+    version, packed = _known.get(x, (None, None))
     return packed if packed is not None and packed.numbers == numbers and version == x._version else None
 
 
