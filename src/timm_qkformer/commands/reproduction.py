@@ -21,6 +21,7 @@ def add_reproduce(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--groups", nargs="+", default=["attention", "family"], help="of --compare (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --compare (%(default)s)")
     parser.add_argument("--epochs", type=int, metavar="N", help="of --compare (the recipe's)")
+    parser.add_argument("--jobs", type=int, default=1, help="of --compare: trainings at once (%(default)s)")
     add_sensor_size(parser)
     add_model_options(parser)
 
@@ -45,7 +46,7 @@ def _compare(args: argparse.Namespace) -> None:
     if args.data is None:
         raise ValueError("--compare trains models: --data says where their data are")
     options = [] if args.epochs is None else ["--epochs", str(args.epochs)]
-    rows = run_comparison(args.compare, args.data, args.output, args.groups, args.seeds, options)
+    rows = run_comparison(args.compare, args.data, args.output, args.groups, args.seeds, options, jobs=args.jobs)
     page = args.output / "comparison.md"
     write_atomically(page, "\n".join(comparison_section(rows)) + "\n")
     print(f"wrote {page}")

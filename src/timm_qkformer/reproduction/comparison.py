@@ -2,17 +2,21 @@
 about 1.2 M parameters.
 
 `run_comparison` trains what is missing, measures each model and keeps a row for each in comparison.json;
-`comparison_section` makes the table of such rows. Trainings resume where they were broken off.
+`comparison_section` makes the table of such rows. Trainings resume where they were broken off. Latencies are measured
+when nothing trains any more.
 """
 
 import csv
 import json
+import math
+import multiprocessing
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -22,15 +26,17 @@ from ..files import write_atomically
 
 SEEDS = (0, 1, 2)
 RECIPES = {"cifar10": "cpu_ablation", "nmnist": "cpu_nmnist"}  # what all entries are trained with, by data set
+# Muon learns in few epochs what AdamW does in many (docs/results.md), and averages of the last few steps follow it.
+_RATHER = ("--opt", "nmuon", "--lr", "0.006", "--model-ema-decay", "0.95")
 _SENSOR = {"nmnist": (34, 34)}
 # What models would have of their own otherwise: what they are shown, for how many time steps.
-_TIME_STEPS = {"cifar10": 4, "nmnist": 8}
+_TIME_STEPS = {"cifar10": 2, "nmnist": 4}
 _INPUT: Mapping[str, Sequence[str]] = {
     "cifar10": ("--in-chans", "3", "--input-size", "3", "32", "32"),
     "nmnist": ("--in-chans", "2", "--input-size", "2", "34", "34", "--mean", "0", "0", "--std", "1", "1"),
 }
 
-_SKELETON = {"patch_embed": "small", "embed_dims": [48, 96, 192], "depths": [1, 1, 1], "num_heads": 4}
+_SKELETON = {"patch_embed": "imagenet", "embed_dims": [48, 96, 192], "depths": [1, 1, 1], "num_heads": 4}
 _FLAT = {"embed_dim": 176, "depth": 2, "num_heads": 4}
 
 
@@ -86,7 +92,7 @@ class Measured:
     params: int
     firing_rate: float  # mean over neurons, on the test set
     energy_mj: float  # of a sample, see `analysis.energy`
-    latency_ms: float  # of one sample, deployed in float32, median
+    latency_ms: float  # of one sample, deployed in float32, median; nan: not yet measured
 
 
 def parameters(entry: Entry, in_chans: int = 3, num_classes: int = 10) -> int:
@@ -97,6 +103,28 @@ def parameters(entry: Entry, in_chans: int = 3, num_classes: int = 10) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+class _Case(NamedTuple):
+    """One training."""
+
+    experiment: str
+    entry: Entry
+    seed: int
+    data_set: str
+    data_dir: Path
+    folder: Path
+    options: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the run's own folder."""
+        words = "".join(c if c.isalnum() else " " for c in self.entry.name).split()
+        return "-".join([self.experiment, *words, str(self.seed)])
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+
 def run_comparison(
     data_set: str,
     data_dir: Path,
@@ -105,6 +133,7 @@ def run_comparison(
     seeds: Sequence[int] = SEEDS,
     options: Sequence[str] = (),
     entries: Mapping[str, Sequence[Entry]] = GROUPS,
+    jobs: int = 1,
 ) -> list[Measured]:
     """Train and measure what is not yet in `folder`/comparison.json, and write that file after each model.
 
@@ -116,6 +145,7 @@ def run_comparison(
         seeds: Of the trainings.
         options: More of the trainer's options for all, such as ("--epochs", "6").
         entries: What is compared.
+        jobs: Trainings at once. If more than one, each has a process and one thread of its own.
 
     Raises:
         ValueError: For an unknown data set or group, or what the trainer refuses.
@@ -124,18 +154,28 @@ def run_comparison(
         raise ValueError(f"data_set={data_set!r} is unknown, choose one of {', '.join(RECIPES)}")
     if unknown := [group for group in groups if group not in entries]:
         raise ValueError(f"groups: {unknown[0]!r} is unknown, choose of {', '.join(entries)}")
+    if jobs < 1:
+        raise ValueError(f"jobs={jobs} must be at least 1")
     path = folder / "comparison.json"
     rows = read_measured(path)
     done = {(row.experiment, row.variant, row.seed) for row in rows}
     # Seed by seed, so that what is broken off has whole tables.
-    cases = [(seed, group, entry) for seed in seeds for group in groups for entry in entries[group]]
-    for seed, group, entry in tqdm(cases, unit="model"):
-        experiment = f"comparison_{group}_{data_set}"
-        if (experiment, entry.name, seed) in done:
-            continue
-        rows.append(_train_and_measure(experiment, entry, seed, data_set, data_dir, folder, options))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    wanted = [
+        _Case(f"comparison_{group}_{data_set}", entry, seed, data_set, data_dir, folder, tuple(options))
+        for seed in seeds
+        for group in groups
+        for entry in entries[group]
+    ]
+    missing = [case for case in wanted if (case.experiment, case.entry.name, case.seed) not in done]
+    for row in tqdm(_trained(missing, jobs), total=len(missing), unit="model"):
+        rows.append(row)
+        _write(rows, path)
+    cases = {(case.experiment, case.entry.name, case.seed): case for case in wanted}
+    for i, row in enumerate(rows):
+        case = cases.get((row.experiment, row.variant, row.seed))
+        if case is not None and math.isnan(row.latency_ms):
+            rows[i] = replace(row, latency_ms=_latency_of(case))
+            _write(rows, path)
     return rows
 
 
@@ -146,32 +186,49 @@ def read_measured(path: Path) -> list[Measured]:
     return [Measured(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def _train_and_measure(
-    experiment: str, entry: Entry, seed: int, data_set: str, data_dir: Path, folder: Path, options: Sequence[str]
-) -> Measured:
+def _write(rows: Sequence[Measured], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def _trained(cases: Sequence[_Case], jobs: int) -> Iterator[Measured]:
+    """Each case's row, as they come."""
+    if jobs == 1:
+        yield from map(_train_and_measure, cases)
+        return
+    fresh = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
+    with ProcessPoolExecutor(jobs, fresh, torch.set_num_threads, (1,)) as pool:
+        futures = [pool.submit(_train_and_measure, case) for case in cases]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what has not begun need not
+            raise
+
+
+def _train_and_measure(case: _Case) -> Measured:
     from ..analysis import energy
-    from ..hub.loading import load_model
-    from ..inference import deploy
     from ..training.trainer.config import parse_train
     from ..training.trainer.engine import train
 
-    name = "-".join([experiment, *"".join(c if c.isalnum() else " " for c in entry.name).split(), str(seed)])
+    data_set, entry = case.data_set, case.entry
     args = [f"{key}={value!r}".replace(" ", "") for key, value in entry.args.items()]
     args.append(f"time_steps={_TIME_STEPS[data_set]}")
-    given = ["-c", RECIPES[data_set], "--model", entry.model, *_INPUT[data_set], "--seed", str(seed), *options]
-    given += ["--model-kwargs", *args]
-    where = ["--data-dir", str(data_dir), "--output", str(folder / "runs"), "--experiment", name, "--resume", "auto"]
+    given = ["-c", RECIPES[data_set], "--model", entry.model, *_INPUT[data_set], "--seed", str(case.seed)]
+    given += [*_RATHER, *case.options, "--model-kwargs", *args]
+    where = ["--data-dir", str(case.data_dir), "--output", str(case.runs), "--experiment", case.name]
     start = time.perf_counter()
-    result = train(parse_train([*where, *given]))
+    result = train(parse_train([*where, "--resume", "auto", *given]))
     seconds = time.perf_counter() - start
     with (result.folder / "summary.csv").open(encoding="utf-8") as file:
         last = list(csv.DictReader(file))[-1]
-    model = load_model(str(result.folder / "last.pth.tar")).model.eval()
-    x = _samples(model, data_set, data_dir)
+    model = _last(case)
+    x = _samples(model, data_set, case.data_dir)
     return Measured(
-        experiment,
+        case.experiment,
         entry.name,
-        seed,
+        case.seed,
         float(last["eval_top1"]),
         int(last["epoch"]) + 1,
         seconds,
@@ -179,8 +236,23 @@ def _train_and_measure(
         sum(parameter.numel() for parameter in model.parameters()),
         float(last["firing_rate"] or "nan"),
         energy(model, x).pj / len(x) * 1e-9,
-        _latency(deploy(model), x[:1]),
+        math.nan,
     )
+
+
+def _last(case: _Case) -> Any:
+    """The trained model."""
+    from ..hub.loading import load_model
+
+    return load_model(str(case.runs / case.name / "last.pth.tar")).model.eval()
+
+
+def _latency_of(case: _Case) -> float:
+    """Of one sample, in milliseconds."""
+    from ..inference import deploy
+
+    model = _last(case)
+    return _latency(deploy(model), _samples(model, case.data_set, case.data_dir)[:1])
 
 
 def _samples(model: Any, data_set: str, data_dir: Path, count: int = 16) -> torch.Tensor:
@@ -211,9 +283,9 @@ def comparison_section(rows: Sequence[Measured], entries: Mapping[str, Sequence[
         "## Comparison: every attention in one skeleton, every family at one size",
         "",
         "One recipe for all, the same epochs and seeds; ours, not a paper's. Attention: a hierarchy of three stages of "
-        "one block, 48, 96 and 192 channels, strides 2, 4 and 8. Families: about 1.2 M parameters each. Top-1 with the "
-        "sample standard deviation over the seeds; energy of a sample by synaptic operations; latency of one sample, "
-        "deployed in float32 on this machine.",
+        "one block, 48, 96 and 192 channels, strides 4, 8 and 16. Families: about 1.2 M parameters each. Top-1 with "
+        "the sample standard deviation over the seeds; energy of a sample by synaptic operations; latency of one "
+        "sample, deployed in float32 on this machine.",
     ]
     for data_set in RECIPES:
         for group, of_group in entries.items():

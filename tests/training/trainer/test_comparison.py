@@ -39,7 +39,7 @@ def test_trained_measured_and_written_down(data, tmp_path, monkeypatch):
         assert 0 <= row.top1 <= 100
         assert row.epochs == 1
         assert all(value > 0 for value in (row.params, row.energy_mj, row.latency_ms, row.seconds))
-        assert "time_steps=4" in row.command
+        assert "time_steps=2" in row.command
     monkeypatch.setattr(comparison, "_train_and_measure", None)  # nothing is done twice
     assert run_comparison(*args) == rows
     again = [dataclasses.replace(row, seed=1, top1=row.top1 + 2) for row in rows[:1]]
@@ -49,10 +49,23 @@ def test_trained_measured_and_written_down(data, tmp_path, monkeypatch):
     assert len(lines) == 2  # of both data sets
     assert "not measured" in lines[1]
     assert "not measured" not in lines[0]
+    with pytest.raises(ValueError, match="jobs=0 must be at least 1"):
+        run_comparison("cifar10", data, tmp_path, jobs=0)
     with pytest.raises(ValueError, match="data_set='svhn' is unknown"):
         run_comparison("svhn", data, tmp_path)
     with pytest.raises(ValueError, match="'heads' is unknown"):
         run_comparison("cifar10", data, tmp_path, ("heads",))
+
+
+@pytest.mark.slow
+def test_two_at_once_are_the_same_as_one_by_one(data, tmp_path):
+    runs = [
+        run_comparison("cifar10", data, tmp_path / str(jobs), tuple(ENTRIES), (0,), OPTIONS, ENTRIES, jobs)
+        for jobs in (1, 2)
+    ]
+    ours, theirs = ({row.variant: (row.top1, row.params, row.firing_rate) for row in rows} for rows in runs)
+    assert ours == theirs
+    assert all(row.latency_ms > 0 for row in runs[1])
 
 
 def test_kendalls_tau():
