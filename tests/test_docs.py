@@ -54,7 +54,7 @@ def test_examples_of(page, least):
 def test_get_started(capsys, event_kernels):
     assert run_examples(DOCS / "get-started.md") >= 6
     out = capsys.readouterr().out
-    assert "36 of 40 right; the first is a airplane" in out
+    assert "37 of 40 right; the first is a airplane" in out
     assert out.endswith("frog\n")
 
 

@@ -13,8 +13,9 @@ import timm_qkformer
 from golden import SHARED
 from timm_qkformer.training.demo import MODEL, classify_photographs
 
-# Least cosine similarity of the maps, least share of the same top-1. The shipped weights are rounded.
-SIMILARITY, SAME = 0.999, 0.99
+# Least cosine similarity of the maps, least share of the same top-1. The shipped weights are rounded, but sums run in
+# another order: a potential within a rounding error of its threshold may fire here and not there, and others with it.
+SIMILARITY, SAME = 0.998, 0.99
 PRECISIONS = ("fp32", "bf16", "int8")
 
 
