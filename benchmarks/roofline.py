@@ -66,7 +66,7 @@ def layers_of(model: nn.Module, precision: str, images: Tensor) -> tuple[nn.Modu
 
 
 def kernel(
-    dtype: torch.dtype, channels: int, outputs: int = 64, pixels: int = 4096
+    dtype: torch.dtype, channels: int, outputs: int = 1024, pixels: int = 1024
 ) -> tuple[Callable[[], Tensor], float]:
     """A 1x1 convolution in which every input spikes, and its additions."""
     weight = torch.randn(outputs, channels, 1, 1)
