@@ -26,21 +26,26 @@ NEURONS = {
 }
 
 
-@functools.cache
-def generated(neuron, backward, capability=90, dtype=torch.float32, constant=False, row=16, steps=4, soft_reset=False):
-    leak_gradient = bool(NEURONS[neuron].get("leak_gradient")) and backward
-    key = Key(
-        backward=backward,
+def forward_key(neuron, steps, row, dtype):
+    return Key(
+        backward=False,
         steps=steps,
-        constant=constant,
+        constant=False,
         row=row,
         dtype=dtype,
         device=CPU,
         leak_device=CPU,
-        soft_reset=soft_reset,
+        soft_reset=False,
         decay_input=NEURONS[neuron]["decay_input"],
         levels=NEURONS[neuron].get("levels", "binary"),
     )
+
+
+@functools.cache
+def generated(neuron, backward, capability=90, dtype=torch.float32, constant=False, row=16, steps=4, soft_reset=False):
+    leak_gradient = bool(NEURONS[neuron].get("leak_gradient")) and backward
+    key = forward_key(neuron, steps, row, dtype)
+    key = key._replace(backward=backward, constant=constant, soft_reset=soft_reset)
     if backward:
         key = key._replace(surrogate="sigmoid", leak_gradient=leak_gradient)
     operands = kernel.example_operands(key)
@@ -142,20 +147,7 @@ def test_the_interpreter_gives_the_references_answer(neuron, backward, options):
 @functools.cache
 def packing(steps, neuron="lif", dtype=torch.bfloat16):
     numbers = TERNARY if neuron == "ternary" else BINARY
-    key = Key(
-        backward=False,
-        steps=steps,
-        constant=False,
-        row=1,
-        dtype=dtype,
-        device=CPU,
-        leak_device=CPU,
-        soft_reset=False,
-        decay_input=True,
-        affine=True,
-        levels=NEURONS[neuron].get("levels", "binary"),
-        packs=numbers,
-    )
+    key = forward_key(neuron, steps, 1, dtype)._replace(affine=True, packs=numbers)
     operands = kernel.example_operands(key)
     options = kernel.inductor_options("cuda") | kernel.unsplit(steps)
     on_device = [operand.dim() > 0 for operand in operands]

@@ -94,6 +94,11 @@ class Measured:
     energy_mj: float  # of a sample, see `analysis.energy`
     latency_ms: float  # of one sample, deployed in float32, median; nan: not yet measured
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Of all rows' this one's own."""
+        return self.experiment, self.variant, self.seed
+
 
 def parameters(entry: Entry, in_chans: int = 3, num_classes: int = 10) -> int:
     """Parameters of an entry's model."""
@@ -113,6 +118,11 @@ class _Case(NamedTuple):
     data_dir: Path
     folder: Path
     options: tuple[str, ...]
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What its row is found by, see `Measured.key`."""
+        return self.experiment, self.entry.name, self.seed
 
     @property
     def name(self) -> str:
@@ -158,7 +168,7 @@ def run_comparison(
         raise ValueError(f"jobs={jobs} must be at least 1")
     path = folder / "comparison.json"
     rows = read_measured(path)
-    done = {(row.experiment, row.variant, row.seed) for row in rows}
+    done = {row.key for row in rows}
     # Seed by seed, so that what is broken off has whole tables.
     wanted = [
         _Case(f"comparison_{group}_{data_set}", entry, seed, data_set, data_dir, folder, tuple(options))
@@ -166,13 +176,13 @@ def run_comparison(
         for group in groups
         for entry in entries[group]
     ]
-    missing = [case for case in wanted if (case.experiment, case.entry.name, case.seed) not in done]
+    missing = [case for case in wanted if case.key not in done]
     for row in tqdm(_trained(missing, jobs), total=len(missing), unit="model"):
         rows.append(row)
         _write(rows, path)
-    cases = {(case.experiment, case.entry.name, case.seed): case for case in wanted}
+    cases = {case.key: case for case in wanted}
     for i, row in enumerate(rows):
-        case = cases.get((row.experiment, row.variant, row.seed))
+        case = cases.get(row.key)
         if case is not None and math.isnan(row.latency_ms):
             rows[i] = replace(row, latency_ms=_latency_of(case))
             _write(rows, path)
