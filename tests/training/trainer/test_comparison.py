@@ -38,7 +38,7 @@ def test_trained_measured_and_written_down(data, tmp_path, monkeypatch):
     for row in rows:
         assert 0 <= row.top1 <= 100
         assert row.epochs == 1
-        assert all(value > 0 for value in (row.params, row.energy_mj, row.latency_ms, row.seconds))
+        assert all(value > 0 for value in (row.params, row.energy_mj, row.latency_ms, row.core_seconds))
         assert "time_steps=2" in row.command
     monkeypatch.setattr(comparison, "_train_and_measure", None)  # nothing is done twice
     assert run_comparison(*args) == rows
