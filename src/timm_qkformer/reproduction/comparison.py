@@ -26,8 +26,12 @@ from ..files import write_atomically
 
 SEEDS = (0, 1, 2)
 RECIPES = {"cifar10": "cpu_ablation", "nmnist": "cpu_nmnist"}  # what all entries are trained with, by data set
-# Muon learns in few epochs what AdamW does in many (docs/results.md), and averages of the last few steps follow it.
-_RATHER = ("--opt", "nmuon", "--lr", "0.006", "--model-ema-decay", "0.95")
+# Muon learns in few epochs what AdamW does in many (docs/results.md), averages of the last few steps follow it, and of a
+# few epochs none is spent on warming up.
+_RATHER = (
+    *("--opt", "nmuon", "--lr", "0.006", "--model-ema-decay", "0.95"),
+    *("--sched-on-updates", "--warmup-epochs", "0"),
+)
 _SENSOR = {"nmnist": (34, 34)}
 # What models would have of their own otherwise: the neurons (with the papers' threshold of 1 new networks are silent for
 # the first steps, docs/results.md), what they are shown, for how many time steps.
@@ -39,7 +43,12 @@ _INPUT: Mapping[str, Sequence[str]] = {
 }
 
 _SKELETON = {"patch_embed": "imagenet", "embed_dims": [48, 96, 192], "depths": [1, 1, 1], "num_heads": 4}
-_FLAT = {"embed_dim": 176, "depth": 2, "num_heads": 4, "pools": "1100"}  # 8 x 8 tokens, halved early like the skeleton's
+_FLAT = {
+    "embed_dim": 176,
+    "depth": 2,
+    "num_heads": 4,
+    "pools": "1100",
+}  # 8 x 8 tokens, halved early like the skeleton's
 
 
 @dataclass(frozen=True)
@@ -303,9 +312,7 @@ def comparison_section(rows: Sequence[Measured], entries: Mapping[str, Sequence[
         for group, of_group in entries.items():
             found = [row for row in rows if row.experiment == f"comparison_{group}_{data_set}"]
             body = [_table_row(entry, [row for row in found if row.variant == entry.name]) for entry in of_group]
-            header = (
-                f"{group} | parameters | top-1 (%) | firing rate | energy (mJ) | training (core-s) | latency (ms) | seeds"
-            )
+            header = f"{group} | parameters | top-1 (%) | firing rate | energy (mJ) | training (core-s) | latency (ms) | seeds"
             lines += ["", f"### {group}, {data_set}", "", *table(header, body)]
             commands = [row.command for row in found[:1]]
             lines += ["", *(f"Such as `{command}`, {found[0].epochs} epochs." for command in commands)]
