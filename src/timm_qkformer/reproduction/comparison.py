@@ -26,15 +26,15 @@ from ..files import write_atomically
 
 SEEDS = (0, 1, 2)
 RECIPES = {"cifar10": "cpu_ablation", "nmnist": "cpu_nmnist"}  # what all entries are trained with, by data set
-# Muon learns in few epochs what AdamW does in many (docs/results.md), averages of the last few steps follow it, and of a
-# few epochs none is spent on warming up.
+# Muon learns in few epochs what AdamW does in many (docs/results.md), averages of the last few steps follow it, and
+# none of a few epochs is spent on warming up.
 _RATHER = (
     *("--opt", "nmuon", "--lr", "0.006", "--model-ema-decay", "0.95"),
     *("--sched-on-updates", "--warmup-epochs", "0"),
 )
 _SENSOR = {"nmnist": (34, 34)}
-# What models would have of their own otherwise: the neurons (with the papers' threshold of 1 new networks are silent for
-# the first steps, docs/results.md), what they are shown, for how many time steps.
+# What models would have of their own otherwise: the neurons (with the papers' threshold of 1 a new network is silent
+# for two steps, docs/results.md), what they are shown, for how many time steps.
 _NEURONS = {"v_threshold": 0.5, "surrogate": "atan"}
 _TIME_STEPS = {"cifar10": 2, "nmnist": 4}
 _INPUT: Mapping[str, Sequence[str]] = {
@@ -312,8 +312,8 @@ def comparison_section(rows: Sequence[Measured], entries: Mapping[str, Sequence[
         for group, of_group in entries.items():
             found = [row for row in rows if row.experiment == f"comparison_{group}_{data_set}"]
             body = [_table_row(entry, [row for row in found if row.variant == entry.name]) for entry in of_group]
-            header = f"{group} | parameters | top-1 (%) | firing rate | energy (mJ) | training (core-s) | latency (ms) | seeds"
-            lines += ["", f"### {group}, {data_set}", "", *table(header, body)]
+            words = "parameters | top-1 (%) | firing rate | energy (mJ) | training (core-s) | latency (ms) | seeds"
+            lines += ["", f"### {group}, {data_set}", "", *table(f"{group} | {words}", body)]
             commands = [row.command for row in found[:1]]
             lines += ["", *(f"Such as `{command}`, {found[0].epochs} epochs." for command in commands)]
     return lines
