@@ -86,9 +86,9 @@ def _rank(args: argparse.Namespace, settings: "SearchSettings") -> None:
 
     if args.rank < 2 or not args.epochs:
         raise ValueError(f"--rank {args.rank} --epochs {args.epochs}: give two networks or more, and epochs to train")
-    epochs = ["--epochs", str(args.epochs), "--warmup-epochs", str(min(1, args.epochs - 1)), "--cooldown-epochs", "0"]
+    options = ["--data-dir", str(args.data_dir)]
     with others_on_stderr(args):
-        ranked = rank(settings, args.output, args.rank, args.recipe, ["--data-dir", str(args.data_dir), *epochs])
+        ranked = rank(settings, args.output, args.rank, args.epochs, args.recipe, options)
     show(args, [asdict(row) for row in ranked], ranking_table(ranked))
 
 

@@ -86,9 +86,14 @@ def _params(settings: SearchSettings, genome: Genome) -> int:
 
 
 def rank(
-    settings: SearchSettings, folder: Path, count: int, recipe: str | None = None, options: Sequence[str] = ()
+    settings: SearchSettings,
+    folder: Path,
+    count: int,
+    epochs: int,
+    recipe: str | None = None,
+    options: Sequence[str] = (),
 ) -> list[Ranked]:
-    """Sample networks, train each for as long as the recipe says, and keep their scores and accuracies.
+    """Sample networks, train each, and keep their scores and accuracies.
 
     `folder`/ranking.json has what is done; the same call goes on from it. Trainings resume, too.
 
@@ -96,21 +101,24 @@ def rank(
         settings: The space, its limits, image size, time steps and seed.
         folder: Of the results and the trainings.
         count: Networks.
+        epochs: Of each training, one of them at most to warm up.
         recipe: Name of a recipe; None: the space's.
-        options: The trainer's options for all, such as ("--data-dir", "DATA", "--epochs", "6").
+        options: The trainer's options for all, such as ("--data-dir", "DATA").
 
     Raises:
         ValueError: For a folder of another ranking, or what the trainer refuses.
     """
     path = folder / "ranking.json"
-    stated = json.loads(json.dumps({"settings": asdict(settings), "recipe": recipe, "options": list(options)}))
+    stated = json.loads(
+        json.dumps({"settings": asdict(settings), "recipe": recipe, "epochs": epochs, "options": list(options)})
+    )
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"stated": stated, "networks": []}
     if kept["stated"] != stated:
         raise ValueError(f"{path} is of a ranking with other settings: choose another folder")
     ranked = [Ranked(**row) for row in kept["networks"]]
     folder.mkdir(parents=True, exist_ok=True)
     for number, genome in enumerate(sample(settings, count)[len(ranked) :], start=len(ranked) + 1):
-        top1 = _train(settings, folder, genome, f"network_{number:02}", recipe, options)
+        top1 = _train(settings, folder, genome, f"network_{number:02}", epochs, recipe, options)
         ranked.append(Ranked(dict(genome), _params(settings, genome), _scores(settings, genome), top1))
         rows = [asdict(row) for row in ranked]
         write_atomically(path, json.dumps({"stated": stated, "networks": rows}, indent=1) + "\n")
@@ -125,7 +133,13 @@ def _scores(settings: SearchSettings, genome: Genome) -> dict[str, float]:
 
 
 def _train(
-    settings: SearchSettings, folder: Path, genome: Genome, name: str, recipe: str | None, options: Sequence[str]
+    settings: SearchSettings,
+    folder: Path,
+    genome: Genome,
+    name: str,
+    epochs: int,
+    recipe: str | None,
+    options: Sequence[str],
 ) -> float:
     from ..training.trainer.config import parse_train
     from ..training.trainer.engine import train
@@ -134,6 +148,8 @@ def _train(
     values = yaml.safe_load(recipe_path(recipe or space.recipe).read_text(encoding="utf-8"))
     arguments = {"time_steps": settings.time_steps, **space.arguments(genome)}
     values |= {"model": space.model, "num_classes": settings.num_classes, "model_kwargs": arguments}
+    warm_up = min(1, epochs - 1, values.get("warmup_epochs", 0))
+    values |= {"epochs": epochs, "warmup_epochs": warm_up, "cooldown_epochs": 0}
     config = folder / f"{name}.yaml"
     write_atomically(config, yaml.safe_dump(values, sort_keys=False, default_flow_style=None))
     where = ["-c", str(config), "--output", str(folder / "trained"), "--experiment", name, "--resume", "auto"]
