@@ -25,19 +25,14 @@ from tqdm import tqdm
 from ..files import write_atomically
 
 SEEDS = (0, 1, 2)
-RECIPE = "cpu_minutes"  # what all entries are trained with
+RECIPES = {"cifar10": "cpu_minutes", "nmnist": "cpu_minutes_events"}  # what all entries are trained with, by data set
 _SENSOR = {"nmnist": (34, 34)}
-# What models would have of their own otherwise: the recipe's neurons, how many time steps.
+# Of the recipes' models, what entries have in place of their own: neurons, time steps, the first convolution's input.
 _NEURONS = {"v_threshold": 0.5, "surrogate": "atan"}
 _TIME_STEPS = {"cifar10": 2, "nmnist": 4}
-# What data sets need. Both are trained on for 62 updates, N-MNIST's 1,000 recordings with less at once.
-DATA_SETS: Mapping[str, Sequence[str]] = {
+_INPUT: Mapping[str, Sequence[str]] = {
     "cifar10": ("--in-chans", "3", "--input-size", "3", "32", "32"),
-    "nmnist": (
-        *("--dataset", "events/nmnist", "--in-chans", "2", "--input-size", "2", "34", "34"),
-        *("--mean", "0", "0", "--std", "1", "1", "--hflip", "0", "--aa", "snn-wide"),
-        *("--batch-size", "16", "--epochs", "1", "--val-interval", "1"),
-    ),
+    "nmnist": ("--in-chans", "2", "--input-size", "2", "34", "34"),
 }
 
 _SKELETON = {"patch_embed": "imagenet", "embed_dims": [48, 96, 192], "depths": [1, 1, 1], "num_heads": 4}
@@ -157,7 +152,7 @@ def run_comparison(
     """Train and measure what is not yet in `folder`/comparison.json, and write that file after each model.
 
     Args:
-        data_set: One of `DATA_SETS`.
+        data_set: One of `RECIPES`.
         data_dir: Its folder, as the recipe takes it.
         folder: Of the results and the trainings.
         groups: Of `entries`.
@@ -169,8 +164,8 @@ def run_comparison(
     Raises:
         ValueError: For an unknown data set or group, or what the trainer refuses.
     """
-    if data_set not in DATA_SETS:
-        raise ValueError(f"data_set={data_set!r} is unknown, choose one of {', '.join(DATA_SETS)}")
+    if data_set not in RECIPES:
+        raise ValueError(f"data_set={data_set!r} is unknown, choose one of {', '.join(RECIPES)}")
     if unknown := [group for group in groups if group not in entries]:
         raise ValueError(f"groups: {unknown[0]!r} is unknown, choose of {', '.join(entries)}")
     if jobs < 1:
@@ -234,7 +229,7 @@ def _train_and_measure(case: _Case) -> Measured:
     data_set, entry = case.data_set, case.entry
     of_model = {**entry.args, "neuron_args": _NEURONS, "time_steps": _TIME_STEPS[data_set]}
     args = [f"{key}={value!r}".replace(" ", "") for key, value in of_model.items()]
-    given = ["-c", RECIPE, "--model", entry.model, *DATA_SETS[data_set], "--seed", str(case.seed)]
+    given = ["-c", RECIPES[data_set], "--model", entry.model, *_INPUT[data_set], "--seed", str(case.seed)]
     given += [*case.options, "--model-kwargs", *args]
     where = ["--data-dir", str(case.data_dir), "--output", str(case.runs), "--experiment", case.name]
     start = time.process_time()
@@ -306,7 +301,7 @@ def comparison_section(rows: Sequence[Measured], entries: Mapping[str, Sequence[
         "the sample standard deviation over the seeds; energy of a sample by synaptic operations; training in seconds "
         "of a core; latency of one sample, deployed in float32 on this machine.",
     ]
-    for data_set in DATA_SETS:
+    for data_set in RECIPES:
         for group, of_group in entries.items():
             found = [row for row in rows if row.experiment == f"comparison_{group}_{data_set}"]
             body = [_table_row(entry, [row for row in found if row.variant == entry.name]) for entry in of_group]
