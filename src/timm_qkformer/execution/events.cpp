@@ -22,7 +22,57 @@ struct Several {
     Channel channel, times;
 };
 
-constexpr std::uint64_t ALL_BUT_ONES = 0xFEFEFEFEFEFEFEFE;
+constexpr std::uint64_t LOWEST = 0x0101010101010101, ALL_BUT_HIGHEST = 0x7F7F7F7F7F7F7F7F;  // bits of eight bytes
+
+// The lowest bit of each byte that is not zero.
+inline std::uint64_t where_not_zero(std::uint64_t bytes) {
+    return ((((bytes & ALL_BUT_HIGHEST) + ALL_BUT_HIGHEST) | bytes) >> 7) & LOWEST;
+}
+
+// Eight bytes' lowest bits side by side.
+inline std::uint64_t together(std::uint64_t lowest) { return lowest * 0x0102040810204080 >> 56; }
+
+constexpr Int AT_ONCE = 64;  // channels
+
+// Some of a pixel's channels, AT_ONCE at most, as words of eight bytes.
+struct Some {
+    std::uint64_t words[AT_ONCE / 8];
+
+    Some(const std::uint8_t* x, Int n) {
+        if (n == AT_ONCE) {
+            std::memcpy(words, x, AT_ONCE);
+        } else {
+            std::memset(words, 0, sizeof words);
+            std::memcpy(words, x, n);
+        }
+    }
+    Int not_zero() const {
+        Int count = 0;
+        for (const std::uint64_t bytes : words) count += __builtin_popcountll(where_not_zero(bytes));
+        return count;
+    }
+    // Channels of single spikes, and of several, as bits.
+    void split(std::uint64_t& single, std::uint64_t& several) const {
+        single = several = 0;
+        for (int i = 0; i < AT_ONCE / 8; ++i) {
+            const std::uint64_t more = where_not_zero(words[i] & ~LOWEST);
+            single |= together(words[i] & LOWEST & ~more) << 8 * i;
+            several |= together(more) << 8 * i;
+        }
+    }
+};
+
+constexpr Int LISTED = 2;  // channels, in a nanosecond
+constexpr Int SPARE = 4;  // events that are written before it is known whether they are any
+
+// Calls `write` with the places of bits, one after the other, and for up to SPARE - 1 more. Returns how many there are.
+template <class Write>
+inline Int write_places(std::uint64_t bits, const Write& write) {
+    const Int count = __builtin_popcountll(bits);
+    for (Int i = 0; i < count; i += SPARE)  // in fours: where the last one is cannot be predicted
+        for (Int j = 0; j < SPARE; ++j, bits &= bits - 1) write(i + j, __builtin_ctzll(bits | std::uint64_t(1) << 63));
+    return count;
+}
 
 // Memory that grows and is never cleared.
 template <class T>
@@ -39,9 +89,10 @@ class Buffer {
 };
 
 // What arrives at rows, each a block of a pixel's channels: single spikes, and sums of several. Row r is block r % blocks of
-// pixel r / blocks. Its events end where the next row's room begins, or before.
+// pixel r / blocks.
 struct Events {
-    Buffer<Int> single_begin, single_end, several_begin, several_end;
+    Buffer<Int> of_pixel;  // where those of its rows begin
+    Buffer<Int> begin, single_end, several_end;
     Buffer<Channel> single;
     Buffer<Several> several;
     Int total = 0;
@@ -49,61 +100,46 @@ struct Events {
 
 const Events& list_events(const std::uint8_t* x, Int pixels, Int C, Int block, int threads) {
     const Int blocks = (C + block - 1) / block, rows = pixels * blocks;
-    const int listing = worth(pixels * C, threads);
+    const int listing = worth(pixels * C / LISTED, threads);
     static thread_local Events of_this_thread;  // kept for the next convolution: fresh pages cost more than the listing
     Events& events = of_this_thread;
-    for (Buffer<Int>* ends : {&events.single_begin, &events.single_end, &events.several_begin, &events.several_end})
-        ends->resize(rows);
+    events.of_pixel.resize(pixels);
+    for (Buffer<Int>* ends : {&events.begin, &events.single_end, &events.several_end}) ends->resize(rows);
 #pragma omp parallel for num_threads(listing) schedule(static)
     for (Int pixel = 0; pixel < pixels; ++pixel) {
-        for (Int b = 0, r = pixel * blocks; b < blocks; ++b, ++r) {
-            const Int last = std::min(C, (b + 1) * block);
-            std::int32_t single = 0, several = 0;
-            for (Int c = b * block; c < last; ++c) {
-                single += x[pixel * C + c] == 1;
-                several += x[pixel * C + c] > 1;
-            }
-            events.single_end[r] = single;
-            events.several_end[r] = several;
-        }
+        Int count = 0;
+        for (Int c = 0; c < C; c += AT_ONCE) count += Some(x + pixel * C + c, std::min(AT_ONCE, C - c)).not_zero();
+        events.of_pixel[pixel] = count;
     }
-    Int singles = 0, severals = 0;
-    for (Int r = 0; r < rows; ++r) {
-        events.single_begin[r] = singles;
-        events.several_begin[r] = severals;
-        singles += events.single_end[r] + 1;  // every channel is written, and stays if it counts
-        severals += events.several_end[r] + 1;
+    events.total = 0;
+    for (Int pixel = 0; pixel < pixels; ++pixel) {
+        const Int count = events.of_pixel[pixel];
+        events.of_pixel[pixel] = events.total + pixel * blocks * SPARE;
+        events.total += count;
     }
-    events.total = singles + severals - 2 * rows;
-    events.single.resize(singles);
-    events.several.resize(severals);
+    events.single.resize(events.total + rows * SPARE);
+    events.several.resize(events.total + rows * SPARE);
 #pragma omp parallel for num_threads(listing) schedule(static)
     for (Int pixel = 0; pixel < pixels; ++pixel) {
+        Int begin = events.of_pixel[pixel];
         for (Int b = 0, r = pixel * blocks; b < blocks; ++b, ++r) {
-            Channel* single = events.single.get() + events.single_begin[r];
-            Several* several = events.several.get() + events.several_begin[r];
+            Channel* single = events.single.get() + begin;
+            Several* several = events.several.get() + begin;
             const Int last = std::min(C, (b + 1) * block);
-            for (Int c = b * block; c < last; c += 8) {
-                std::uint64_t eight = 0;
-                std::memcpy(&eight, x + pixel * C + c, std::min<Int>(8, last - c));
-                if (eight == 0) continue;
-                if ((eight & ALL_BUT_ONES) == 0) {
-                    for (int i = 0; i < 8; ++i, eight >>= 8) {
-                        *single = static_cast<Channel>(c + i);
-                        single += eight & 1;
-                    }
-                } else {
-                    for (int i = 0; i < 8; ++i, eight >>= 8) {
-                        const auto times = static_cast<Channel>(eight & 255);
-                        *single = static_cast<Channel>(c + i);
-                        single += times == 1;
-                        *several = {static_cast<Channel>(c + i), times};
-                        several += times > 1;
-                    }
-                }
+            for (Int c = b * block; c < last; c += AT_ONCE) {
+                const std::uint8_t* from = x + pixel * C + c;
+                const Int n = std::min(AT_ONCE, last - c);
+                std::uint64_t singles, severals;
+                Some(from, n).split(singles, severals);
+                single += write_places(singles, [=](Int i, Int at) { single[i] = static_cast<Channel>(c + at); });
+                several += write_places(severals, [=](Int i, Int at) {
+                    several[i] = {static_cast<Channel>(c + at), from[std::min(at, n - 1)]};
+                });
             }
+            events.begin[r] = begin;
             events.single_end[r] = single - events.single.get();
             events.several_end[r] = several - events.several.get();
+            begin = std::max(events.single_end[r], events.several_end[r]) + SPARE;
         }
     }
     return events;
@@ -333,8 +369,8 @@ void add_events(Sums& sums, const Outputs& outputs, const Events& events, const 
                     const Int pixel = outputs.pixel(shape, o, i, j);
                     if (pixel < 0) continue;
                     const Int r = pixel * blocks + block;
-                    sums.add(o, weights, events.single.get() + events.single_begin[r],
-                             events.single.get() + events.single_end[r], events.several.get() + events.several_begin[r],
+                    sums.add(o, weights, events.single.get() + events.begin[r],
+                             events.single.get() + events.single_end[r], events.several.get() + events.begin[r],
                              events.several.get() + events.several_end[r]);
                 }
             }
