@@ -2,15 +2,18 @@
 
     python benchmarks/roofline.py [--rounds 5] [--out benchmarks/results]
 
-First the kernel alone, all inputs spiking, with weights that stay in the first cache or come from the second. Then each
-convolution of QKFormer-10-768 on the spikes it sees, and the whole deployed model: additions of weights a second, and
-their share of what the kernel reaches in the first cache. See benchmarks/README.md.
+First what the processor adds up in one endless row of spikes, weights in the first cache; then the kernel alone, all
+inputs spiking, with weights that stay in the first cache or come from the second; then each convolution of
+QKFormer-10-768 on the spikes it sees, and the whole deployed model: additions of weights a second, and their share of
+the processor's. See benchmarks/README.md.
 """
 
 import argparse
+import ctypes
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 import timm_qkformer
 from _common import Spread, argument_parser, environment, take_turns, write_json
 from inference import lively
+from timm_qkformer.execution import compiler
 from timm_qkformer.execution.events import EventWeights
 from timm_qkformer.inference.projection import Projection
 
@@ -65,6 +69,27 @@ def layers_of(model: nn.Module, precision: str, images: Tensor) -> tuple[nn.Modu
     return timm_qkformer.deploy(model, precision, products="events"), found
 
 
+@cache
+def library() -> ctypes.CDLL:
+    return compiler.load(Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8"), "roofline")
+
+
+def endless_row(dtype: torch.dtype, events: int = 2**20) -> tuple[Callable[[], object], float]:
+    """The kernel's inner loop without end, weights in the first cache, and its additions."""
+    threads, width = torch.get_num_threads(), 64
+    weights = torch.zeros(64 * 4 // dtype.itemsize, width, dtype=dtype)  # 16 KB
+    rows = torch.randint(len(weights), (events,), dtype=torch.int16)
+    sums = torch.empty(threads, width, dtype=torch.float32)
+    add = getattr(library(), f"add_{str(dtype).removeprefix('torch.')}")
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (weights, rows)]
+    operands = [*pointers, ctypes.c_int64(events), ctypes.c_void_p(sums.data_ptr()), ctypes.c_int(threads)]
+
+    def run(*_: Tensor) -> None:
+        add(*operands)
+
+    return partial(run, weights, rows, sums), float(events * width * threads)  # tensors live as long as their addresses
+
+
 def kernel(
     dtype: torch.dtype, channels: int, outputs: int = 1024, pixels: int = 1024
 ) -> tuple[Callable[[], Tensor], float]:
@@ -94,15 +119,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         deployed, layers = layers_of(plain, precision, images)
         additions = {layer.name: layer.additions for layer in layers}
         runs: dict[str, Callable[[], object]] = {layer.name: run(layer) for layer in layers}
+        runs["endless row"], additions["endless row"] = endless_row(dtype)
         for place, channels in CEILINGS[precision].items():
             runs[place], additions[place] = kernel(dtype, channels)
         runs["model"], additions["model"] = partial(deployed, images), sum(layer.additions for layer in layers)
         times = {name: Spread.of(values) for name, values in take_turns(runs, args.rounds).items()}
         rates = {name: additions[name] / spread.median for name, spread in times.items()}
-        top = rates["first cache"]
-        print(f"{precision}: G additions a second in the first cache {top / 1e9:.1f}", end=", ")
-        print(f"from the second {rates['second cache'] / 1e9:.1f}")
-        print(f"{'':44}{'spiking':>8}{'G additions':>13}{'ms':>8}{'of the first cache':>20}")
+        top = rates["endless row"]
+        print(f"{precision}, G additions a second: {top / 1e9:.1f} in an endless row", end=", ")
+        print(", ".join(f"{rates[place] / 1e9:.1f} from the {place}" for place in CEILINGS[precision]))
+        print(f"{'':44}{'spiking':>8}{'G additions':>13}{'ms':>8}{'of the endless row':>20}")
         for layer in sorted(layers, key=lambda layer: -times[layer.name].median)[: args.rows]:
             density = layer.spikes.count_nonzero().item() / layer.spikes.numel()
             milliseconds, share = 1e3 * times[layer.name].median, rates[layer.name] / top
