@@ -1,12 +1,10 @@
 """What the benchmarks share: turn-taking, medians and quartiles, memory management, JSON and pictures."""
 
 import argparse
-import ctypes
 import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -88,19 +86,6 @@ def take_turns(
 def ratios(reference: Sequence[float], own: Sequence[float]) -> Spread:
     """How many times as fast as the reference: spread of the rounds' ratios."""
     return Spread.of([theirs / mine for theirs, mine in zip(reference, own, strict=True)])
-
-
-def keep_freed_memory() -> bool:
-    """Let the C library reuse freed memory instead of returning every large block to the kernel.
-
-    By default glibc maps and unmaps each large tensor anew, and filling the page tables takes longer than a cheap op.
-    All contenders of a process get the same treatment.
-    """
-    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
-        return False
-    libc = ctypes.CDLL(None)
-    trim_threshold, mmap_max = -1, -4
-    return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1))
 
 
 def environment(*packages: str) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from _common import (
     argument_parser,
     draw_bars,
     environment,
-    keep_freed_memory,
     ratios,
     take_turns,
     write_json,
 )
 from timm_qkformer.execution import execution_policy
+from timm_qkformer.execution.memory import keep_freed_memory
 from timm_qkformer.neurons import LIF
 
 EAGER, COMPILED, SPIKINGJELLY = "ours, eager", "ours, compiled", "spikingjelly 2.0"

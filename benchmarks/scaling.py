@@ -24,13 +24,13 @@ from _common import (
     Spread,
     argument_parser,
     environment,
-    keep_freed_memory,
     save_figure,
     spikingjelly_like,
     take_turns,
     write_json,
 )
 from _training import TrainingStep, batch
+from timm_qkformer.execution.memory import keep_freed_memory
 
 BASE = {"time steps": 4, "batch": 2, "side": 48}
 SWEEPS: dict[str, Sequence[int]] = {

@@ -26,13 +26,13 @@ from _common import (
     argument_parser,
     draw_bars,
     environment,
-    keep_freed_memory,
     ratios,
     spikingjelly_like,
     take_turns,
     write_json,
 )
 from _training import TrainingStep, batch
+from timm_qkformer.execution.memory import keep_freed_memory
 
 FP32, BF16 = "ours", "ours, bf16"
 PLAIN = "ours, plain modules"

@@ -19,6 +19,7 @@ from timm.utils import AverageMeter, NativeScaler, distribute_bn, random_seed
 from torch import nn
 
 from ...errors import naming_settings
+from ...execution.memory import keep_freed_memory
 from ...files import write_atomically
 from ...hub.checkpoints import CheckpointError
 from ...hub.evaluate import Evaluation
@@ -78,6 +79,8 @@ def train(settings: Settings) -> TrainResult:
         if processes.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
+        if processes.device.type == "cpu":
+            keep_freed_memory()
         with closing(RunFolder(settings)) as place:
             while True:
                 try:
