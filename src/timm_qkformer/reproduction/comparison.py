@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,6 +201,13 @@ def read_measured(path: Path) -> list[Measured]:
     return [Measured(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
+def shipped_rows() -> list[Measured]:
+    """Rows that come with the package: training/results/comparison/*.json."""
+    folder = files("timm_qkformer.training") / "results" / "comparison"
+    found = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
+    return [Measured(**row) for file in found for row in json.loads(file.read_text(encoding="utf-8"))]
+
+
 def _write(rows: Sequence[Measured], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
@@ -290,7 +298,7 @@ def _latency(model: Any, x: torch.Tensor, rounds: int = 15) -> float:
 
 
 def comparison_section(rows: Sequence[Measured], entries: Mapping[str, Sequence[Entry]] = GROUPS) -> list[str]:
-    """Markdown: a table for each group and data set; entries that nobody has measured are there, too."""
+    """Markdown: a table for each data set and group that has been measured; entries that have not are there, too."""
     from .tables import table
 
     lines = [
@@ -299,16 +307,17 @@ def comparison_section(rows: Sequence[Measured], entries: Mapping[str, Sequence[
         "One recipe for all, the same epochs and seeds; ours, not a paper's. Attention: a hierarchy of three stages of "
         "one block, 48, 96 and 192 channels, strides 4, 8 and 16. Families: about 1.2 M parameters each. Top-1 with "
         "the sample standard deviation over the seeds; energy of a sample by synaptic operations; training in seconds "
-        "of a core; latency of one sample, deployed in float32 on this machine.",
+        "of a core; latency of one sample, deployed in float32, where the models were trained.",
     ]
+    words = "parameters | top-1 (%) | firing rate | energy (µJ) | training (core-s) | latency (ms) | seeds"
     for data_set in RECIPES:
         for group, of_group in entries.items():
             found = [row for row in rows if row.experiment == f"comparison_{group}_{data_set}"]
+            if not found:
+                continue
             body = [_table_row(entry, [row for row in found if row.variant == entry.name]) for entry in of_group]
-            words = "parameters | top-1 (%) | firing rate | energy (mJ) | training (core-s) | latency (ms) | seeds"
-            lines += ["", f"### {group}, {data_set}", "", *table(f"{group} | {words}", body)]
-            commands = [row.command for row in found[:1]]
-            lines += ["", *(f"Such as `{command}`, {found[0].epochs} epochs." for command in commands)]
+            lines += ["", f"### {group}, {data_set}", "", *table(f"{group} | {words}", body), ""]
+            lines.append(f"Such as `{found[0].command}`, {found[0].epochs} epochs.")
     return lines
 
 
@@ -316,8 +325,8 @@ def _table_row(entry: Entry, rows: Sequence[Measured]) -> list[str]:
     if not rows:
         return [entry.name, f"{parameters(entry):,}", "not measured", "-", "-", "-", "-", "0"]
 
-    def mean(name: str, digits: str) -> str:
-        return format(statistics.fmean(getattr(row, name) for row in rows), digits)
+    def mean(name: str, digits: str, unit: float = 1.0) -> str:
+        return format(statistics.fmean(getattr(row, name) for row in rows) * unit, digits)
 
     scores = [row.top1 for row in rows]
     spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
@@ -326,8 +335,8 @@ def _table_row(entry: Entry, rows: Sequence[Measured]) -> list[str]:
         f"{rows[0].params:,}",
         f"{statistics.fmean(scores):.2f}{spread}",
         mean("firing_rate", ".3f"),
-        mean("energy_mj", ".4f"),
+        mean("energy_mj", ".2f", 1e3),
         mean("core_seconds", ".0f"),
-        mean("latency_ms", ".2f"),
+        mean("latency_ms", ".1f"),
         str(len(rows)),
     ]

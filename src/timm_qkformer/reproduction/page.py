@@ -15,6 +15,7 @@ import torch
 
 from ..files import refuse_existing, write_atomically
 from ..progress import Bar
+from .comparison import comparison_section, shipped_rows
 from .results import Run, read_runs
 from .subject import Subject, attention_section, rates_section
 from .tables import (
@@ -55,6 +56,7 @@ def write_page(
         ("parameters", parameters_section),
         *((name, partial(ablation_section, name, found)) for name in ABLATIONS),
         ("other runs", partial(other_runs_section, found)),
+        ("comparison", partial(comparison_section, shipped_rows())),
         ("firing rates", partial(rates_section, subject)),
         ("attention", partial(attention_section, subject, matrices, masks)),
         ("memory", partial(memory_section, memory, quick)),

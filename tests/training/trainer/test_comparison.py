@@ -10,7 +10,15 @@ from tiny_runs import make_images
 
 from timm_qkformer.cli import main
 from timm_qkformer.reproduction import comparison
-from timm_qkformer.reproduction.comparison import GROUPS, Entry, comparison_section, parameters, run_comparison
+from timm_qkformer.reproduction.comparison import (
+    GROUPS,
+    RECIPES,
+    Entry,
+    comparison_section,
+    parameters,
+    run_comparison,
+    shipped_rows,
+)
 from timm_qkformer.search import SPACES
 from timm_qkformer.search.ranking import kendall_tau, tau_interval
 from timm_qkformer.search.spaces import Gene, Space
@@ -45,10 +53,11 @@ def test_trained_measured_and_written_down(data, tmp_path, monkeypatch):
     again = [dataclasses.replace(row, seed=1, top1=row.top1 + 2) for row in rows[:1]]
     text = "\n".join(comparison_section([*rows, *again], ENTRIES))
     assert f"{rows[0].top1 + 1:.2f} ± 1.41" in text
-    lines = [line for line in text.splitlines() if line.startswith("| TIM")]
-    assert len(lines) == 2  # of both data sets
-    assert "not measured" in lines[1]
-    assert "not measured" not in lines[0]
+    assert "not measured" not in text
+    text = "\n".join(comparison_section(rows[:1], {"attention": (*ENTRIES["attention"], *ENTRIES["family"])}))
+    (line,) = (line for line in text.splitlines() if line.startswith("| TIM"))
+    assert "not measured" in line
+    assert "nmnist" not in text
     with pytest.raises(ValueError, match="jobs=0 must be at least 1"):
         run_comparison("cifar10", data, tmp_path, jobs=0)
     with pytest.raises(ValueError, match="data_set='svhn' is unknown"):
@@ -66,6 +75,16 @@ def test_two_at_once_are_the_same_as_one_by_one(data, tmp_path):
     ours, theirs = ({row.variant: (row.top1, row.params, row.firing_rate) for row in rows} for rows in runs)
     assert ours == theirs
     assert all(row.latency_ms > 0 for row in runs[1])
+
+
+def test_rows_that_ship_are_of_the_entries():
+    rows = shipped_rows()
+    assert len({row.key for row in rows}) == len(rows) > 0
+    names = {f"comparison_{group}_{data}": {e.name for e in GROUPS[group]} for group in GROUPS for data in RECIPES}
+    assert all(row.variant in names[row.experiment] for row in rows)
+    assert not any(math.isnan(row.latency_ms) for row in rows)
+    sizes = {entry.name: parameters(entry) for entry in GROUPS["family"]}
+    assert all(row.params == sizes[row.variant] for row in rows if row.experiment == "comparison_family_cifar10")
 
 
 def test_kendalls_tau():
