@@ -37,12 +37,8 @@ _INPUT: Mapping[str, Sequence[str]] = {
 }
 
 _SKELETON = {"patch_embed": "imagenet", "embed_dims": [48, 96, 192], "depths": [1, 1, 1], "num_heads": 4}
-_FLAT = {
-    "embed_dim": 176,
-    "depth": 2,
-    "num_heads": 4,
-    "pools": "1100",
-}  # 8 x 8 tokens, halved early like the skeleton's
+# 8 x 8 tokens, halved early as the skeleton's are
+_FLAT = {"embed_dim": 176, "depth": 2, "num_heads": 4, "pools": "1100"}
 
 
 @dataclass(frozen=True)
