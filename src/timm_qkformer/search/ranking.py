@@ -150,6 +150,7 @@ def _train(
     values |= {"model": space.model, "num_classes": settings.num_classes, "model_kwargs": arguments}
     warm_up = min(1, epochs - 1, values.get("warmup_epochs", 0))
     values |= {"epochs": epochs, "warmup_epochs": warm_up, "cooldown_epochs": 0}
+    values["model_ema"] = False  # an average lags behind in a short training, to the point of silence
     config = folder / f"{name}.yaml"
     write_atomically(config, yaml.safe_dump(values, sort_keys=False, default_flow_style=None))
     where = ["-c", str(config), "--output", str(folder / "trained"), "--experiment", name, "--resume", "auto"]

@@ -115,6 +115,7 @@ def test_sampled_networks_are_trained_and_ranked(tmp_path, monkeypatch, capsys):
     kept = json.loads((tmp_path / "ranking.json").read_text())["networks"]
     assert len(kept) == 2
     assert kept[0]["params"] != kept[1]["params"]
+    assert "model_ema: false" in (tmp_path / "network_01.yaml").read_text()
     assert main(argv) == 0
     assert capsys.readouterr().out.splitlines()[-5:] == table.splitlines()[-5:]  # from what is kept
     assert main([*argv, "--seed", "3"]) == 2
