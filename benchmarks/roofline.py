@@ -13,6 +13,7 @@ import ctypes
 import time
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from _common import Spread, argument_parser, environment, take_turns, write_json
 from inference import lively
 from timm_qkformer.execution import compiler
 from timm_qkformer.execution.events import EventWeights
+from timm_qkformer.execution.libraries import COMMON, Source
 from timm_qkformer.inference.projection import Projection
 
 PRECISIONS = {"fp32": torch.float32, "int8": torch.int8}
@@ -71,7 +73,8 @@ def layers_of(model: nn.Module, precision: str, images: Tensor) -> tuple[nn.Modu
 
 @cache
 def library() -> ctypes.CDLL:
-    return compiler.load(Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8"), "roofline")
+    common = files("timm_qkformer.execution") / COMMON
+    return compiler.load(Source.of(common, Path(__file__).with_suffix(".cpp")).whole(), "roofline")
 
 
 def endless_row(dtype: torch.dtype, events: int = 2**20) -> tuple[Callable[[], object], float]:

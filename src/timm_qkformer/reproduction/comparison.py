@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +29,6 @@ from ..files import write_atomically
 SEEDS = (0, 1, 2)
 RECIPES = {"cifar10": "cpu_minutes", "nmnist": "cpu_minutes_events"}  # what all entries are trained with, by data set
 _SENSOR = {"nmnist": (34, 34)}
-# Of the recipes' models, what entries have in place of their own: neurons, time steps, the first convolution's input.
-_NEURONS = {"v_threshold": 0.5, "surrogate": "atan"}
-_TIME_STEPS = {"cifar10": 2, "nmnist": 4}
-_INPUT: Mapping[str, Sequence[str]] = {
-    "cifar10": ("--in-chans", "3", "--input-size", "3", "32", "32"),
-    "nmnist": ("--in-chans", "2", "--input-size", "2", "34", "34"),
-}
-
 _SKELETON = {"patch_embed": "imagenet", "embed_dims": [48, 96, 192], "depths": [1, 1, 1], "num_heads": 4}
 # 8 x 8 tokens, halved early as the skeleton's are
 _FLAT = {"embed_dim": 176, "depth": 2, "num_heads": 4, "pools": "1100"}
@@ -190,9 +183,9 @@ def run_comparison(
     return rows
 
 
-def read_measured(path: Path) -> list[Measured]:
+def read_measured(path: Traversable) -> list[Measured]:
     """Rows of a comparison.json; none where there is no file."""
-    if not path.exists():
+    if not path.is_file():
         return []
     return [Measured(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
@@ -201,7 +194,7 @@ def shipped_rows() -> list[Measured]:
     """Rows that come with the package: training/results/comparison/*.json."""
     folder = files("timm_qkformer.training") / "results" / "comparison"
     found = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
-    return [Measured(**row) for file in found for row in json.loads(file.read_text(encoding="utf-8"))]
+    return [row for file in found for row in read_measured(file)]
 
 
 def _write(rows: Sequence[Measured], path: Path) -> None:
@@ -227,13 +220,15 @@ def _trained(cases: Sequence[_Case], jobs: int) -> Iterator[Measured]:
 
 def _train_and_measure(case: _Case) -> Measured:
     from ..analysis import energy
+    from ..training.recipes import read_yaml, recipe_path
     from ..training.trainer.config import parse_train
     from ..training.trainer.engine import train
 
     data_set, entry = case.data_set, case.entry
-    of_model = {**entry.args, "neuron_args": _NEURONS, "time_steps": _TIME_STEPS[data_set]}
+    of_recipe = read_yaml(recipe_path(RECIPES[data_set]))["model_kwargs"]
+    of_model = {**entry.args, **{key: of_recipe[key] for key in ("neuron_args", "time_steps")}}
     args = [f"{key}={value!r}".replace(" ", "") for key, value in of_model.items()]
-    given = ["-c", RECIPES[data_set], "--model", entry.model, *_INPUT[data_set], "--seed", str(case.seed)]
+    given = ["-c", RECIPES[data_set], "--model", entry.model, "--seed", str(case.seed)]
     given += [*case.options, "--model-kwargs", *args]
     where = ["--data-dir", str(case.data_dir), "--output", str(case.runs), "--experiment", case.name]
     start = time.process_time()
