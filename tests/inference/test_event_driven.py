@@ -145,10 +145,12 @@ def test_dense_products_stand_in(dtype, monkeypatch):
     unit = make(24, 32, 3, dtype=dtype)
     x = spikes((2, 6, 6, 24), 0.3, 3)
     expected = check(unit, x)
+    rounds = tiny.rounds_currents("bf16", "dense") and dtype == torch.bfloat16
+    within = {"rtol": 2**-8, "atol": 2**-8 * expected.abs().max().item()} if rounds else {}
     with execution_policy(kernels="never"):
-        torch.testing.assert_close(unit(x), expected)
+        torch.testing.assert_close(unit(x), expected, **within)
     monkeypatch.setattr(events, "MOST_CHANNELS", 23)
-    torch.testing.assert_close(unit(x), expected)
+    torch.testing.assert_close(unit(x), expected, **within)
     monkeypatch.setattr(projection, "has_onednn", lambda *_: False)
     unit.derived = {}
     torch.testing.assert_close(unit(x), expected)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
 from timm_qkformer import deploy
+from timm_qkformer.execution import execution_policy
 
 PRECISIONS = ["fp32", "bf16", "int8"]
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -66,10 +67,15 @@ def test_tracers_and_tensors_without_numbers_are_refused_in_one_sentence(fast, t
 
 def test_what_only_watches_is_let_in(fast):
     expected = fast(X)
+    with execution_policy(kernels="never"):
+        stand_in = fast(X)
     with FlopCounterMode(display=False) as counter:
         found = fast(X)
     assert counter.get_total_flops() > 0
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(found, stand_in)
+    rounds = fast.precision == "bf16" and tiny.rounds_currents("bf16", "dense")  # and then some neurons fire otherwise
+    if not rounds:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
     class Image(torch.Tensor):  # as torchvision has it
         pass
