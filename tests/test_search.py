@@ -10,8 +10,10 @@ import yaml
 
 from timm_qkformer.analysis.hooks import inference, recalibrated_norms, record_spikes
 from timm_qkformer.cli import main
+from timm_qkformer.reproduction.comparison import run_comparison
 from timm_qkformer.search import SPACES, Evolution, SearchState, evolve, score_model
-from timm_qkformer.search.evolution import Candidate, pareto_front
+from timm_qkformer.search.evolution import VAIN_TRIES, Candidate, pareto_front
+from timm_qkformer.search.ranking import rank
 from timm_qkformer.search.run import SearchSettings, build, search
 from timm_qkformer.search.spaces import Gene, Space
 
@@ -124,7 +126,7 @@ def run(settings, state=None, calls=None):
 
 
 def test_evolution_is_seeded_and_improves_and_never_looks_twice():
-    settings = Evolution(population=12, rounds=5, keep=3, crossovers=5, mutations=5, seed=3)
+    settings = Evolution(population=12, rounds=5, keep=3, crossovers=5, mutations=5, seed=2)
     found = run(settings)
     assert found == run(settings)
     assert found != run(Evolution(12, 5, 3, 5, 5, seed=4))
@@ -183,13 +185,50 @@ def test_settings_that_no_search_can_have(settings):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "7", "{}", '{"settings": {}}', '{"settings": 1, "params": {}, "scores": []}',
-                '{"settings": {}, "params": {"a": "b"}, "scores": {}}', "[" * 100_000]
+    "content", ["", "{", "[1]", '[{"a": 1}]', "7", "{}", '{"settings": {}}',
+                '{"settings": 1, "params": {}, "scores": []}', '{"settings": {}, "params": {"a": "b"}, "scores": {}}',
+                '{"stated": {}, "networks": [1]}', "[" * 100_000]
 )  # fmt: skip
-def test_a_folder_with_another_state_is_named(content, tmp_path):
-    (tmp_path / "search.json").write_text(content)
-    with pytest.raises(ValueError, match=r"search\.json is no state of a search \(.*\): choose another folder"):
-        search(SearchSettings(), tmp_path)
+@pytest.mark.parametrize(
+    ("file", "what", "read"),
+    [
+        ("search.json", "state of a search", lambda folder: search(SearchSettings(), folder)),
+        ("ranking.json", "ranking", lambda folder: rank(SearchSettings(), folder, 2, 1)),
+        ("comparison.json", "comparison", lambda folder: run_comparison("cifar10", folder, folder)),
+    ],
+)
+def test_a_folder_with_another_state_is_named(content, file, what, read, tmp_path):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=rf"{file} is no {what} \(.*\): choose another folder"):
+        read(tmp_path)
+    assert (tmp_path / file).read_text() == content
+
+
+def test_a_folder_of_other_settings_says_which(tiny_space, tmp_path):
+    search(SearchSettings(tiny_space, image_size=16, evolution=Evolution(2, 0, 1, 1, 1)), tmp_path, progress=False)
+    other = SearchSettings(tiny_space, image_size=32, evolution=Evolution(2, 0, 1, 1, 1, seed=5))
+    with pytest.raises(ValueError, match=r"search\.json is of a search with other settings \(seed, image_size\)"):
+        search(other, tmp_path)
+
+
+def test_sizes_that_no_network_has_are_told_soon(tiny_space, tmp_path):
+    drawn = []
+
+    def params(genome):
+        drawn.append(genome)
+        return 5
+
+    with pytest.raises(ValueError, match="networks of the space were drawn"):
+        evolve(SPACES["autost-small"], (1, 2), params, lambda genome: 0.0, Evolution())
+    assert len(drawn) <= VAIN_TRIES
+    with pytest.raises(ValueError, match="params=1 to 2: 0 networks of tiny found, not 3"):
+        rank(SearchSettings(tiny_space, params=(1, 2)), tmp_path, 3, 1)
+
+
+def test_a_search_that_never_began_leaves_no_state(tiny_space, tmp_path):
+    with pytest.raises(ValueError, match="time_steps"):
+        search(SearchSettings(tiny_space, time_steps=999_999), tmp_path, progress=False)
+    assert not (tmp_path / "search.json").exists()
 
 
 def test_pareto_front():
@@ -247,7 +286,7 @@ def test_command(tiny_space, tmp_path, capsys):
     assert (tmp_path / "search.json").read_text() == before
     assert capsys.readouterr().out == table
     assert main([*argv, "--seed", "5"]) == 2
-    assert "is of a search with other settings (evolution)" in capsys.readouterr().err
+    assert "is of a search with other settings (seed)" in capsys.readouterr().err
     assert main(["search", "--space", "nowhere", "--output", str(tmp_path)]) == 2
     assert "space='nowhere' is unknown" in capsys.readouterr().err
     assert main([*argv, "--epochs", "2"]) == 2

@@ -1,11 +1,17 @@
-"""Files that are complete or not there. Below every other module: nothing of the package is imported here."""
+"""Files that are complete or not there, and what is kept in them. Of the package only `errors` is imported here."""
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeVar
+
+from .errors import first_line
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -46,6 +52,23 @@ def write_atomically(path: Path, text: str) -> None:
     """Write `path` through a temporary file beside it, in UTF-8."""
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def read_kept(path: Traversable, what: str, read: Callable[[Any], T]) -> T:
+    """What an interrupted run goes on from, out of JSON.
+
+    Args:
+        path: The file.
+        what: What to call its content, in the error.
+        read: Makes of the file's value what it means; may raise whatever a wrong value leads to.
+
+    Raises:
+        ValueError: Naming the file, if it holds something else.
+    """
+    try:
+        return read(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is no {what} ({first_line(error)}): choose another folder") from error
 
 
 def refuse_existing(*paths: Path) -> None:

@@ -10,13 +10,16 @@ import csv
 import json
 import math
 import multiprocessing
+import os
 import statistics
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +27,8 @@ import timm
 import torch
 from tqdm import tqdm
 
-from ..files import write_atomically
+from ..files import read_kept, write_atomically
+from ..training.recipes import read_yaml, recipe_path
 
 SEEDS = (0, 1, 2)
 RECIPES = {"cifar10": "cpu_minutes", "nmnist": "cpu_minutes_events"}  # what all entries are trained with, by data set
@@ -81,7 +85,7 @@ class Measured:
     seed: int
     top1: float  # percent, on the test set after the last epoch
     epochs: int
-    core_seconds: float  # of training: all threads' processor time, without loading data
+    core_seconds: float  # of training: all threads' processor time, without loading data; nan: it was broken off
     command: str
     params: int
     firing_rate: float  # mean over neurons, on the test set
@@ -128,6 +132,20 @@ class _Case(NamedTuple):
     def runs(self) -> Path:
         return self.folder / "runs"
 
+    @property
+    def given(self) -> list[str]:
+        """What decides the training, as `timm-qkformer train` takes it."""
+        of_recipe = read_yaml(recipe_path(RECIPES[self.data_set]))["model_kwargs"]
+        of_model = {**self.entry.args, **{key: of_recipe[key] for key in ("neuron_args", "time_steps")}}
+        args = [f"{key}={value!r}".replace(" ", "") for key, value in of_model.items()]
+        given = ["-c", RECIPES[self.data_set], "--model", self.entry.model, "--seed", str(self.seed)]
+        return [*given, *self.options, "--model-kwargs", *args]
+
+    @property
+    def command(self) -> str:
+        """Without what says where data and results are."""
+        return " ".join(["timm-qkformer", "train", *self.given])
+
 
 def run_comparison(
     data_set: str,
@@ -152,7 +170,8 @@ def run_comparison(
         jobs: Trainings at once. If more than one, each has a process and one thread of its own.
 
     Raises:
-        ValueError: For an unknown data set or group, or what the trainer refuses.
+        FileNotFoundError: If there is no folder of data.
+        ValueError: For an unknown data set or group, a comparison.json of other settings, or what the trainer refuses.
     """
     if data_set not in RECIPES:
         raise ValueError(f"data_set={data_set!r} is unknown, choose one of {', '.join(RECIPES)}")
@@ -160,6 +179,10 @@ def run_comparison(
         raise ValueError(f"groups: {unknown[0]!r} is unknown, choose of {', '.join(entries)}")
     if jobs < 1:
         raise ValueError(f"jobs={jobs} must be at least 1")
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise ValueError(f"seeds: {wrong[0]} must be from 0 to 2^32 - 1")
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"data_dir={str(data_dir)!r} is no folder: it must have the data of {data_set}")
     path = folder / "comparison.json"
     rows = read_measured(path)
     done = {row.key for row in rows}
@@ -171,10 +194,13 @@ def run_comparison(
         for entry in entries[group]
     ]
     missing = [case for case in wanted if case.key not in done]
+    cases = {case.key: case for case in wanted}
+    for row in rows:
+        if row.key in cases and row.command != cases[row.key].command:
+            raise ValueError(f"{path} has another training of {row.variant}, `{row.command}`: choose another folder")
     for row in tqdm(_trained(missing, jobs), total=len(missing), unit="model"):
         rows.append(row)
         _write(rows, path)
-    cases = {case.key: case for case in wanted}
     for i, row in enumerate(rows):
         case = cases.get(row.key)
         if case is not None and math.isnan(row.latency_ms):
@@ -184,10 +210,18 @@ def run_comparison(
 
 
 def read_measured(path: Traversable) -> list[Measured]:
-    """Rows of a comparison.json; none where there is no file."""
-    if not path.is_file():
-        return []
-    return [Measured(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    """Rows of a comparison.json; none where there is no file.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    return read_kept(path, "comparison", _as_rows) if path.is_file() else []
+
+
+def _as_rows(kept: Any) -> list[Measured]:
+    if not isinstance(kept, list):
+        raise ValueError(f"a {type(kept).__name__}, not a list")
+    return [Measured(**row) for row in kept]
 
 
 def shipped_rows() -> list[Measured]:
@@ -208,7 +242,7 @@ def _trained(cases: Sequence[_Case], jobs: int) -> Iterator[Measured]:
         yield from map(_train_and_measure, cases)
         return
     fresh = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-    with ProcessPoolExecutor(jobs, fresh, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(jobs, fresh, _begin_worker) as pool:
         futures = [pool.submit(_train_and_measure, case) for case in cases]
         try:
             for future in as_completed(futures):
@@ -218,34 +252,41 @@ def _trained(cases: Sequence[_Case], jobs: int) -> Iterator[Measured]:
             raise
 
 
+def _begin_worker() -> None:
+    """One thread, and an end when the process that began this one has none any more to report to."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True, name="end with parent").start()
+
+
 def _train_and_measure(case: _Case) -> Measured:
     from ..analysis import energy
-    from ..training.recipes import read_yaml, recipe_path
     from ..training.trainer.config import parse_train
     from ..training.trainer.engine import train
 
-    data_set, entry = case.data_set, case.entry
-    of_recipe = read_yaml(recipe_path(RECIPES[data_set]))["model_kwargs"]
-    of_model = {**entry.args, **{key: of_recipe[key] for key in ("neuron_args", "time_steps")}}
-    args = [f"{key}={value!r}".replace(" ", "") for key, value in of_model.items()]
-    given = ["-c", RECIPES[data_set], "--model", entry.model, "--seed", str(case.seed)]
-    given += [*case.options, "--model-kwargs", *args]
     where = ["--data-dir", str(case.data_dir), "--output", str(case.runs), "--experiment", case.name]
+    is_whole = not (case.runs / case.name).exists()
     start = time.process_time()
-    result = train(parse_train([*where, "--resume", "auto", *given]))
-    core_seconds = time.process_time() - start
+    result = train(parse_train([*where, "--resume", "auto", *case.given]))
+    core_seconds = time.process_time() - start if is_whole else math.nan
     with (result.folder / "summary.csv").open(encoding="utf-8") as file:
         last = list(csv.DictReader(file))[-1]
     model = _last(case)
-    x = _samples(model, data_set, case.data_dir)
+    x = _samples(model, case.data_set, case.data_dir)
     return Measured(
         case.experiment,
-        entry.name,
+        case.entry.name,
         case.seed,
         float(last["eval_top1"]),
         int(last["epoch"]) + 1,
         core_seconds,
-        " ".join(["timm-qkformer", "train", *given]),
+        case.command,
         sum(parameter.numel() for parameter in model.parameters()),
         float(last["firing_rate"] or "nan"),
         energy(model, x).pj / len(x) * 1e-9,
@@ -317,7 +358,8 @@ def _table_row(entry: Entry, rows: Sequence[Measured]) -> list[str]:
         return [entry.name, f"{parameters(entry):,}", "not measured", "-", "-", "-", "-", "0"]
 
     def mean(name: str, digits: str, unit: float = 1.0) -> str:
-        return format(statistics.fmean(getattr(row, name) for row in rows) * unit, digits)
+        known = [value for row in rows if not math.isnan(value := getattr(row, name))]
+        return format(statistics.fmean(known) * unit, digits) if known else "-"
 
     scores = [row.top1 for row in rows]
     spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""

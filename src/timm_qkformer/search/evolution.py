@@ -9,7 +9,7 @@ is known, and ends with the same result.
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -17,7 +17,7 @@ from .spaces import Genome, Space
 
 _CROSS_TRIES = 50  # for two parents of the same depth
 _TRIES = 10  # genomes drawn for one mutation or crossover that is wanted
-_RANDOM_TRIES = 1000  # for a random one
+VAIN_TRIES = 1000  # random genomes in a row that are known or too small or large, until no more are drawn
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,17 @@ def evolve(
     return found
 
 
+def wanted(draw: Callable[[], Genome], is_wanted: Callable[[Genome], bool]) -> Iterator[Genome]:
+    """What is drawn and wanted, until `VAIN_TRIES` draws in a row were not."""
+    vain = 0
+    while vain < VAIN_TRIES:
+        genome = draw()
+        vain += 1
+        if is_wanted(genome):
+            yield genome
+            vain = 0
+
+
 @dataclass
 class _Search:
     space: Space
@@ -130,9 +141,10 @@ class _Search:
         genomes: list[Genome] = []
         if best:
             for count, child in ((settings.mutations, self._mutant), (settings.crossovers, self._crossed)):
-                genomes += self._take(count, partial(child, best, random), _TRIES * count)
+                draws = (child(best, random) for _ in range(_TRIES * count))
+                genomes += islice(filter(self._is_wanted, draws), count)
         missing = settings.population - len(genomes)
-        genomes += self._take(missing, lambda: self.space.sample(random), _RANDOM_TRIES * missing)
+        genomes += islice(wanted(lambda: self.space.sample(random), self._is_wanted), missing)
         if not genomes:
             seen = self.state.params.values()
             raise ValueError(
@@ -156,11 +168,6 @@ class _Search:
             if self.space.alike(one, other):
                 break
         return self.space.cross(one, other, random)
-
-    def _take(self, count: int, draw: Callable[[], Genome], tries: int) -> list[Genome]:
-        """So many genomes that are new and have parameters within the limits, or as many as so many draws give."""
-        found: Iterator[Genome] = (genome for genome in (draw() for _ in range(tries)) if self._is_wanted(genome))
-        return [genome for genome, _ in zip(found, range(count), strict=False)]
 
     def _is_wanted(self, genome: Genome) -> bool:
         key = key_of(genome)

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import yaml
 
-from ..files import write_atomically
+from ..files import read_kept, write_atomically
 from ..training.recipes import recipe_path
+from .evolution import wanted
 from .run import SearchSettings, build
 from .scores import SCORES, score_model
 from .spaces import SPACES, Genome
 
-_DRAWS = 10_000  # until a space has no networks of the size that is asked for
 _NORMAL_95 = 1.959963984540054
 
 
@@ -72,12 +72,14 @@ def sample(settings: SearchSettings, count: int) -> list[Genome]:
     space, random = SPACES[settings.space], Random(settings.evolution.seed)
     least, most = settings.params or space.params
     found: list[Genome] = []
-    for _ in range(_DRAWS):
-        genome = space.sample(random)
-        if genome not in found and least <= _params(settings, genome) <= most:
-            found.append(genome)
-            if len(found) == count:
-                return found
+
+    def is_wanted(genome: Genome) -> bool:
+        return genome not in found and least <= _params(settings, genome) <= most
+
+    for genome in wanted(lambda: space.sample(random), is_wanted):
+        found.append(genome)
+        if len(found) == count:
+            return found
     raise ValueError(f"params={least:.3g} to {most:.3g}: {len(found)} networks of {settings.space} found, not {count}")
 
 
@@ -112,10 +114,13 @@ def rank(
     stated = json.loads(
         json.dumps({"settings": asdict(settings), "recipe": recipe, "epochs": epochs, "options": list(options)})
     )
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"stated": stated, "networks": []}
-    if kept["stated"] != stated:
-        raise ValueError(f"{path} is of a ranking with other settings: choose another folder")
-    ranked = [Ranked(**row) for row in kept["networks"]]
+    ranked: list[Ranked] = []
+    if path.exists():
+        settings_of, ranked = read_kept(
+            path, "ranking", lambda kept: (kept["stated"], [Ranked(**row) for row in kept["networks"]])
+        )
+        if settings_of != stated:
+            raise ValueError(f"{path} is of a ranking with other settings: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for number, genome in enumerate(sample(settings, count)[len(ranked) :], start=len(ranked) + 1):
         top1 = _train(settings, folder, genome, f"network_{number:02}", epochs, recipe, options)

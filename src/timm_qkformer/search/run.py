@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..analysis.energy import energy
 from ..analysis.hooks import recalibrated_norms
-from ..errors import first_line
-from ..files import write_atomically
+from ..files import read_kept, write_atomically
 from ..progress import Bar
 from ..training.recipes import recipe_path
 from .evolution import Candidate, Evolution, SearchState, evolve, pareto_front
@@ -135,7 +134,8 @@ def search(settings: SearchSettings, folder: Path, images: Tensor | None = None,
             limits = settings.params or space.params
             found = evolve(space, limits, params, score, settings.evolution, state, count)
         finally:
-            save()
+            if state.params:
+                save()
     ranked = sorted(found, key=lambda candidate: -candidate.score)
     front = pareto_front(found, lambda candidate: candidate.params)
     chosen = ranked[: settings.evolution.keep]
@@ -152,20 +152,30 @@ def search(settings: SearchSettings, folder: Path, images: Tensor | None = None,
 def _read(path: Path, stated: dict[str, Any]) -> SearchState:
     if not path.exists():
         return SearchState()
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        settings, params, scores = kept["settings"], kept["params"], kept["scores"]
-        whole = all(type(count) is int for count in params.values())
-        whole = whole and all(type(score) in (int, float) for score in scores.values())
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is no state of a search ({first_line(error)}): choose another folder") from error
-    if not whole:
-        raise ValueError(f"{path} is no state of a search (what it keeps are no numbers): choose another folder")
+    settings, state = read_kept(path, "state of a search", _as_state)
     if settings != stated:
-        settings = settings if isinstance(settings, dict) else {}
-        differ = [name for name in stated if settings.get(name) != stated[name]]
-        raise ValueError(f"{path} is of a search with other settings ({', '.join(differ)}): choose another folder")
-    return SearchState(params, scores)
+        differ = ", ".join(_differences(settings, stated))
+        raise ValueError(f"{path} is of a search with other settings ({differ}): choose another folder")
+    return state
+
+
+def _as_state(kept: Any) -> tuple[dict[str, Any], SearchState]:
+    """Settings and state out of what a state file holds."""
+    settings, params, scores = dict(kept["settings"]), kept["params"], kept["scores"]
+    numbers = all(type(count) is int for count in params.values())
+    if not (numbers and all(type(score) in (int, float) for score in scores.values())):
+        raise ValueError("what it keeps are no numbers")
+    return settings, SearchState(params, scores)
+
+
+def _differences(settings: Any, stated: Mapping[str, Any]) -> list[str]:
+    """Names of settings that differ, with those of groups instead of the groups."""
+    names: list[str] = []
+    for name, value in stated.items():
+        found = settings.get(name) if isinstance(settings, dict) else None
+        if found != value:
+            names += _differences(found, value) if isinstance(value, dict) else [name]
+    return names
 
 
 def _write(

@@ -3,10 +3,14 @@
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 import timm
-from tiny_runs import make_images
+from tiny_runs import SRC, make_images
 
 from timm_qkformer.cli import main
 from timm_qkformer.reproduction import comparison
@@ -50,6 +54,11 @@ def test_trained_measured_and_written_down(data, tmp_path, monkeypatch):
         assert "time_steps=2" in row.command
     monkeypatch.setattr(comparison, "_train_and_measure", None)  # nothing is done twice
     assert run_comparison(*args) == rows
+    other = (*OPTIONS, "--epochs", "2")
+    with pytest.raises(
+        ValueError, match=r"comparison\.json has another training of qkta, `.* --epochs 1 .*another fol"
+    ):
+        run_comparison("cifar10", data, tmp_path, tuple(ENTRIES), (0,), other, ENTRIES)
     again = [dataclasses.replace(row, seed=1, top1=row.top1 + 2) for row in rows[:1]]
     text = "\n".join(comparison_section([*rows, *again], ENTRIES))
     assert f"{rows[0].top1 + 1:.2f} ± 1.41" in text
@@ -62,8 +71,50 @@ def test_trained_measured_and_written_down(data, tmp_path, monkeypatch):
         run_comparison("cifar10", data, tmp_path, jobs=0)
     with pytest.raises(ValueError, match="data_set='svhn' is unknown"):
         run_comparison("svhn", data, tmp_path)
+    with pytest.raises(ValueError, match="seeds: -1 must be from 0"):
+        run_comparison("cifar10", data, tmp_path, seeds=(0, -1))
+    with pytest.raises(FileNotFoundError, match=r"elsewhere' is no folder: .* the data of cifar10"):
+        run_comparison("cifar10", tmp_path / "elsewhere", tmp_path, jobs=2)
     with pytest.raises(ValueError, match="'heads' is unknown"):
         run_comparison("cifar10", data, tmp_path, ("heads",))
+
+
+def test_time_that_an_interruption_hides_is_not_stated(data, tmp_path):
+    args = ("cifar10", data, tmp_path, ("family",), (0,), OPTIONS, ENTRIES)
+    (row,) = run_comparison(*args)
+    (tmp_path / "comparison.json").unlink()  # as if killed before it was written
+    (again,) = run_comparison(*args)
+    assert math.isnan(again.core_seconds)
+    assert again.top1 == row.top1
+    text = "\n".join(comparison_section([again, dataclasses.replace(row, seed=1)], ENTRIES))
+    assert f"| {row.core_seconds:.0f} |" in text
+    assert "nan" not in "\n".join(comparison_section([again], ENTRIES))
+
+
+PARENT = """
+import multiprocessing, os, sys, time
+from timm_qkformer.reproduction.comparison import _begin_worker
+
+def work(file):
+    _begin_worker()
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work, args=("",)).start()
+    time.sleep(60)
+"""
+
+
+def test_workers_end_with_the_process_that_began_them(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": str(SRC)}
+    with subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, env=environment) as parent:
+        os.kill(int(parent.stdout.readline()), 0)
+        parent.kill()
+        killed = time.monotonic()
+        parent.stdout.read()  # ends when the worker, who writes there, too, is gone
+    assert time.monotonic() - killed < 300  # and not after its long sleep
 
 
 @pytest.mark.slow

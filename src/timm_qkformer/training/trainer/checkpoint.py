@@ -297,19 +297,29 @@ def resume_optimizer(
         group.update(kept)
 
 
+def _kind(p: Tensor, state: Mapping[str, Any]) -> tuple[int, bool | None]:
+    """What parameters whose states have the same names have in common.
+
+    Factored moments of matrices have other names than those of vectors; timm's Muon leaves vectors and convolutions of
+    few inputs to AdamW, and says so.
+    """
+    return p.ndim, state.get("use_muon")
+
+
 def _check_state(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Refuse a state that PyTorch takes and the first update would stumble over (CheckpointError)."""
     states = [(p, optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
     states = [(p, state) for p, state in states if state]
-    # Factored moments of matrices have other names than those of vectors.
-    names = {p.ndim: Counter(frozenset(s) for q, s in states if q.ndim == p.ndim) for p, _ in states}
+    names: dict[tuple[int, bool | None], Counter[frozenset[str]]] = {}
+    for p, state in states:
+        names.setdefault(_kind(p, state), Counter())[frozenset(state)] += 1
     kinds: dict[str, Counter[type]] = {}
     for _, state in states:
         for name, value in state.items():
             kinds.setdefault(name, Counter())[type(value)] += 1
     for p, state in states:
         where = f"{path}: its optimizer's state of a parameter {list(p.shape)}"
-        if lacking := sorted(map(str, names[p.ndim].most_common(1)[0][0] - state.keys())):
+        if lacking := sorted(map(str, names[_kind(p, state)].most_common(1)[0][0] - state.keys())):
             raise CheckpointError(f"{where} lacks {', '.join(lacking)}")
         for name, value in state.items():
             if type(value) is not kinds[name].most_common(1)[0][0]:
