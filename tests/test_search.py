@@ -12,6 +12,7 @@ from timm_qkformer.analysis.hooks import inference, recalibrated_norms, record_s
 from timm_qkformer.cli import main
 from timm_qkformer.reproduction.comparison import run_comparison
 from timm_qkformer.search import SPACES, Evolution, SearchState, evolve, score_model
+from timm_qkformer.search import run as run_module
 from timm_qkformer.search.evolution import VAIN_TRIES, Candidate, pareto_front
 from timm_qkformer.search.ranking import rank
 from timm_qkformer.search.run import SearchSettings, build, search
@@ -211,6 +212,24 @@ def test_a_folder_of_other_settings_says_which(tiny_space, tmp_path):
         search(other, tmp_path)
 
 
+def test_what_takes_long_is_kept_soon(tiny_space, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "_SAVE_EVERY", 0.0)
+    scored = []
+
+    def score(*args):
+        if len(scored) == 2:
+            kept = json.loads((tmp_path / "search.json").read_text())
+            assert len(kept["scores"]) == 2
+            raise KeyboardInterrupt
+        scored.append(args)
+        return 1.0
+
+    monkeypatch.setattr(run_module, "score_model", score)
+    with pytest.raises(KeyboardInterrupt):
+        search(SearchSettings(tiny_space, evolution=Evolution(4, 0, 1, 0, 0)), tmp_path, progress=False)
+    assert len(scored) == 2
+
+
 def test_sizes_that_no_network_has_are_told_soon(tiny_space, tmp_path):
     drawn = []
 
@@ -312,4 +331,5 @@ def test_winners_come_with_what_they_cost(tiny_space, tmp_path):
     )
     winners = search(settings, tmp_path, progress=False)
     assert all(winner.picojoules > 0 for winner in winners)
+    assert len(list(tmp_path.glob("winner_*.yaml"))) == len(winners)
     assert winners[0].candidate.score == max(winner.candidate.score for winner in winners)

@@ -14,6 +14,7 @@ TOLERANCE = {"rtol": 0.0, "atol": 1e-9}
 QUICK = {
     "spikformer_imagenet_8_384_t4_64px_batch3",
     "cml_spikformer_cifar10_4_384_t4",
+    "spikingformer_cifar10_4_384_t4_batch3",
     "cml_spikingformer_cifar10dvs_2_256_t10",
     "sdt_cifar100_2_256_t4",
 }

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATE = "search.json"
-_SAVE_EVERY = 20  # candidates
+_SAVE_EVERY = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,16 @@ def search(settings: SearchSettings, folder: Path, images: Tensor | None = None,
 
     folder.mkdir(parents=True, exist_ok=True)
     with Bar(total=settings.evolution.evaluations, unit="net", disable=not progress) as bar:
-        best = float("-inf")
+        best, saved = float("-inf"), time.monotonic()
 
         def count(candidate: Candidate) -> None:
-            nonlocal best
+            nonlocal best, saved
             best = max(best, candidate.score)
             bar.set_postfix(round=candidate.round, best=f"{best:.4g}", refresh=False)
             bar.update()
-            if bar.n % _SAVE_EVERY == 0:
+            if time.monotonic() - saved >= _SAVE_EVERY:
                 save()
+                saved = time.monotonic()
 
         try:
             limits = settings.params or space.params
@@ -187,7 +189,7 @@ def _write(
         genes = (json.dumps(candidate.genome[name]).replace(", ", " ") for name in space.genes)
         lines.append(",".join([f"{candidate.score:.6g}", str(candidate.params), str(candidate.round), *genes]))
     write_atomically(folder / "candidates.csv", "\n".join(lines) + "\n")
-    for number, winner in enumerate(winners[: settings.evolution.keep], start=1):
+    for number, winner in enumerate(winners, start=1):
         write_atomically(folder / f"winner_{number:02}.yaml", recipe(settings, space, winner, number))
     figure = draw(settings, ranked, winners)
     figure.savefig(folder / "pareto.png", dpi=150)
