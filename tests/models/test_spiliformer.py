@@ -243,3 +243,10 @@ def test_checkpoints_are_strict():
             checkpoint_filter_fn({**golden.checkpoint, **change}, model)
     with pytest.raises(ValueError, match=r"missing: .*prompt_2"):
         checkpoint_filter_fn({k: v for k, v in golden.checkpoint.items() if k != "prompt_2"}, model)
+
+
+@pytest.mark.parametrize("beta", [2, -1, float("nan"), "x"])
+def test_shares_of_the_passes(beta):
+    model = timm.create_model("test_spiliformer", time_steps=1)
+    with pytest.raises(ValueError, match=f"beta={beta!r} must be a number between 0 and 1"):
+        model.training_loss(torch.randn(1, 3, 64, 64), torch.zeros(1, dtype=torch.long), F.cross_entropy, beta)
