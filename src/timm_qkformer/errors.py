@@ -1,6 +1,11 @@
-"""Other libraries' errors as lines of ours. Below every other module: nothing of the package is imported here."""
+"""Errors that name what is to blame, other libraries' among them.
 
-from collections.abc import Iterator, Mapping
+Below every other module: nothing of the package is imported here.
+"""
+
+import math
+import numbers
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -62,6 +67,41 @@ def import_extra(module: str, extra: str, doing: str) -> Any:
         raise ModuleNotFoundError(
             f'{doing} needs the package {module}: pip install "timm-qkformer[{extra}]"', name=module
         ) from error
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; True and False are none."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # whole numbers of hundreds of digits
+        return False
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """An argument that has to be a finite number, within bounds if there are any.
+
+    Raises:
+        ValueError: For anything else, with the argument's name.
+    """
+    if not is_number(value) or not low <= value <= high:
+        bounds = "finite number" if math.isinf(low) else f"number between {low:g} and {high:g}"
+        raise ValueError(f"{name}={value!r} must be a {bounds}")
+    return float(value)
+
+
+def check_whole(name: str, value: Any, low: int) -> int:
+    """An argument that has to be a whole number of at least `low`; ValueError with its name for anything else."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {low}")
+    return int(value)
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Refuse what is none of the words that an argument may be, with a ValueError that names them."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}={value!r} is unknown, choose one of {sorted(known)}")
 
 
 def check_name(kind: str, name: Any) -> None:

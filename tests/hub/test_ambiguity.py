@@ -88,6 +88,34 @@ def test_heads_that_a_training_states_or_the_command_line_gives(tmp_path, capsys
     assert "num_heads=6" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "taken", "steps"),
+    [
+        ("sdt_2_256", {}, "sdt_2_256", 4),
+        ("spikformer_2_256_dvs", {}, "sdt_2_256_dvs", 10),  # which it may be; what takes three channels comes later
+        ("a2os2a_2_256", {"num_classes": 100}, "sdt_2_256", 4),
+    ],
+)
+def test_of_models_with_the_same_tensors_the_likeliest_is_taken_with_a_warning(name, args, taken, steps, tmp_path):
+    torch.save(timm.create_model(name, **args).state_dict(), tmp_path / "x.pth")
+    found = infer_architecture(read_checkpoint(tmp_path / "x.pth"))
+    assert (found.model, found.time_steps) == (taken, steps)
+    assert {name, "a2os2a_2_256"} <= {found.model, *found.also_fits}
+    assert found.model not in found.also_fits
+    assert infer_architecture(read_checkpoint(tmp_path / "x.pth"), name).model == name
+
+
+def test_arguments_that_a_user_gives_are_not_the_trainings(tmp_path):
+    torch.save(timm.create_model("test_sdt").state_dict(), tmp_path / "x.pth")
+    file = read_checkpoint(tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"not with the arguments that are given: .*nope") as error:
+        infer_architecture(file, "test_sdt", model_args={"nope": 1})
+    assert "training" not in str(error.value)
+    file.args.update(model="test_sdt", model_kwargs={"num_heads": 4})
+    with pytest.raises(CheckpointError, match=r"that its training states and that are given: .*nope"):
+        infer_architecture(file, model_args={"nope": 1})
+
+
 def test_addition_only_attention_has_no_release(tmp_path):
     release_file("sdt_cifar10_2_512_t4_batch3", tmp_path / "x.pth")
     assert convert(tmp_path / "x.pth", tmp_path / "out").model == "sdt_2_512"

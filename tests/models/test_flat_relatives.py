@@ -187,6 +187,24 @@ def test_addition_only_attention_in_any_model():
     assert own.stages[0].blocks[0].attn.attn_neuron.v_threshold == 0.25
 
 
+def test_arguments_of_operators_by_name_in_any_case_and_besides_the_models_own():
+    model = timm.create_model("test_a2os2a", operator_args={"A2OS2A": {"attn_threshold": 0.25}})
+    assert model.stages[0].blocks[0].attn.attn_neuron.v_threshold == 0.25
+    pooling = timm.create_model("test_sdt_dvs", operator_args={"SDSA": {"qkv_bias": True}}).stages[0].blocks[0].attn
+    assert pooling.dvs_mode
+    assert pooling.q.conv.bias is not None
+
+
+@pytest.mark.parametrize("wrong", [(float("inf"), 1, 1), (1, 1, 0), (1, 1, float("nan")), (1, 1), 0.5])
+def test_wrong_thresholds_change_none(wrong):
+    model = timm.create_model("test_tim")
+    with pytest.raises(ValueError, match="thresholds="):
+        model.set_thresholds(wrong)
+    attn = model.stages[0].blocks[0].attn
+    neurons = (attn.interaction.in_neuron, attn.interaction.out_neuron, attn.attn_neuron)
+    assert [neuron.v_threshold for neuron in neurons] == [0.3, 0.5, 0.5]
+
+
 @torch.inference_mode()
 def test_interaction_with_another_number_of_tokens():
     """Weights for other maps are interpolated; those for its own are its own; the sum over tokens keeps its size."""

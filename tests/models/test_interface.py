@@ -3,6 +3,8 @@
 Operators, neurons and shortcuts are gone through by the contract suite, in tests/contract.
 """
 
+import math
+import re
 from functools import partial
 
 import pytest
@@ -408,9 +410,9 @@ def test_bad_input_is_named(shape, message):
                 ({"depths": (1, 1, 1.5)}, r"depths=\(1, 1, 1.5\) must be whole numbers"),
                 ({"mlp_ratio": 0}, "mlp_ratio=0 leaves no MLP"),
                 ({"mlp_ratio": (1, 1, -1.0)}, "leaves no MLP"),
-                ({"drop_path_rate": 1.5}, r"drop_path_rate=1\.5 must be a probability"),
-                ({"drop_rate": -0.1}, r"drop_rate=-0\.1 must be a probability"),
-                ({"proj_drop_rate": 2}, "proj_drop_rate=2 must be a probability"),
+                ({"drop_path_rate": 1.5}, r"drop_path_rate=1\.5 must be a number between 0 and 1"),
+                ({"drop_rate": -0.1}, r"drop_rate=-0\.1 must be a number between 0 and 1"),
+                ({"proj_drop_rate": 2}, "proj_drop_rate=2 must be a number between 0 and 1"),
                 ({"num_heads": 5}, r"num_heads=5 must divide.*dim=16"),
                 ({"num_heads": (1, 0, 1)}, r"num_heads=\(1, 0, 1\) must be whole numbers"),
                 ({"neuron": "swish"}, "neuron='swish'"),
@@ -418,12 +420,56 @@ def test_bad_input_is_named(shape, message):
                 ({"time_steps": 2.5}, r"time_steps=2\.5"),
                 ({"patch_embed": "vit"}, r"patch_embed='vit'.*cifar.*events.*imagenet"),
                 ({"embed_dims": (1, 2, 4)}, r"embed_dims=\(1, 2, 4\).*below 2"),
+                ({"attn": 0}, "attn=0: operator 0 is unknown"),
+                ({"attn": ("ssa", "ssa", None)}, "attn=.*operator None is unknown"),
+                ({"mlp_ratio": (1, None, 1)}, r"mlp_ratio=\(1, None, 1\) leaves no MLP"),
+                ({"mlp_ratio": True}, "mlp_ratio=True leaves no MLP"),
+                ({"drop_rate": "x"}, "drop_rate='x' must be a number"),
+                ({"drop_path_rate": math.nan}, "drop_path_rate=nan must be a number"),
+                ({"in_chans": 1.5}, r"in_chans=1\.5 must be a whole number of at least 1"),
+                ({"in_chans": 0}, "in_chans=0 must be a whole number of at least 1"),
+                ({"num_classes": "x"}, "num_classes='x' must be a whole number"),
+                ({"num_classes": -1}, "num_classes=-1 must be a whole number"),
+                ({"output_stride": "x"}, "output_stride='x'"),
+                ({"global_pool": "mean"}, "global_pool='mean'"),
+                ({"neuron": 5}, "neuron=5 is unknown"),
+                ({"neuron_args": {"surrogate": ["atan"]}}, r"surrogate=\['atan'\] is unknown"),
+                ({"patch_embed": ["cifar"]}, r"patch_embed=\['cifar'\] is unknown"),
             ]
         ),
         ("test_maxformer", {"mixer": "dwc4"}, r"mixer='dwc4'.*dwc3.*dwc5.*dwc7.*ssa"),
         ("test_maxformer", {"mixer": ("ssa", "ssa")}, r"mixer=.*each of the 3 stages, not 2"),
         ("test_maxformer", {"num_heads": 5}, r"num_heads=5 must divide.*dim=64"),
         ("test_qkformer_ms", {"batch_coupled": True}, "batch_coupled=True.*membrane_shortcut=True"),
+        ("test_spiliformer", {"feedback": ["cifar10"]}, r"feedback=\['cifar10'\] is unknown.*cifar100"),
+        *(
+            (name, {"scale": scale}, f"scale={scale!r} must be a finite number")
+            for name in ("test_spikformer", "test_tim", "test_semm")
+            for scale in (math.nan, math.inf, "x", True)
+        ),
+        *(("test_tim", {"tokens": n}, f"tokens={n!r} must be a whole number of at least 1") for n in (2.5, "x", True)),
+        *(("test_tim", {"alpha": a}, f"alpha={a!r} must be a number between 0 and 1") for a in ("x", math.nan, True)),
+        *(
+            ("test_tim", {"thresholds": value}, rf"thresholds={re.escape(repr(value))} must be three numbers")
+            for value in (0.5, "abc", (1, 1), (1, 1, math.inf), (1, 1, None), (1, 1, True))
+        ),
+        ("test_tim", {"thresholds": (1, 1, 0)}, r"thresholds=\(1, 1, 0\) must be above the resting potential"),
+        *(("test_semm", {"expert_dim": n}, f"expert_dim={n!r} must be a whole number") for n in (1.5, "x", True)),
+        ("test_semm", {"mlp_ratio": 35 / 32}, r"mlp_ratio=1\.09375 gives an MLP of 35 hidden.*split into 2"),
+        ("test_autost", {"mlp_ratio": [2, None]}, "mlp_ratio=.*None.* leaves no MLP"),
+        ("test_spikformer", {"pools": 11}, "pools=11 must be four digits"),
+        ("test_spikformer", {"pools": ["0", "0", "1", "1"]}, "pools=.* must be four digits"),
+        ("test_a2os2a", {"operator_args": 5}, "operator_args=5 must be a mapping"),
+        ("test_a2os2a", {"operator_args": {"a2os2a": 5}}, "operator_args=.*'a2os2a': 5.* must be a mapping"),
+        ("test_a2os2a", {"operator_args": {"nope": {}}}, "operator_args=.*'nope' is unknown, choose from.*a2os2a"),
+        ("test_a2os2a", {"operator_args": {5: {}}}, "operator_args=.*operator 5 is unknown"),
+        ("test_a2os2a", {"operator_args": {"a2os2a": {"value_neuron": 5}}}, "value_neuron=5 must be"),
+        ("test_a2os2a", {"operator_args": {"a2os2a": {"attn_threshold": "x"}}}, "attn_threshold='x' must be"),
+        (
+            "test_sdt",
+            {"attn": "dwc3", "operator_args": {"dwc3": {"kernel_size": 2.5}}},
+            r"kernel_size=2\.5 must be a whole number",
+        ),
     ],
 )
 def test_bad_arguments_are_named(name, kwargs, message):

@@ -12,7 +12,8 @@ from timm_qkformer import deploy, quantize_weights
 from timm_qkformer.analysis import energy, firing_rates
 from timm_qkformer.execution import execution_policy
 from timm_qkformer.layers import Feedback, FeedbackSpec
-from timm_qkformer.models.spiliformer import checkpoint_filter_fn
+from timm_qkformer.layers.feedback import choose_tokens
+from timm_qkformer.models.spiliformer import FEEDBACKS, checkpoint_filter_fn
 from timm_qkformer.neurons import LIF, run_with_state
 from tiny import images, lively, tiny
 
@@ -61,6 +62,29 @@ def test_parameters_of_cifar_models(classes, params):
     assert (feedback.gain, feedback.misread) == ((2.0, False) if classes == 100 else (1.0, True))
     kept = timm.create_model("spiliformer_4_384", num_classes=classes, feedback="imagenet", device="meta")
     assert not kept.stages[2].feedback.last_first
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+def test_silent_tokens_in_half_precision(feedback, half):
+    torch.manual_seed(0)
+    model, x = timm.create_model("test_spiliformer", feedback=feedback).train(), torch.randn(2, 3, 64, 64)
+    if half:
+        model, x = model.half(), x.half()
+    with torch.autocast("cpu", torch.float16, enabled=not half):
+        y = model(x)
+    y.float().square().mean().backward()
+    for name, value in [*model.state_dict().items(), *((n, p.grad) for n, p in model.named_parameters())]:
+        assert value.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tokens_are_chosen_in_single_precision(dtype):
+    torch.manual_seed(0)
+    z, p, q = torch.randint(0, 4, (2, 2, 8, 3, 2)).to(dtype), torch.randn(8).to(dtype), torch.randn(8).to(dtype)
+    z[:, :, :, 0, 0] = 0  # no token
+    expected = choose_tokens(z.float(), p.float(), q.float(), 2.0, 2)
+    assert torch.equal(choose_tokens(z, p, q, 2.0, 2), expected.to(dtype))
 
 
 SPECS = [FeedbackSpec(), FeedbackSpec(last_first=True, misread=True), FeedbackSpec(2.0, True, True)]
@@ -219,3 +243,10 @@ def test_checkpoints_are_strict():
             checkpoint_filter_fn({**golden.checkpoint, **change}, model)
     with pytest.raises(ValueError, match=r"missing: .*prompt_2"):
         checkpoint_filter_fn({k: v for k, v in golden.checkpoint.items() if k != "prompt_2"}, model)
+
+
+@pytest.mark.parametrize("beta", [2, -1, float("nan"), "x"])
+def test_shares_of_the_passes(beta):
+    model = timm.create_model("test_spiliformer", time_steps=1)
+    with pytest.raises(ValueError, match=f"beta={beta!r} must be a number between 0 and 1"):
+        model.training_loss(torch.randn(1, 3, 64, 64), torch.zeros(1, dtype=torch.long), F.cross_entropy, beta)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from timm.models import model_entrypoint
+from timm.models import get_pretrained_cfg, model_entrypoint
 
 from ..models.variants import default_args
 from .bounds import check_model_args
@@ -60,8 +60,7 @@ def choose(fits: Mapping[str, "InferredModel"], checkpoint: Checkpoint) -> "Infe
     Raises:
         CheckpointError: If that is not one, with their names.
     """
-    fewest = min(len(found.model_args) for found in fits.values())
-    best = [found for found in fits.values() if len(found.model_args) == fewest]
+    best = _least_said(fits)
     if any(_network(found) != _network(best[0]) for found in best):
         names = [found.model for found in best]
         raise CheckpointError(
@@ -69,6 +68,25 @@ def choose(fits: Mapping[str, "InferredModel"], checkpoint: Checkpoint) -> "Infe
             f"nothing in it says which one it is: name the model ({' or '.join(f'--model {name}' for name in names)})"
         )
     return best[0]
+
+
+def prefer(fits: Mapping[str, "InferredModel"]) -> "InferredModel":
+    """Of models that a checkpoint with this package's names fits, which all of them have, the likeliest.
+
+    That is one that needs least said, a number of input channels for instance, and, among these, one with public code.
+    """
+    best = _least_said(fits)
+    return next((found for found in best if _has_code(found.model)), best[0])
+
+
+def _least_said(fits: Mapping[str, "InferredModel"]) -> list["InferredModel"]:
+    fewest = min(len(found.model_args) for found in fits.values())
+    return [found for found in fits.values() if len(found.model_args) == fewest]
+
+
+def _has_code(name: str) -> bool:
+    cfg: Any = get_pretrained_cfg(name)
+    return bool(cfg.origin_url)
 
 
 def _network(found: "InferredModel") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import first_line
 from ..models.aliases import current_name
 from ..models.checkpoints import check_against_model
-from .ambiguity import choose, misfit, release_args
+from .ambiguity import choose, misfit, prefer, release_args
 from .bounds import MAX_TIME_STEPS, check_model_args, shown
 from .checkpoints import Checkpoint, CheckpointError
 
@@ -119,6 +119,7 @@ def infer_architecture(
     candidates = [named] if named else sorted(known, key=lambda name: name != likely)
     for name in candidates:
         stated = stated_args(checkpoint) if name in stated_names(checkpoint) else {}
+        whose = [*(["that its training states"] if stated else []), *(["that are given"] if model_args else [])]
         stated |= model_args or {}
         if not stated and _width(name) != width:
             continue
@@ -128,7 +129,7 @@ def infer_architecture(
         try:
             if not _is_own(shapes):
                 stated = {**release_args(name, args["num_classes"], checkpoint), **stated}
-            found = _fit(name, checkpoint.tensors, shapes, args, stated)
+            found = _fit(name, checkpoint.tensors, shapes, args, stated, " and ".join(whose))
         except ValueError as error:
             reasons.append(f"{name}: {error}")
             continue
@@ -151,8 +152,8 @@ def infer_architecture(
     if released and likely not in fits:
         found = choose({name: fits[name] for name in released}, checkpoint)
     else:
-        found = fits.pop(likely if likely in fits else next(iter(fits)))
-        found.also_fits = [] if released else list(fits)
+        found = fits[likely] if likely in fits else prefer(fits)
+        found.also_fits = [] if released else [name for name in fits if name != found.model]
     _find_time_steps(found, checkpoint, time_steps)
     return found
 
@@ -226,19 +227,31 @@ def _sizes(checkpoint: Checkpoint, shapes: dict[str, list[int]], any_names: bool
 
 
 def _fit(
-    name: str, tensors: dict[str, Tensor], shapes: dict[str, list[int]], args: dict[str, Any], stated: dict[str, Any]
+    name: str,
+    tensors: dict[str, Tensor],
+    shapes: dict[str, list[int]],
+    args: dict[str, Any],
+    stated: dict[str, Any],
+    whose: str,
 ) -> InferredModel:
-    """The model of this name with these tensors, if all of them fit; else ValueError."""
+    """The model of this name with these tensors, if all of them fit; else ValueError.
+
+    Args:
+        name, tensors, shapes: Of the model, of the checkpoint, and of its tensors.
+        args: Arguments that the tensors show.
+        stated: Further ones.
+        whose: Where these are from, for errors.
+    """
     cfg: Any = get_pretrained_cfg(name)
     defaults = {"num_classes": cfg.num_classes, "in_chans": cfg.input_size[0]}
     model_args: dict[str, Any] = {key: value for key, value in stated.items() if key != "time_steps"}
     model_args |= {key: value for key, value in args.items() if value != defaults[key]}
     args = {**stated, **args}
-    model = _skeleton(name, args)
+    model = _skeleton(name, args, whose)
     ratio = _mlp_ratio(shapes)
     if ratio is not None and ratio != _mlp_ratio({key: list(value.shape) for key, value in model.state_dict().items()}):
         model_args["mlp_ratio"] = ratio
-        model = _skeleton(name, {**args, "mlp_ratio": ratio})
+        model = _skeleton(name, {**args, "mlp_ratio": ratio}, whose)
     before = dict(model._model_args)
     state_dict = fit_tensors(name, tensors, model)
     # A filter may have found arguments in the file, such as thresholds.
@@ -246,14 +259,14 @@ def _fit(
     return InferredModel(name, model_args, state_dict, model.time_steps, "by default, the file does not say")
 
 
-def _skeleton(name: str, args: dict[str, Any]) -> Any:
+def _skeleton(name: str, args: dict[str, Any], whose: str) -> Any:
     """The model on the meta device; ValueError for arguments that it does not take."""
     try:
         return timm.create_model(name, device="meta", **args)
     except ValueError:
         raise
     except Exception as error:  # what a file states may be wrong in any way
-        raise ValueError(f"not with the arguments that its training states: {first_line(error)}") from error
+        raise ValueError(f"not with the arguments {whose or 'that its tensors show'}: {first_line(error)}") from error
 
 
 def fit_tensors(name: str, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..execution.packing import REAL
 from ..execution.recompute import checkpoint_once
 from ..neurons import LIF, NeuronLayer
+from ..neurons.spec import membrane_dtype
 from ..neurons.state import carried_state
 from .block import SpikingBlock, SpikingStage
 from .conv import SpikingConv, unflatten
@@ -58,13 +59,19 @@ class NormConv(SpikingConv):
 
 
 def choose_tokens(z: Tensor, prompt: Tensor, other: Tensor, gain: float, dim: int) -> Tensor:
-    """z' of this module's first lines, for tokens whose channels are dimension `dim` of z."""
+    """z' of this module's first lines, for tokens whose channels are dimension `dim` of z.
+
+    In float32 at least: in float16 what keeps `F.normalize` from dividing by 0 is 0 itself, and tokens may be silent.
+    """
+    given = z.dtype
+    full = membrane_dtype(z)
+    z, prompt, other = z.to(full), prompt.to(full), other.to(full)
     directions = F.normalize(z, dim=dim)
     shape = [1] * z.dim()
     shape[dim] = -1
     chosen = (directions * F.normalize(prompt, dim=0).view(shape)).sum(dim, keepdim=True).clamp(0.0, 1.0)
     suppressed = (directions * F.normalize(other, dim=0).view(shape)).sum(dim, keepdim=True).clamp(0.0, 1.0)
-    return (z * chosen - z * suppressed) * gain
+    return ((z * chosen - z * suppressed) * gain).to(given)
 
 
 class Feedback(nn.Module):

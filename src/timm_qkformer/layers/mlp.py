@@ -5,7 +5,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from ..errors import check_name
+from ..errors import check_choice, check_name
 from ..execution.packing import BINARY, Range
 from ..neurons import LIF, NeuronLayer
 from .conv import SpikingConv
@@ -49,8 +49,7 @@ def get_mlp(name: str) -> type["SpikingMlp"]:
     Raises:
         ValueError: For an unknown name.
     """
-    if name not in _MLPS:
-        raise ValueError(f"mlp={name!r} is unknown, choose one of {mlp_names()}")
+    check_choice("mlp", name, _MLPS)
     return _MLPS[name]
 
 
@@ -70,6 +69,7 @@ class SpikingMlp(nn.Module):
     """
 
     mixes: ClassVar[bool] = False  # whether `mix` does anything
+    parts: ClassVar[int] = 1  # equal parts that `mix` splits the hidden layer into
 
     def __init__(
         self,

@@ -5,10 +5,11 @@ MLP. Papers' files say how their arguments become one, most of them through `hie
 (one).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, List, NamedTuple, Optional, Tuple, Union
 
+from ..errors import is_number
 from ..layers import FeedbackSpec, PositionSpec, UnitSpec, get_mlp
 from ..operators import get_operator
 
@@ -175,7 +176,7 @@ def flat(
         return {**options.get("", {}), **options.get(name.lower(), {})}
 
     def of_stage(value: Any) -> Any:
-        return value if isinstance(value, (int, float, str)) else [value]
+        return [value] if _is_row(value) else value
 
     values = (of_stage(num_heads), of_stage(mlp_ratio), (operators[0], of_stage(operators[1])))
     (blocks,) = _blocks([width], [depth], *values, options_of, depth_name="depth", mlp=mlp)
@@ -200,30 +201,59 @@ def _blocks(
     heads = _per_block("num_heads", num_heads, counts)
     ratios = _per_block("mlp_ratio", mlp_ratio, counts)
     names = _per_block(operators[0], operators[1], counts)
-    get_mlp(mlp)
+    parts = get_mlp(mlp).parts
     if any(type(h) is not int or h < 1 for of_stage in heads for h in of_stage):
         raise ValueError(f"num_heads={num_heads!r} must be whole numbers, none of them below 1")
     for width, of_stage in zip(widths, ratios, strict=True):
-        if any(isinstance(r, str) or not 1 <= width * r < 2**31 for r in of_stage):
+        if not all(is_number(r) and 1 <= width * r < 2**31 for r in of_stage):
             raise ValueError(f"mlp_ratio={mlp_ratio!r} leaves no MLP of 1 to 2**31 channels, embed_dims={widths!r}")
+        if odd := [int(width * r) for r in of_stage if int(width * r) % parts]:
+            raise ValueError(
+                f"mlp_ratio={mlp_ratio!r} gives an MLP of {odd[0]} hidden channels, embed_dims={widths!r}: they are "
+                f"split into {parts} equal parts"
+            )
     stages = []
     for i in range(len(widths)):
         blocks = []
         for name, h, ratio in zip(names[i], heads[i], ratios[i], strict=True):
             try:
-                mixers = tuple(MixerSpec(part, h, options_of(part)) for part in name.split("+"))
-                for mixer in mixers:
-                    get_operator(mixer.operator)
-            except (ValueError, AttributeError) as error:
+                names_of_block = name.split("+") if isinstance(name, str) else [name]
+                for part in names_of_block:
+                    get_operator(part)
+            except ValueError as error:
                 raise ValueError(f"{operators[0]}={operators[1]!r}: {error}") from error
+            mixers = tuple(MixerSpec(part, h, options_of(part)) for part in names_of_block)
             blocks.append(BlockSpec(mixers, ratio, mlp))
         stages.append(tuple(blocks))
     return stages
 
 
+def operator_options(name: str, value: Any) -> dict[str, Mapping[str, Any]]:
+    """An argument that holds arguments of operators by their names, with the names as `flat` looks them up.
+
+    Raises:
+        ValueError: For names of no operator, or anything else than arguments by their names below one.
+    """
+    if not isinstance(value, Mapping) or not all(isinstance(args, Mapping) for args in value.values()):
+        raise ValueError(f"{name}={value!r} must be a mapping of operators' names to arguments by their names")
+    options: dict[str, Mapping[str, Any]] = {}
+    for operator, args in value.items():
+        try:
+            get_operator(operator)
+        except ValueError as error:
+            raise ValueError(f"{name}={value!r}: {error}") from error
+        options[operator.lower()] = {**options.get(operator.lower(), {}), **args}
+    return options
+
+
+def _is_row(value: Any) -> bool:
+    """Whether an argument is a row of values and not one for all."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+
+
 def _per_stage(name: str, value: Any, count: int, minimum: Optional[int] = None) -> List[Any]:
     """One value per stage, from one for all or a sequence."""
-    values: List[Any] = [value] * count if isinstance(value, (int, float, str)) else list(value)
+    values: List[Any] = list(value) if _is_row(value) else [value] * count
     if len(values) != count:
         raise ValueError(f"{name}={value!r} must have one entry for each of the {count} stages, not {len(values)}")
     if minimum is not None and any(type(v) is not int or v < minimum for v in values):
@@ -235,7 +265,7 @@ def _per_block(name: str, value: Any, depths: Sequence[int]) -> List[List[Any]]:
     """One value per block of each stage, from one for all, one per stage, or for a stage one per block."""
     values = []
     for of_stage, depth in zip(_per_stage(name, value, len(depths)), depths, strict=True):
-        of_blocks = [of_stage] * depth if isinstance(of_stage, (int, float, str)) else list(of_stage)
+        of_blocks = list(of_stage) if _is_row(of_stage) else [of_stage] * depth
         if len(of_blocks) != depth:
             raise ValueError(
                 f"{name}={value!r}: {of_stage!r} must have one entry for each of the stage's {depth} blocks"

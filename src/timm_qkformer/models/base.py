@@ -16,6 +16,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
+from ..errors import check_number, check_whole, naming_settings
 from ..execution.packing import Range
 from ..layers import (
     Feedback,
@@ -125,13 +126,12 @@ class SpikingTransformer(nn.Module):
         dd = {"device": device, "dtype": dtype}
         rates = {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate, "drop_path_rate": drop_path_rate}
         for name, rate in rates.items():
-            if not 0.0 <= rate <= 1.0:
-                raise ValueError(f"{name}={rate!r} must be a probability, between 0 and 1")
+            check_number(name, rate, 0, 1)
         if not architecture.stages:
             raise ValueError("architecture has no stages: give at least one")
         neuron_layer = get_neuron_layer(neuron, neuron_args)
-        self.in_chans = in_chans
-        self.num_classes = num_classes
+        self.in_chans = check_whole("in_chans", in_chans, 1)
+        self.num_classes = check_whole("num_classes", num_classes, 0)
         self.drop_rate = drop_rate
         self.set_time_steps(time_steps)
 
@@ -171,12 +171,12 @@ class SpikingTransformer(nn.Module):
                 stages.append(FeedbackStage(embed, blocks, fed))
             self.feature_info.append({"num_chs": chs, "reduction": reductions[i + 1], "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
-        self.is_dilated = output_stride is not None and output_stride < reductions[-1]
         if output_stride is not None:
             strides = dilate(stem.reduction, stages, output_stride)
             for info, stride in zip(self.feature_info, strides, strict=True):
                 info["reduction"] = stride
             self.stem.min_size = strides[-1]
+        self.is_dilated = output_stride is not None and output_stride < reductions[-1]
         self.pooled_strides: List[int] = []
         self._add_pooled_levels(pooled_levels, output_stride)
         fires = architecture.membrane_readout
@@ -186,9 +186,7 @@ class SpikingTransformer(nn.Module):
         self._create_head(global_pool, **dd)
 
     def _add_pooled_levels(self, count: int, output_stride: Optional[int]) -> None:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"pooled_levels={count!r} must be a whole number, none or more")
-        for i in range(count):
+        for i in range(check_whole("pooled_levels", count, 0)):
             last: dict[str, Any] = self.feature_info[-1]
             stride = 1 if output_stride is not None and 2 * last["reduction"] > output_stride else 2
             self.pooled_strides.append(stride)
@@ -197,7 +195,8 @@ class SpikingTransformer(nn.Module):
     def _create_head(self, global_pool: str, device: Any, dtype: Any) -> None:
         if not isinstance(global_pool, str):
             raise ValueError(f"global_pool={global_pool!r} must be the name of a pooling, such as 'avg', or ''")
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        with naming_settings("the pooling", {"global_pool": global_pool}):
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         if self.num_classes > 0:
             head = nn.Linear(self.head_hidden_size, self.num_classes, device=device, dtype=dtype)
@@ -210,8 +209,7 @@ class SpikingTransformer(nn.Module):
     @torch.jit.ignore
     def set_time_steps(self, time_steps: int) -> None:
         """Show static images for this many time steps from now on; the weights do not depend on it."""
-        if isinstance(time_steps, bool) or not isinstance(time_steps, int) or time_steps < 1:
-            raise ValueError(f"time_steps={time_steps!r} must be an integer of at least 1")
+        time_steps = check_whole("time_steps", time_steps, 1)
         if time_steps > MAX_TIME_STEPS:
             raise ValueError(f"time_steps={time_steps!r} must be at most {MAX_TIME_STEPS:,}")
         self.time_steps = time_steps
@@ -253,7 +251,7 @@ class SpikingTransformer(nn.Module):
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """A new classifier for `num_classes` classes (0: none) and, if given, another pooling."""
-        self.num_classes = num_classes
+        self.num_classes = check_whole("num_classes", num_classes, 0)
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self._create_head(pool, **get_device_dtype(self))
         self.global_pool.train(self.training)

@@ -21,7 +21,7 @@ def splitting(embed_dim: int, pools: str, where: str) -> tuple[UnitSpec, ...]:
     Raises:
         ValueError: For other `pools` than four digits 0 or 1, or a width that has no eighth.
     """
-    if len(pools) != 4 or set(pools) - set("01"):
+    if not isinstance(pools, str) or len(pools) != 4 or set(pools) - set("01"):
         raise ValueError(f'pools={pools!r} must be four digits, 1 for each convolution that pools, such as "0011"')
     if type(embed_dim) is not int or embed_dim < 8 or embed_dim % 8:
         raise ValueError(f"embed_dim={embed_dim!r} must be a multiple of 8: convolutions have an eighth of it and more")

@@ -16,6 +16,7 @@ from typing import Any, Optional, Union
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import nn
 
+from ..errors import check_choice
 from ..layers import UnitSpec
 from .architecture import ChainSpec, Embedding, EmbedSpec, hierarchy
 from .base import CIFAR10_CFG, EVENTS_CFG, IMAGENET_CFG, SpikingTransformer
@@ -100,8 +101,7 @@ class QKFormer(SpikingTransformer):
         batch_coupled: bool = False,
         **kwargs: Any,
     ) -> None:
-        if patch_embed not in EMBEDDINGS:
-            raise ValueError(f"patch_embed={patch_embed!r} is unknown, choose one of {sorted(EMBEDDINGS)}")
+        check_choice("patch_embed", patch_embed, EMBEDDINGS)
         options = {"batch_coupled": batch_coupled}
         operators = ("attn", attn)
         embedding = EMBEDDINGS[patch_embed]

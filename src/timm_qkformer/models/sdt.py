@@ -14,7 +14,7 @@ from timm.models._registry import generate_default_cfgs
 from torch import nn
 
 from ..layers import PositionSpec
-from .architecture import flat
+from .architecture import flat, operator_options
 from .base import SpikingTransformer
 from .checkpoints import StateDict, translate_flat
 from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, splitting
@@ -32,7 +32,7 @@ class SpikeDrivenTransformer(SpikingTransformer):
             (DVS128 Gesture). The first three pool spikes, the fourth currents.
         attn, embed_dim, depth, num_heads, mlp_ratio: See `Spikformer`.
         dvs_mode: Max pooling in spike-driven self-attention, see there.
-        operator_args: Further arguments of operators, by their registered names.
+        operator_args: Further arguments of operators, by their registered names; they go before `dvs_mode`.
         **kwargs: See `SpikingTransformer`.
 
     Raises:
@@ -53,7 +53,8 @@ class SpikeDrivenTransformer(SpikingTransformer):
     ) -> None:
         *first, last = splitting(embed_dim, pools, "spikes")
         last = last._replace(fires=False, pool="currents" if last.pool else "")
-        options: dict[str, Mapping[str, Any]] = {"sdsa": {"dvs_mode": dvs_mode}, **(operator_args or {})}
+        options = operator_options("operator_args", operator_args or {})
+        options["sdsa"] = {"dvs_mode": dvs_mode, **options.get("sdsa", {})}
         position = PositionSpec(fires_before=True, fires=False)
         blocks = (depth, num_heads, mlp_ratio, ("attn", attn), options)
         super().__init__(flat((*first, last), position, *blocks, True, membrane_readout=True), **kwargs)

@@ -29,12 +29,13 @@ class ExpertsMlp(SpikingMlp):
     """LIF BN fc2 (LIF(BN(dw u1)) * u2), where u1 and u2 are the halves of u = LIF BN fc1 and dw is a depth-wise 3x3."""
 
     mixes = True
+    parts = 2
     dw_bias = False
 
     def build_mixer(self, hidden_dim: int, hidden: Range, neuron_layer: NeuronLayer, **dd: Any) -> tuple[int, Range]:
-        if hidden_dim % 2:
+        if hidden_dim % self.parts:
             raise ValueError(f"hidden_dim={hidden_dim} must be even: the MLP of experts halves it")
-        half = hidden_dim // 2
+        half = hidden_dim // self.parts
         args: dict[str, Any] = {"groups": half, "input_range": hidden, "neuron_layer": neuron_layer, **dd}
         self.dw = SpikingConv(half, half, 3, bias=self.dw_bias, **args)
         return half, self.dw.output_range.times(hidden)

@@ -14,6 +14,7 @@ from typing import Any, Optional, Tuple, Union
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from ..errors import check_choice, check_number
 from ..layers import FeedbackSpec, FeedbackStage
 from .architecture import hierarchy
 from .base import IMAGENET_CFG, SpikingTransformer
@@ -66,9 +67,8 @@ class SpiLiFormer(SpikingTransformer):
         batch_coupled: bool = False,
         **kwargs: Any,
     ) -> None:
-        for name, value, known in (("patch_embed", patch_embed, EMBEDDINGS), ("feedback", feedback, FEEDBACKS)):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is unknown, choose one of {sorted(known)}")
+        check_choice("patch_embed", patch_embed, EMBEDDINGS)
+        check_choice("feedback", feedback, FEEDBACKS)
         embedding, options = EMBEDDINGS[patch_embed], {"batch_coupled": batch_coupled}
         skeleton = hierarchy(embedding, embed_dims, depths, num_heads, mlp_ratio, ("attn", attn), options, False)
         super().__init__(skeleton._replace(feedback=FEEDBACKS[feedback]), **kwargs)
@@ -87,7 +87,12 @@ class SpiLiFormer(SpikingTransformer):
     def training_loss(
         self, x: Tensor, target: Tensor, criterion: Callable[[Tensor, Tensor], Tensor], beta: float = 0.8
     ) -> Tensor:
-        """(1 - beta) criterion(first pass) + beta criterion(second pass), which the authors minimise."""
+        """(1 - beta) criterion(first pass) + beta criterion(second pass), which the authors minimise.
+
+        Raises:
+            ValueError: For a `beta` outside of 0 to 1.
+        """
+        check_number("beta", beta, 0, 1)
         first, second = self.forward_passes(x)
         return (1 - beta) * criterion(first, target) + beta * criterion(second, target)
 

@@ -56,7 +56,7 @@ class TIM(SpikingTransformer):
         thresholds: Sequence[float] = (0.3, 0.5, 0.5),
         **kwargs: Any,
     ) -> None:
-        tim = {"tokens": tokens, "alpha": alpha, "thresholds": tuple(thresholds), "scale": scale}
+        tim = {"tokens": tokens, "alpha": alpha, "thresholds": thresholds, "scale": scale}
         options: dict[str, Mapping[str, Any]] = {"": {"proj_bias": False}, "tim": tim, "ssa": {"scale": scale}}
         units, operators = splitting(embed_dim, pools, "spikes"), ("attn", attn)
         super().__init__(flat(units, PositionSpec(), depth, num_heads, mlp_ratio, operators, options), **kwargs)

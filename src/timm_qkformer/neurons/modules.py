@@ -15,7 +15,7 @@ import torch.fx
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..errors import check_name
+from ..errors import check_choice, check_name
 from ..execution.packing import Range
 from .dynamics import fire_neurons, run_neurons
 from .recurrence import integrate_and_fire_reference
@@ -75,8 +75,8 @@ def get_neuron_layer(neuron: str | NeuronLayer, args: Mapping[str, Any] | None =
     Raises:
         ValueError: For an unknown name, or arguments that the layer does not take.
     """
-    if isinstance(neuron, str) and neuron not in _NEURONS:
-        raise ValueError(f"neuron={neuron!r} is unknown, choose one of {neuron_names()}")
+    if not callable(neuron):
+        check_choice("neuron", neuron, _NEURONS)
     layer = _NEURONS[neuron] if isinstance(neuron, str) else neuron
     if not args:
         return layer
@@ -123,8 +123,7 @@ class SpikingNeuron(nn.Module):
             raise ValueError(
                 f"v_threshold={v_threshold} must be finite and above the resting potential {rest} (v_reset={v_reset})"
             )
-        if surrogate not in DEFAULT_ALPHA:
-            raise ValueError(f"surrogate={surrogate!r} is unknown, choose one of {sorted(DEFAULT_ALPHA)}")
+        check_choice("surrogate", surrogate, DEFAULT_ALPHA)
         alpha = DEFAULT_ALPHA[surrogate] if alpha is None else alpha
         if not (math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha={alpha} must be a positive number")

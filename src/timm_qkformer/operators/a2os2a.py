@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import check_number
 from ..execution.convolution import matmul
 from ..execution.packing import Range
 from ..neurons import LIF, NeuronLayer, ReLUNeuron, SpikingNeuron
@@ -64,8 +65,11 @@ class AdditionOnlyAttention(Operator):
         attn_threshold: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        if value_neuron is not None and not isinstance(value_neuron, Mapping):
+            raise ValueError(f"value_neuron={value_neuron!r} must be arguments of neurons by their names")
         self.value_neuron = dict(value_neuron or {})
-        super().__init__(dim, num_heads, inner_args={"attn_neuron": {"v_threshold": attn_threshold}}, **kwargs)
+        inner_args = {"attn_neuron": {"v_threshold": check_number("attn_threshold", attn_threshold)}}
+        super().__init__(dim, num_heads, inner_args=inner_args, **kwargs)
 
     def input_neuron(self, name: str, layer: NeuronLayer) -> NeuronLayer:
         layers: dict[str, NeuronLayer] = {"k": ReLUNeuron, "v": partial(TernaryLIF, **self.value_neuron)}

@@ -416,7 +416,7 @@ def get_operator(name: str) -> Callable[..., Operator]:
     Raises:
         ValueError: For an unknown name.
     """
-    known = name.lower()
+    known = name.lower() if isinstance(name, str) else ""
     if known not in _OPERATORS:
         raise ValueError(f"operator {name!r} is unknown, choose from {operator_names()}")
 

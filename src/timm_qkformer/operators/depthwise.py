@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import check_whole
 from ..layers.conv import SpikingConv
 from .base import Operation, Operator, register_operator
 
@@ -34,7 +35,7 @@ class SpikingDepthwiseConv(Operator):
     output = "dw"
 
     def __init__(self, dim: int, kernel_size: int = 7, num_heads: int = 1, **kwargs: Any) -> None:
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        if check_whole("kernel_size", kernel_size, 1) % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size} must be odd, so that the size stays the same")
         self.kernel_size = kernel_size
         super().__init__(dim, num_heads=1, **kwargs)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import check_number, check_whole
 from ..execution.convolution import matmul
 from ..execution.packing import Range
 from ..layers import SpikingConv
@@ -68,11 +69,9 @@ class ExpertsAttention(Operator):
         dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        if expert_dim < 1:
-            raise ValueError(f"expert_dim={expert_dim} must be at least 1")
-        self.expert_dim = expert_dim
+        self.expert_dim = check_whole("expert_dim", expert_dim, 1)
         super().__init__(dim, num_heads=1, device=device, dtype=dtype, **kwargs)
-        self.scale, self.router_misread = float(scale), router_misread
+        self.scale, self.router_misread = check_number("scale", scale), router_misread
         if self.r.conv.bias is None:  # the router has one whatever the others have
             self.r.conv.bias = nn.Parameter(torch.zeros(EXPERTS, device=device, dtype=dtype))
         if not norm:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import check_number
 from ..execution.convolution import matmul
 from ..execution.packing import Range
 from ..neurons import SpikingNeuron
@@ -47,7 +48,7 @@ class SpikingSelfAttention(Operator):
 
     def __init__(self, dim: int, *args: Any, scale: float = SCALE, **kwargs: Any) -> None:
         super().__init__(dim, *args, **kwargs)
-        self.scale = scale
+        self.scale = check_number("scale", scale)
 
     def native_kernel(self) -> NativeKernel | None:
         return self.kernel._replace(scale=self.scale) if self.kernel is not None else None

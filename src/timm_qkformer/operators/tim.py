@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ..errors import check_number, check_whole, is_number
 from ..execution.convolution import matmul
 from ..layers.conv import unflatten
 from ..neurons import LIF, NeuronLayer, SpikingNeuron
@@ -58,13 +59,9 @@ class TemporalInteraction(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if tokens < 1:
-            raise ValueError(f"tokens={tokens} must be at least 1")
-        if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"alpha={alpha} must be a share, between 0 and 1")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.tokens, self.alpha = tokens, float(alpha)
-        conv: Any = nn.Conv1d(tokens, tokens, KERNEL, **dd)  # for its way of starting
+        self.tokens, self.alpha = check_whole("tokens", tokens, 1), check_number("alpha", alpha, 0, 1)
+        conv: Any = nn.Conv1d(self.tokens, self.tokens, KERNEL, **dd)  # for its way of starting
         self.weight, self.bias = conv.weight, conv.bias
         self.in_neuron = neuron_layer(v_threshold=thresholds[0], **dd)
         self.out_neuron = neuron_layer(v_threshold=thresholds[1], **dd)
@@ -143,6 +140,17 @@ def _interact(interaction: TemporalInteraction, q: Tensor) -> Tensor:
     return z
 
 
+def _checked_thresholds(thresholds: Any, neurons: Sequence[Any]) -> list[float]:
+    """Thresholds for three neurons, if they are that."""
+    is_row = isinstance(thresholds, Sequence) and len(thresholds) == 3
+    if not is_row or not all(map(is_number, thresholds)):
+        raise ValueError(f"thresholds={thresholds!r} must be three numbers: of I, O and the neuron after attention")
+    rest = max(getattr(neuron, "v_reset", None) or 0.0 for neuron in neurons)
+    if not min(thresholds) > rest:
+        raise ValueError(f"thresholds={thresholds!r} must be above the resting potential {rest}")
+    return [float(threshold) for threshold in thresholds]
+
+
 def _interpolation(size: int, own: int, like: Tensor) -> Tensor:
     """[size, own]: linear interpolation from `own` places to `size` of them."""
     ones = torch.eye(own, dtype=like.dtype, device=like.device).unsqueeze(0)
@@ -195,9 +203,8 @@ class TemporalInteractionAttention(SpikingSelfAttention):
         dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        if len(thresholds) != 3:
-            raise ValueError(f"thresholds={thresholds!r} must be three: of I, O and the neuron after attention")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        thresholds = _checked_thresholds(thresholds, [neuron_layer(**dd)] * 3)
         inner_args = {"attn_neuron": {"v_threshold": thresholds[2]}}
         super().__init__(dim, num_heads, neuron_layer=neuron_layer, inner_args=inner_args, **dd, **kwargs)
         self.interaction = TemporalInteraction(tokens, alpha, thresholds[:2], neuron_layer, **dd)
@@ -206,16 +213,12 @@ class TemporalInteractionAttention(SpikingSelfAttention):
         """Give I, O and the neuron after attention other thresholds.
 
         Raises:
-            ValueError: For another number of them, or one that is not above the resting potential.
+            ValueError: For another number of them, or one that is not above the resting potential. No threshold is
+                changed then.
         """
-        if len(thresholds) != 3:
-            raise ValueError(f"thresholds={thresholds!r} must be three: of I, O and the neuron after attention")
         neurons: Any = (self.interaction.in_neuron, self.interaction.out_neuron, self.attn_neuron)
-        for neuron, threshold in zip(neurons, thresholds, strict=True):
-            rest = 0.0 if neuron.v_reset is None else neuron.v_reset
-            if not threshold > rest:
-                raise ValueError(f"thresholds={thresholds!r} must be above the resting potential {rest}")
-            neuron.v_threshold = float(threshold)
+        for neuron, threshold in zip(neurons, _checked_thresholds(thresholds, neurons), strict=True):
+            neuron.v_threshold = threshold
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Heads are stored [channels, tokens], so (Z (K^T V))^T = (V K^T) Z.
