@@ -70,7 +70,8 @@ def spikes_dtype(precision: str, like: Tensor, events: bool, numbers: Range) -> 
 
     For events, which CPUs add up, bytes. For dense products, what is multiplied: where the device has no arithmetic for
     the precision, or the precision would round what the network passes on (`numbers`), weights keep their values and
-    products are taken in full precision, that of the tensor `like`; the first time, a warning says so.
+    products are taken in full precision, that of the tensor `like`; the first time, a warning says so. Bfloat16 products
+    have bfloat16 sums, too coarse for the potentials of a model in float64: those are taken in float64.
     """
     device = like.device
     if events and device.type == "cpu":
@@ -82,7 +83,7 @@ def spikes_dtype(precision: str, like: Tensor, events: bool, numbers: Range) -> 
             f'precision="{precision}": the network passes on {numbers}, so its rounded weights are multiplied in '
             f"{full}: no less exact, no faster than fp32"
         )
-    elif precision == "bf16":
+    elif precision == "bf16" and like.dtype != torch.float64:
         if has_onednn(torch.bfloat16, device) or (device.type == "cuda" and torch.cuda.is_bf16_supported(False)):
             return torch.bfloat16
         _warn_once(
