@@ -70,8 +70,8 @@ def spikes_dtype(precision: str, like: Tensor, events: bool, numbers: Range) -> 
 
     For events, which CPUs add up, bytes. For dense products, what is multiplied: where the device has no arithmetic for
     the precision, or the precision would round what the network passes on (`numbers`), weights keep their values and
-    products are taken in full precision, that of the tensor `like`; the first time, a warning says so. Bfloat16 products
-    have bfloat16 sums, too coarse for the potentials of a model in float64: those are taken in float64.
+    products are taken in full precision, that of the tensor `like`; the first time, a warning says so. Bfloat16
+    products have bfloat16 sums, too coarse for a model in float64: its products are taken in float64.
     """
     device = like.device
     if events and device.type == "cpu":
