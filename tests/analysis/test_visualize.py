@@ -107,6 +107,15 @@ def test_images_and_events_need_their_kind_of_model(model, photo, tmp_path):
         visualize(events, [photo], tmp_path / "out", quiet=True)
 
 
+def test_input_channels_that_the_config_does_not_know(photo, tmp_path):
+    recording = write_npz(tmp_path / "r.npz", random_events(100))
+    events = timm.create_model("test_tim", in_chans=2)
+    assert ModelInputs(events, (34, 34)).read(recording).x.shape == (1, 4, 2, 32, 32)
+    assert visualize(events, [recording], tmp_path / "out", sensor_size=(34, 34), untrained=True, quiet=True)
+    with pytest.raises(ValueError, match="takes 1 channels, its config's input_size is .3, 64, 64.*overlay"):
+        ModelInputs(timm.create_model("test_qkformer_ms", in_chans=1)).read(photo)
+
+
 def test_an_image_is_what_the_model_sees_not_its_transpose(tmp_path):
     pixels = (planted_image()[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "planted.png")

@@ -27,6 +27,17 @@ SPELLINGS = {
     "SEMM-4-384": "semm_4_384",
     "TIM-2-256": "tim_2_256",
     "AutoST-4-256": "autost_4_256",
+    "Maxformer-10-768": "maxformer_10_768",
+    "spikformer_2_256": "spikformer_2_256_dvs",
+    "spikingformer_2_256": "spikingformer_2_256_dvs",
+    "spikformer_2_256_cml": "spikformer_2_256_dvs_cml",
+    "Spikformer-2-256-DVS": "spikformer_2_256_dvs",
+    "SDT-2-256-DVS": "sdt_2_256_dvs",
+    "SDT-2-256-Gesture": "sdt_2_256_gesture",
+    "Spikformer-8-512+CML": "spikformer_8_512_cml",
+    "Spikformer-CML-8-512": "spikformer_8_512_cml",
+    "CML-Spikformer-2-256": "spikformer_2_256_dvs_cml",
+    "CML-Spikingformer-2-256-DVS": "spikingformer_2_256_dvs_cml",
 }
 
 
@@ -38,7 +49,7 @@ def test_spellings_of_the_papers():
     assert current_name("local-dir:Spikformer-8-512") == "local-dir:Spikformer-8-512"
 
 
-@pytest.mark.parametrize("alias", ["SpiLiFormer-10-768.t1_in1k", "SDT-2-256", "Spikformer-4-384"])
+@pytest.mark.parametrize("alias", ["SpiLiFormer-10-768.t1_in1k", "SDT-2-256", "Spikformer-4-384", "spikformer_2_256"])
 def test_timm_takes_them_and_says_what_they_are_called(alias):
     name = current_name(alias)
     with pytest.warns(UserWarning, match=f"{alias.partition('.')[0]} to current {name.partition('.')[0]}"):

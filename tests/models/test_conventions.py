@@ -75,7 +75,7 @@ DILATED = [
     ("test_maxformer", {"mixer": "dwc3"}, 8),
     ("test_maxformer", {"mixer": "dwc5"}, 2),
     ("test_qkformer", {"attn": "qkta", "patch_embed": "events"}, 4),
-    ("test_qkformer", {"attn": "qkta", "patch_embed": "sps"}, 1),
+    ("test_qkformer", {"attn": "qkta", "patch_embed": "sps_cifar"}, 1),
 ]
 
 

@@ -11,6 +11,7 @@ from golden import FLAT_CASES, SHARED
 from timm_qkformer import deploy, quantize_weights
 from timm_qkformer.analysis import energy
 from timm_qkformer.execution import execution_policy
+from timm_qkformer.layers import SpikingChain, SpikingPatchEmbed
 from timm_qkformer.neurons import LIF, run_with_state
 from tiny import images, tiny
 
@@ -124,6 +125,8 @@ def test_packed_training_has_the_gradients_of_autograd(name):
     [
         ("test_spikformer", {"patch_embed": "speds"}),
         ("test_qkformer", {"patch_embed": "sps"}),
+        ("test_qkformer_ms", {"patch_embed": "sps"}),
+        ("test_qkformer", {"patch_embed": "sps_events"}),
         ("test_qkformer", {"attn": "sdsa"}),
         ("test_spikformer", {"attn": "sdsa"}),
     ],
@@ -133,3 +136,40 @@ def test_embeddings_and_attention_are_exchanged(name, args):
     with torch.no_grad():
         torch.testing.assert_close(deploy(model)(x), model(x), rtol=0, atol=1e-9)
     assert len(timm.create_model(name, features_only=True, **args).feature_info) == len(model.stages)
+
+
+@pytest.mark.parametrize(
+    ("name", "exchanged", "own"),
+    [
+        *(("qkformer_" + size, "sps", None) for size in ("hst10_384", "hst10_384_ms", "hst4_384", "hst3_192")),
+        *((name, "sps", None) for name in ("qkformer_hst2_256", "spiliformer_10_768", "spiliformer_4_384")),
+        ("spikformer_8_384", "speds", "qkformer_hst10_384"),
+        ("spikformer_4_384", "speds", "qkformer_hst4_384"),
+        ("spikformer_2_256_dvs", "speds", "qkformer_hst2_256"),
+        ("spikformer_2_256_dvs_cml", "speds", "qkformer_hst2_256"),
+    ],
+)
+def test_exchanged_embeddings_have_the_strides_of_the_models_own(name, exchanged, own):
+    def strides(name, **kwargs):
+        model = timm.create_model(name, device="meta", **kwargs)
+        return [info["reduction"] for info in model.feature_info], [stage.embed for stage in model.stages]
+
+    found, embeds = strides(name, patch_embed=exchanged)
+    assert found == strides(own or name)[0]
+    assert found[-1] == strides(name)[0][-1]
+    assert {type(embed) for embed in embeds} == {SpikingChain if exchanged == "sps" else SpikingPatchEmbed}
+
+
+def test_sps_has_the_convolutions_of_the_models_own_embedding():
+    def shapes(**kwargs):
+        stages = timm.create_model("qkformer_hst2_256", device="meta", **kwargs).stages
+        return [[conv.conv.weight.shape for conv in stage.embed.main] for stage in stages]
+
+    assert shapes(patch_embed="sps") == shapes()
+    stem = timm.create_model("qkformer_hst10_384", device="meta", patch_embed="sps").stem
+    assert stem.pool_spikes
+
+
+def test_embeddings_of_another_stride_are_refused():
+    with pytest.raises(ValueError, match=r"speds='cifar' must be one of .'imagenet', 'events'., .*pools='1111'"):
+        timm.create_model("test_spikformer", patch_embed="speds", pools="1111", speds="cifar")

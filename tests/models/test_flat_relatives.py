@@ -14,7 +14,8 @@ from timm_qkformer.hub.infer import infer_architecture
 from timm_qkformer.models import autost, semm, tim
 from timm_qkformer.neurons import LIF, ReLUNeuron
 from timm_qkformer.operators import get_operator
-from tiny import images, lively, tiny
+from timm_qkformer.operators.a2os2a import AdditionOnlyAttention
+from tiny import NAMES, images, lively, tiny
 
 # Golden cases keep such constants apart from the tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:the file is the release's, which stores its neurons' thresholds")
@@ -193,6 +194,21 @@ def test_arguments_of_operators_by_name_in_any_case_and_besides_the_models_own()
     pooling = timm.create_model("test_sdt_dvs", operator_args={"SDSA": {"qkv_bias": True}}).stages[0].blocks[0].attn
     assert pooling.dvs_mode
     assert pooling.q.conv.bias is not None
+    tim = timm.create_model("test_tim", operator_args={"TIM": {"thresholds": (0.2, 0.4, 0.6), "alpha": 0.25}})
+    assert tim.stages[0].blocks[0].attn.interaction.alpha == 0.25
+    assert tim.stages[0].blocks[0].attn.interaction.in_neuron.v_threshold == 0.2
+    tim.set_thresholds((0.3, 0.5, 0.5))
+    again = timm.create_model("test_tim", **tim._model_args)
+    assert again.stages[0].blocks[0].attn.interaction.in_neuron.v_threshold == 0.3
+    assert again.stages[0].blocks[0].attn.interaction.alpha == 0.25
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_takes_arguments_of_operators(name):
+    argument = "mixer" if "maxformer" in name else "attn"
+    args = {argument: "a2os2a", "operator_args": {"a2os2a": {"value_neuron": {"v_threshold": 0.5}}}}
+    model = timm.create_model(name, **args)
+    assert {m.v.neuron.v_threshold for m in model.modules() if isinstance(m, AdditionOnlyAttention)} == {0.5}
 
 
 @pytest.mark.parametrize("wrong", [(float("inf"), 1, 1), (1, 1, 0), (1, 1, float("nan")), (1, 1), 0.5])

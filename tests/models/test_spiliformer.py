@@ -224,8 +224,12 @@ def test_exports(form):
 
 
 def test_operators_that_take_no_feedback_are_named():
-    with pytest.raises(ValueError, match="SpikingSelfAttention takes no feedback"):
+    said = r"attn='ssa': 'ssa' takes no feedback.*a2os2a and fb_lidiff do: .*attn=\('ssa', 'ssa', 'fb_lidiff'\)"
+    with pytest.raises(ValueError, match=said):
         timm.create_model("test_spiliformer", attn="ssa")
+    with pytest.raises(ValueError, match=r"attn=.*'dwc3' takes no feedback.*'ff_lidiff', 'fb_lidiff'\)"):
+        timm.create_model("test_spiliformer", attn=("qkta", "qkta", ["fb_lidiff", "dwc3"]))
+    assert timm.create_model("test_spiliformer", attn=("ssa", "ssa", "fb_lidiff"), num_classes=2).num_classes == 2
     with pytest.raises(ValueError, match="feedback='svhn' is unknown"):
         timm.create_model("test_spiliformer", feedback="svhn")
     with pytest.raises(ValueError, match="heads of 1 channels"):

@@ -66,11 +66,6 @@ class ModelInputs:
         self.config = resolve_model_data_config(model)
         self.mean: Sequence[float] = self.config["mean"]
         self.std: Sequence[float] = self.config["std"]
-        if self.channels != self.config["input_size"][0]:
-            raise ValueError(
-                f"the model takes {self.channels} channels, its config's input_size is {self.config['input_size']}: "
-                "create it with a pretrained_cfg_overlay of input_size, mean and std for its channels"
-            )
 
     def read(self, path: Path) -> FileInput:
         """Read one file; ValueError if it cannot be read, or does not suit the model's input channels."""
@@ -85,6 +80,11 @@ class ModelInputs:
         modes = {1: "L", 3: "RGB"}
         if self.channels not in modes:
             raise ValueError(f"{name} is an image, and the model takes {self.channels} channels (events have 2)")
+        if self.channels != self.config["input_size"][0]:  # events, which are not normalised, do without
+            raise ValueError(
+                f"the model takes {self.channels} channels, its config's input_size is {self.config['input_size']}: "
+                "create it with a pretrained_cfg_overlay of input_size, mean and std for its channels"
+            )
         transform: Any = create_transform(**self.config)
         x: Tensor = transform(picture.convert(modes[self.channels]))
         return x.unsqueeze(0)

@@ -1,4 +1,4 @@
-"""Names as papers spell them, such as Spikformer-8-512, for registered models.
+"""Names as papers spell them, such as Spikformer-8-512, for registered models, and other names that users try.
 
 They are registered the way timm registers names that it has given up: `timm.create_model` takes them and warns with
 the current name, `timm.list_models` leaves them out.
@@ -13,7 +13,7 @@ from timm.models._registry import register_model_deprecations
 # What papers call each family; the first part of the registered name is what it stands for.
 _PAPERS: Mapping[str, tuple[str, ...]] = {
     "qkformer_hst": ("QKFormer", "HST"),
-    "maxformer_": ("Max-Former", "MaxFormer"),
+    "maxformer_": ("Max-Former", "MaxFormer", "Maxformer"),
     "spikformer_": ("Spikformer",),
     "spikingformer_": ("Spikingformer",),
     "sdt_": ("SDT", "Spike-driven-Transformer"),
@@ -23,25 +23,39 @@ _PAPERS: Mapping[str, tuple[str, ...]] = {
     "autost_": ("AutoST",),
     "spiliformer_": ("SpiLiFormer",),
 }
-_REGISTERED = re.compile(rf"({'|'.join(_PAPERS)})(\d+)_(\d+)(_cml|_ms)?")
-_BEFORE = {None: "", "_cml": "CML-", "_ms": "MS-"}
+_REGISTERED = re.compile(rf"({'|'.join(_PAPERS)})(\d+_\d+)(_dvs|_gesture)?(_cml|_ms)?")
+# Where papers put what a model is built with, and the data where it is not images.
+_FORMS: Mapping[str | None, tuple[str, ...]] = {
+    None: ("{paper}-{size}",),
+    "_cml": ("CML-{paper}-{size}", "{paper}-CML-{size}", "{paper}-{size}+CML"),
+    "_ms": ("MS-{paper}-{size}", "{paper}-MS-{size}"),
+}
+_DATA = {"_dvs": "-DVS", "_gesture": "-Gesture"}
 
 ALIASES: dict[str, str] = {}  # by the paper's spelling
 
 
 def register_aliases() -> None:
-    """Register the papers' spellings of all models that there are by now."""
+    """Register the papers' spellings of all models that there are by now, and names without `_dvs` that are free."""
     found: dict[str, dict[str, str]] = {}
     for name in list_models():
-        match = _REGISTERED.fullmatch(name.removesuffix("_dvs"))
+        match = _REGISTERED.fullmatch(name)
         module = model_entrypoint(name).__module__
         if match is None or not module.startswith(__name__.rpartition(".")[0]):
             continue
-        for paper in _PAPERS[match[1]]:
-            spelled = f"{_BEFORE[match[4]]}{paper}-{match[2]}-{match[3]}"
-            # Where images and events share sizes, the paper's name is the images' model.
-            if not (name.endswith("_dvs") and name.removesuffix("_dvs") in list_models()):
-                found.setdefault(module, {})[spelled] = name
+        family, size, data, built = match.groups()
+        names = found.setdefault(module, {})
+        # Where images and events share sizes, names that say neither are the images' model.
+        plain = f"{family}{size}{built or ''}"
+        is_only = data is None or (data == "_dvs" and plain not in list_models())
+        if data is not None and is_only:
+            names[plain] = name
+        for form in _FORMS[built]:
+            for paper in _PAPERS[family]:
+                if is_only:
+                    names[form.format(paper=paper, size=size.replace("_", "-"))] = name
+                if data is not None:
+                    names[form.format(paper=paper, size=size.replace("_", "-") + _DATA[data])] = name
     for module, spellings in found.items():
         register_model_deprecations(module, dict(spellings))
         ALIASES.update(spellings)

@@ -87,11 +87,20 @@ class Architecture(NamedTuple):
 
 
 class Embedding(NamedTuple):
-    """How a hierarchical model goes from pixels to tokens; its stem has half the first stage's width."""
+    """How a hierarchical model goes from pixels to tokens; its stem has half the first stage's width.
+
+    With `plain` its convolutions are as those of Spikformer's SPS: without shortcuts, and pooled after the neurons.
+    """
 
     stem_pool: bool
-    stages: Tuple[Union[EmbedSpec, ChainSpec], ...]
+    stages: Tuple[EmbedSpec, ...]
     stem_stride: int = 1
+    plain: bool = False
+
+    @property
+    def stride(self) -> int:
+        """Stride of the whole embedding."""
+        return self.stem_stride * (1 + self.stem_pool) * prod(stage.stride for stage in self.stages)
 
 
 def hierarchy(
@@ -121,22 +130,28 @@ def hierarchy(
     """
     widths = _per_stage("embed_dims", embed_dims, len(embedding.stages), minimum=2)
     blocks = _blocks(widths, depths, num_heads, mlp_ratio, operators, lambda name: options)
-    embeds = [_of_width(embed, width, membrane_shortcut) for embed, width in zip(embedding.stages, widths, strict=True)]
+    embeds: List[Union[EmbedSpec, ChainSpec]] = list(embedding.stages)
+    if embedding.plain:
+        embeds = [_chain(*each, membrane_shortcut) for each in zip(embedding.stages, widths, strict=True)]
     stages = tuple(map(StageSpec, widths, embeds, blocks))
-    pool = "currents" if embedding.stem_pool else ""
-    stem = UnitSpec(widths[0] // 2, pool, not membrane_shortcut, embedding.stem_stride)
+    fires = not membrane_shortcut
+    where = _plain_pool(fires) if embedding.plain else "currents"
+    stem = UnitSpec(widths[0] // 2, where if embedding.stem_pool else "", fires, embedding.stem_stride)
     return Architecture(stem, stages, membrane_shortcut, membrane_shortcut)
 
 
-def _of_width(embed: Union[EmbedSpec, ChainSpec], width: int, membrane_shortcut: bool) -> Union[EmbedSpec, ChainSpec]:
-    """A stage's embedding; a chain's convolutions get the stage's width, and with membrane shortcuts neurons before all
-    in place of those behind the last."""
-    if isinstance(embed, EmbedSpec):
-        return embed
-    units = [unit._replace(dim=width) for unit in embed.units]
-    if membrane_shortcut:
-        units[-1] = units[-1]._replace(fires=False)
-    return embed._replace(units=tuple(units), fires_before=membrane_shortcut)
+def _chain(embed: EmbedSpec, width: int, membrane_shortcut: bool) -> ChainSpec:
+    """A stage's convolutions without the shortcut, pooled after the neurons; with membrane shortcuts there are neurons
+    before all in place of those behind the last."""
+    *first, last = embed.pools
+    units = [UnitSpec(int(width * embed.hidden_ratio), "spikes" if pool else "") for pool in first]
+    units.append(UnitSpec(width, _plain_pool(not membrane_shortcut) if last else "", not membrane_shortcut))
+    return ChainSpec(tuple(units), fires_before=membrane_shortcut)
+
+
+def _plain_pool(fires: bool) -> str:
+    """Where a unit of SPS pools: what it fires, if it does."""
+    return "spikes" if fires else "currents"
 
 
 def flat(
@@ -228,12 +243,37 @@ def _blocks(
     return stages
 
 
-def operator_options(name: str, value: Any) -> dict[str, Mapping[str, Any]]:
-    """An argument that holds arguments of operators by their names, with the names as `flat` looks them up.
+def with_operator_args(architecture: Architecture, operator_args: Any) -> Architecture:
+    """The architecture whose operators have further arguments, by their registered names; these override its own.
 
     Raises:
-        ValueError: For names of no operator, or anything else than arguments by their names below one.
+        ValueError: For names of no operator, anything else than arguments by their names below one, or arguments that
+            are not the operator's to choose.
     """
+    options = _operator_options("operator_args", operator_args)
+
+    def of_mixer(mixer: MixerSpec) -> MixerSpec:
+        return mixer._replace(options={**mixer.options, **options.get(mixer.operator.lower(), {})})
+
+    def of_block(block: BlockSpec) -> BlockSpec:
+        return block._replace(mixers=tuple(map(of_mixer, block.mixers)))
+
+    stages = tuple(stage._replace(blocks=tuple(map(of_block, stage.blocks))) for stage in architecture.stages)
+    return architecture._replace(stages=stages)
+
+
+# What models and their blocks tell operators, and the models' arguments for it, if there are any.
+_SET_BY_MODELS: Mapping[str, Optional[str]] = {
+    "num_heads": "num_heads",
+    "proj_drop": "proj_drop_rate",
+    "neuron_layer": "neuron",
+    "device": "device",
+    "dtype": "dtype",
+    **dict.fromkeys(("dim", "membrane_shortcut", "input_range")),
+}
+
+
+def _operator_options(name: str, value: Any) -> dict[str, Mapping[str, Any]]:
     if not isinstance(value, Mapping) or not all(isinstance(args, Mapping) for args in value.values()):
         raise ValueError(f"{name}={value!r} must be a mapping of operators' names to arguments by their names")
     options: dict[str, Mapping[str, Any]] = {}
@@ -242,6 +282,10 @@ def operator_options(name: str, value: Any) -> dict[str, Mapping[str, Any]]:
             get_operator(operator)
         except ValueError as error:
             raise ValueError(f"{name}={value!r}: {error}") from error
+        if taken := [arg for arg in args if arg in _SET_BY_MODELS]:
+            own = _SET_BY_MODELS[taken[0]]
+            instead = f"give {own}= to the model" if own else "leave it out"
+            raise ValueError(f"{name}={value!r}: the model itself sets {taken[0]!r} of its operators: {instead}")
         options[operator.lower()] = {**options.get(operator.lower(), {}), **args}
     return options
 

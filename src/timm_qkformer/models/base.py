@@ -35,7 +35,7 @@ from ..layers import (
 from ..layers.chain import unit_args
 from ..neurons import NeuronLayer, get_neuron_layer
 from ..operators import get_operator
-from .architecture import Architecture, ChainSpec, EmbedSpec
+from .architecture import Architecture, ChainSpec, EmbedSpec, with_operator_args
 from .dilation import dilate
 from .stepping import StreamState, run_step
 
@@ -93,6 +93,8 @@ class SpikingTransformer(nn.Module):
             `functools.partial(LIF, surrogate="atan")`.
         neuron_args: Arguments of all neuron layers, such as {"v_threshold": 0.5, "surrogate": "atan"}. The neurons
             after attention keep their threshold of 0.5.
+        operator_args: Further arguments of operators by their registered names, such as {"ssa": {"scale": 0.25}}. They
+            override arguments of the model that say the same.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout after every token mixer and MLP, one mask for all time steps.
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0, one mask for all time steps.
@@ -114,6 +116,7 @@ class SpikingTransformer(nn.Module):
         time_steps: int = 4,
         neuron: Union[str, NeuronLayer] = "lif",
         neuron_args: Optional[Mapping[str, Any]] = None,
+        operator_args: Optional[Mapping[str, Mapping[str, Any]]] = None,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -129,6 +132,7 @@ class SpikingTransformer(nn.Module):
             check_number(name, rate, 0, 1)
         if not architecture.stages:
             raise ValueError("architecture has no stages: give at least one")
+        architecture = with_operator_args(architecture, {} if operator_args is None else operator_args)
         neuron_layer = get_neuron_layer(neuron, neuron_args)
         self.in_chans = check_whole("in_chans", in_chans, 1)
         self.num_classes = check_whole("num_classes", num_classes, 0)

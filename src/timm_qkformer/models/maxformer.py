@@ -44,8 +44,8 @@ class MaxFormer(SpikingTransformer):
         depths: Blocks in each stage.
         num_heads: Attention heads, as `mixer`.
         mlp_ratio: MLP width relative to the stage's, as `mixer`.
-        **kwargs: `in_chans`, `num_classes`, `global_pool`, `time_steps`, `neuron`, `neuron_args`, `drop_rate`,
-            `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see `SpikingTransformer`.
+        **kwargs: `in_chans`, `num_classes`, `global_pool`, `time_steps`, `neuron`, `neuron_args`, `operator_args`,
+            `drop_rate`, `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see `SpikingTransformer`.
 
     Raises:
         ValueError: For an unknown token mixer, or another argument outside its range.

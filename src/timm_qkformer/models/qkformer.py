@@ -9,7 +9,7 @@ Q-K attention where there are many tokens, spiking self-attention where there ar
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -17,8 +17,7 @@ from timm.models._registry import generate_default_cfgs, register_model
 from torch import nn
 
 from ..errors import check_choice
-from ..layers import UnitSpec
-from .architecture import ChainSpec, Embedding, EmbedSpec, hierarchy
+from .architecture import Embedding, EmbedSpec, hierarchy
 from .base import CIFAR10_CFG, EVENTS_CFG, IMAGENET_CFG, SpikingTransformer
 from .checkpoints import (
     MAXFORMER_CHECKPOINTS,
@@ -34,22 +33,13 @@ from .loading import PendingCfg, create
 
 _logger = logging.getLogger(__name__)
 
-EMBEDDINGS = {
+SPEDS = {
     # strides 2 | 4, 8, 16
     "imagenet": Embedding(True, (EmbedSpec((True, False)), EmbedSpec((True, False)), EmbedSpec((True, False)))),
     # strides 1 | 1, 2, 4
     "cifar": Embedding(False, (EmbedSpec((False,)), EmbedSpec((False, True)), EmbedSpec((False, True)))),
     # strides 1 | 2, 4, 8
     "small": Embedding(False, (EmbedSpec((True,)), EmbedSpec((True, False)), EmbedSpec((True, False)))),
-    # strides 1 | 1, 2, 4, without the shortcuts of SPEDS and pooling after the neurons, as SPS does
-    "sps": Embedding(
-        False,
-        (
-            ChainSpec((UnitSpec(0),)),
-            ChainSpec((UnitSpec(0), UnitSpec(0, "spikes"))),
-            ChainSpec((UnitSpec(0), UnitSpec(0, "spikes"))),
-        ),
-    ),
     # strides 1 | 2, 8, 16
     "events": Embedding(
         False,
@@ -62,6 +52,21 @@ EMBEDDINGS = {
 }
 
 
+# The same strides as Spikformer's SPS has them.
+_SPS = {f"sps_{name}": embedding._replace(plain=True) for name, embedding in SPEDS.items()}
+
+EMBEDDINGS = {**SPEDS, **_SPS, "sps": _SPS["sps_cifar"]}
+
+
+def with_own_embedding(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a registered model: its own, and above them the caller's, whose "sps" has the strides of its own
+    embedding."""
+    args = {**own, **given}
+    if given.get("patch_embed") == "sps":
+        args["patch_embed"] = f"sps_{own.get('patch_embed', 'imagenet')}"
+    return args
+
+
 class QKFormer(SpikingTransformer):
     """Hierarchical spiking transformer (HST) with Q-K attention.
 
@@ -69,9 +74,10 @@ class QKFormer(SpikingTransformer):
     Each forward pass starts from rest, and no sample sees its batch mates.
 
     Args:
-        patch_embed: Downsampling: "imagenet" (stride 16), "cifar" (stride 4), "events" (stride 16); "sps" (stride 4),
-            the convolutions of "cifar" as Spikformer's SPS has them, without shortcuts, in the paper's Table 4 (which
-            says no more: the form is ours); or ours, "small" (stride 8, for small images on little hardware).
+        patch_embed: Downsampling: "imagenet" (stride 16), "cifar" (stride 4), "events" (stride 16); ours, "small"
+            (stride 8, for small images on little hardware); or "sps_" before one of these, its convolutions as
+            Spikformer's SPS has them, without shortcuts, in the paper's Table 4 (which says no more: the form is ours).
+            "sps" is "sps_cifar" here; `timm.create_model` takes it for that of the model's own embedding.
         attn: Token mixer, a registered operator: "qkta", "qkca", "ssa", ...; one, one per stage, or for a stage one per
             block. "a+b" is a block of two.
         embed_dims: Width of each stage.
@@ -82,8 +88,8 @@ class QKFormer(SpikingTransformer):
             head then has neurons of its own, see `forward_features`.
         batch_coupled: Reproduce the release's self-attention, in which samples influence their batch mates (its
             published accuracies were measured so). Off, each sample is on its own. Not with `membrane_shortcut`.
-        **kwargs: `in_chans`, `num_classes`, `global_pool`, `time_steps`, `neuron`, `neuron_args`, `drop_rate`,
-            `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see `SpikingTransformer`.
+        **kwargs: `in_chans`, `num_classes`, `global_pool`, `time_steps`, `neuron`, `neuron_args`, `operator_args`,
+            `drop_rate`, `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see `SpikingTransformer`.
 
     Raises:
         ValueError: For an unknown embedding or operator, or another argument outside its range.
@@ -332,8 +338,9 @@ _TAG_ARGS = {
 }
 
 
-def _create_qkformer(variant: str, pretrained: bool = False, **kwargs: Any) -> QKFormer:
-    return create(QKFormer, variant, pretrained, checkpoint_filter_fn, _TAG_ARGS, **kwargs)
+def _create_qkformer(variant: str, pretrained: bool, own: Mapping[str, Any], given: Mapping[str, Any]) -> QKFormer:
+    args = with_own_embedding(own, given)
+    return create(QKFormer, variant, pretrained, checkpoint_filter_fn, _TAG_ARGS, **args)
 
 
 _HST10_384: dict[str, Any] = {"embed_dims": (96, 192, 384), "num_heads": 6, "depths": (1, 2, 7)}
@@ -350,26 +357,26 @@ _TEST: dict[str, Any] = {
 @register_model
 def qkformer_hst10_384(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-10-384 for ImageNet: 16.47 M parameters, T = 4."""
-    return _create_qkformer("qkformer_hst10_384", pretrained, **dict(_HST10_384, **kwargs))
+    return _create_qkformer("qkformer_hst10_384", pretrained, _HST10_384, kwargs)
 
 
 @register_model
 def qkformer_hst10_512(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-10-512 for ImageNet: 29.08 M parameters, T = 4."""
-    return _create_qkformer("qkformer_hst10_512", pretrained, **dict(_HST10_512, **kwargs))
+    return _create_qkformer("qkformer_hst10_512", pretrained, _HST10_512, kwargs)
 
 
 @register_model
 def qkformer_hst10_768(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-10-768 for ImageNet: 64.96 M parameters, T = 4."""
-    return _create_qkformer("qkformer_hst10_768", pretrained, **dict(_HST10_768, **kwargs))
+    return _create_qkformer("qkformer_hst10_768", pretrained, _HST10_768, kwargs)
 
 
 @register_model
 def qkformer_hst4_384(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-4-384 for CIFAR: 6.71 M parameters with 10 classes, T = 4."""
     model_args = {"patch_embed": "cifar", "embed_dims": (96, 192, 384), "depths": (1, 1, 2), "num_heads": 8}
-    return _create_qkformer("qkformer_hst4_384", pretrained, **dict(model_args, **kwargs))
+    return _create_qkformer("qkformer_hst4_384", pretrained, model_args, kwargs)
 
 
 @register_model
@@ -386,28 +393,28 @@ def qkformer_hst2_256(pretrained: bool = False, **kwargs: Any) -> QKFormer:
         "mlp_ratio": 1.0,
         "time_steps": 16,
     }
-    return _create_qkformer("qkformer_hst2_256", pretrained, **dict(model_args, **kwargs))
+    return _create_qkformer("qkformer_hst2_256", pretrained, model_args, kwargs)
 
 
 @register_model
 def qkformer_hst10_384_ms(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-10-384 for ImageNet with membrane shortcuts: 16.47 M parameters, T = 4."""
     model_args = dict(_HST10_384, membrane_shortcut=True)
-    return _create_qkformer("qkformer_hst10_384_ms", pretrained, **dict(model_args, **kwargs))
+    return _create_qkformer("qkformer_hst10_384_ms", pretrained, model_args, kwargs)
 
 
 @register_model
 def qkformer_hst10_512_ms(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-10-512 for ImageNet with membrane shortcuts: 29.08 M parameters, T = 4."""
     model_args = dict(_HST10_512, membrane_shortcut=True)
-    return _create_qkformer("qkformer_hst10_512_ms", pretrained, **dict(model_args, **kwargs))
+    return _create_qkformer("qkformer_hst10_512_ms", pretrained, model_args, kwargs)
 
 
 @register_model
 def qkformer_hst10_768_ms(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-10-768 for ImageNet with membrane shortcuts: 64.96 M parameters, T = 1 as its weights have."""
     model_args = dict(_HST10_768, membrane_shortcut=True)
-    return _create_qkformer("qkformer_hst10_768_ms", pretrained, **dict(model_args, **kwargs))
+    return _create_qkformer("qkformer_hst10_768_ms", pretrained, model_args, kwargs)
 
 
 @register_model
@@ -424,24 +431,24 @@ def qkformer_hst3_192(pretrained: bool = False, **kwargs: Any) -> QKFormer:
         "num_heads": 4,
         "neuron_args": {"v_threshold": 0.5, "surrogate": "atan"},
     }
-    return _create_qkformer("qkformer_hst3_192", pretrained, **dict(model_args, **kwargs))
+    return _create_qkformer("qkformer_hst3_192", pretrained, model_args, kwargs)
 
 
 @register_model
 def qkformer_hst3_128(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-3-128 for small pictures of event cameras: 0.56 M parameters, T = 8. Ours, not the paper's."""
     model_args = {"embed_dims": (32, 64, 128), "depths": (1, 1, 1), "num_heads": 4, "time_steps": 8}
-    return _create_qkformer("qkformer_hst3_128", pretrained, **dict(model_args, **kwargs))
+    return _create_qkformer("qkformer_hst3_128", pretrained, model_args, kwargs)
 
 
 @register_model
 def test_qkformer(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """A tiny HST with every kind of layer, for tests; its weights know scikit-learn's handwritten digits."""
-    return _create_qkformer("test_qkformer", pretrained, **dict(_TEST, **kwargs))
+    return _create_qkformer("test_qkformer", pretrained, _TEST, kwargs)
 
 
 @register_model
 def test_qkformer_ms(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """A tiny HST with membrane shortcuts and every kind of layer, for tests."""
     model_args = dict(_TEST, membrane_shortcut=True)
-    return _create_qkformer("test_qkformer_ms", pretrained, **dict(model_args, **kwargs))
+    return _create_qkformer("test_qkformer_ms", pretrained, model_args, kwargs)

@@ -8,13 +8,13 @@ potentials. Neurons stand in front of the classifier.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 from timm.models._registry import generate_default_cfgs
 from torch import nn
 
 from ..layers import PositionSpec
-from .architecture import flat, operator_options
+from .architecture import flat
 from .base import SpikingTransformer
 from .checkpoints import StateDict, translate_flat
 from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, splitting
@@ -32,7 +32,6 @@ class SpikeDrivenTransformer(SpikingTransformer):
             (DVS128 Gesture). The first three pool spikes, the fourth currents.
         attn, embed_dim, depth, num_heads, mlp_ratio: See `Spikformer`.
         dvs_mode: Max pooling in spike-driven self-attention, see there.
-        operator_args: Further arguments of operators, by their registered names; they go before `dvs_mode`.
         **kwargs: See `SpikingTransformer`.
 
     Raises:
@@ -48,15 +47,12 @@ class SpikeDrivenTransformer(SpikingTransformer):
         num_heads: Union[int, Sequence[int]] = 8,
         mlp_ratio: Union[float, Sequence[float]] = 4.0,
         dvs_mode: bool = False,
-        operator_args: Optional[Mapping[str, Mapping[str, Any]]] = None,
         **kwargs: Any,
     ) -> None:
         *first, last = splitting(embed_dim, pools, "spikes")
         last = last._replace(fires=False, pool="currents" if last.pool else "")
-        options = operator_options("operator_args", operator_args or {})
-        options["sdsa"] = {"dvs_mode": dvs_mode, **options.get("sdsa", {})}
         position = PositionSpec(fires_before=True, fires=False)
-        blocks = (depth, num_heads, mlp_ratio, ("attn", attn), options)
+        blocks = (depth, num_heads, mlp_ratio, ("attn", attn), {"sdsa": {"dvs_mode": dvs_mode}})
         super().__init__(flat((*first, last), position, *blocks, True, membrane_readout=True), **kwargs)
 
 

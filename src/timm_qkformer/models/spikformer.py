@@ -9,7 +9,7 @@ after them, so that gradients take the way of the largest current.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from timm.models._registry import generate_default_cfgs
 from torch import nn
@@ -19,10 +19,10 @@ from .architecture import Architecture, flat, hierarchy
 from .base import SpikingTransformer
 from .checkpoints import StateDict, translate_flat, unwrap_checkpoint, without_constants
 from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, image_variants, splitting
-from .qkformer import EMBEDDINGS
+from .qkformer import SPEDS
 from .variants import Variant, register_variants
 
-_SPEDS = {IMAGENET_POOLS: "imagenet", CIFAR_POOLS: "cifar"}
+_SPEDS = {IMAGENET_POOLS: ("imagenet", "events"), CIFAR_POOLS: ("cifar",)}  # of the same stride, the default first
 
 
 class Spikformer(SpikingTransformer):
@@ -35,6 +35,8 @@ class Spikformer(SpikingTransformer):
         patch_embed: "sps", or "speds": QKFormer's embedding in its place, all else unchanged (QKFormer, arXiv
             2403.16552, Table 4). That has no public code; here it is QKFormer's three embeddings without blocks between
             them, so that there are three stages.
+        speds: Which of QKFormer's embeddings "speds" is: of stride 16 "imagenet" or, the event models' default,
+            "events", of stride 4 "cifar". None: the first of `pools`' stride.
         pools: Which of the four convolutions halve the size: "1111" (ImageNet, events) or "0011" (CIFAR).
         attn: Token mixer, a registered operator: "ssa", "sdsa", "qkta", ...; one, or one per block.
         embed_dim: Width, a multiple of 8.
@@ -44,8 +46,8 @@ class Spikformer(SpikingTransformer):
         qkv_bias: Give the projections to Q, K and V a bias, as the CIFAR releases do.
         scale: Scale of spiking self-attention.
         cml: Pool before the neurons.
-        **kwargs: `in_chans`, `num_classes`, `global_pool`, `time_steps`, `neuron`, `neuron_args`, `drop_rate`,
-            `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see `SpikingTransformer`.
+        **kwargs: `in_chans`, `num_classes`, `global_pool`, `time_steps`, `neuron`, `neuron_args`, `operator_args`,
+            `drop_rate`, `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see `SpikingTransformer`.
 
     Raises:
         ValueError: For `pools` or an embedding that there is not, or another argument outside its range.
@@ -63,27 +65,33 @@ class Spikformer(SpikingTransformer):
         qkv_bias: bool = False,
         scale: float = 0.125,
         cml: bool = False,
+        speds: Optional[str] = None,
         **kwargs: Any,
     ) -> None:
         options: dict[str, dict[str, Any]] = {"": {"qkv_bias": qkv_bias}, "ssa": {"scale": scale}}
         units = splitting(embed_dim, pools, "currents" if cml else "spikes")
         spikformer = flat(units, PositionSpec(), depth, num_heads, mlp_ratio, ("attn", attn), options)
-        super().__init__(_with_embedding(spikformer, patch_embed, pools), **kwargs)
+        super().__init__(_with_embedding(spikformer, patch_embed, pools, speds), **kwargs)
         self.cml = cml
 
 
-def _with_embedding(spikformer: Architecture, patch_embed: str, pools: str) -> Architecture:
+def _with_embedding(spikformer: Architecture, patch_embed: str, pools: str, speds: Optional[str]) -> Architecture:
     if patch_embed == "sps":
         return spikformer
     if patch_embed != "speds" or pools not in _SPEDS:
         raise ValueError(
             f'patch_embed={patch_embed!r}, pools={pools!r}: it must be "sps", or "speds" with pools of {list(_SPEDS)}'
         )
+    name = _SPEDS[pools][0] if speds is None else speds
+    if name not in _SPEDS[pools]:
+        raise ValueError(
+            f"speds={speds!r} must be one of {list(_SPEDS[pools])}, whose stride is that of pools={pools!r}"
+        )
     (stage,) = spikformer.stages
     widths = (stage.dim // 4, stage.dim // 2, stage.dim)
-    speds = hierarchy(EMBEDDINGS[_SPEDS[pools]], widths, (0, 0, 0), 1, 1.0, ("attn", "ssa"), {}, False)
-    *first, last = speds.stages
-    return speds._replace(stages=(*first, last._replace(blocks=stage.blocks)))
+    hst = hierarchy(SPEDS[name], widths, (0, 0, 0), 1, 1.0, ("attn", "ssa"), {}, False)
+    *first, last = hst.stages
+    return hst._replace(stages=(*first, last._replace(blocks=stage.blocks)))
 
 
 _STEM = (("proj_{}",), ("proj_{}1",), ("proj_{}2",), ("proj_{}3",), ("rpe_{}",))
@@ -110,7 +118,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
 
 
 _CIFAR: Mapping[str, Any] = {"pools": CIFAR_POOLS, "num_heads": 12, "qkv_bias": True}
-_EVENTS = {"embed_dim": 256, "depth": 2, "num_heads": 16, "time_steps": 16}
+_EVENTS = {"embed_dim": 256, "depth": 2, "num_heads": 16, "time_steps": 16, "speds": "events"}
 _MILLIONS = {"8_384": 16.82, "8_512": 29.69, "8_768": 66.34, "4_384": 9.32, "4_256": 4.16, "2_384": 5.77}
 
 _PLAIN = {

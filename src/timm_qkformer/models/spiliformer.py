@@ -8,7 +8,7 @@ last stage runs twice, the second time with feedback from what it answered first
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional, Tuple, Union
 
 from timm.models._registry import generate_default_cfgs, register_model
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ..errors import check_choice, check_number
 from ..layers import FeedbackSpec, FeedbackStage
-from .architecture import hierarchy
+from ..operators import feedback_operators
+from .architecture import Architecture, hierarchy
 from .base import IMAGENET_CFG, SpikingTransformer
 from .checkpoints import StateDict, unwrap_checkpoint
 from .loading import create
-from .qkformer import EMBEDDINGS, ReleaseNames, filter_by_names
+from .qkformer import EMBEDDINGS, ReleaseNames, filter_by_names, with_own_embedding
 
 # What the release's three versions do differently between the passes.
 FEEDBACKS = {
@@ -38,9 +39,10 @@ class SpiLiFormer(SpikingTransformer):
     `forward_passes` gives both.
 
     Args:
-        patch_embed: Downsampling: "imagenet" (stride 16), "cifar" (stride 4), "events" (16) or "small" (8).
+        patch_embed: Downsampling: "imagenet" (stride 16), "cifar" (stride 4), "events" (16) or "small" (8), or one of
+            these as SPS, see `QKFormer`.
         attn: Token mixer, a registered operator; one, one per stage, or for a stage one per block. Those of the last
-            stage must take feedback ("fb_lidiff", "a2os2a").
+            stage must take feedback, as "fb_lidiff" and "a2os2a" do: `attn=("qkta", "qkta", "fb_lidiff")`.
         embed_dims: Width of each stage.
         depths: Blocks in each stage.
         num_heads: Attention heads, as `attn`.
@@ -48,11 +50,12 @@ class SpiLiFormer(SpikingTransformer):
         feedback: The release's version of what lies between the passes: "imagenet", "cifar10" or "cifar100".
         batch_coupled: Reproduce the release's last stage, in which samples influence their batch mates (its published
             accuracies were measured so). Off, each sample is on its own.
-        **kwargs: `in_chans`, `num_classes`, `global_pool`, `time_steps`, `neuron`, `neuron_args`, `drop_rate`,
-            `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see `SpikingTransformer`.
+        **kwargs: `in_chans`, `num_classes`, `global_pool`, `time_steps`, `neuron`, `neuron_args`, `operator_args`,
+            `drop_rate`, `proj_drop_rate`, `drop_path_rate`, `device` and `dtype`, see `SpikingTransformer`.
 
     Raises:
-        ValueError: For an unknown embedding or feedback, or another argument outside its range.
+        ValueError: For an unknown embedding or feedback, operators that take none, or another argument outside its
+            range.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class SpiLiFormer(SpikingTransformer):
         check_choice("feedback", feedback, FEEDBACKS)
         embedding, options = EMBEDDINGS[patch_embed], {"batch_coupled": batch_coupled}
         skeleton = hierarchy(embedding, embed_dims, depths, num_heads, mlp_ratio, ("attn", attn), options, False)
+        _check_feedback(attn, skeleton)
         super().__init__(skeleton._replace(feedback=FEEDBACKS[feedback]), **kwargs)
 
     def forward_passes(self, x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -95,6 +99,19 @@ class SpiLiFormer(SpikingTransformer):
         check_number("beta", beta, 0, 1)
         first, second = self.forward_passes(x)
         return (1 - beta) * criterion(first, target) + beta * criterion(second, target)
+
+
+def _check_feedback(attn: Any, skeleton: Architecture) -> None:
+    """Refuse operators of the last stage that take no feedback, with what to write in their place."""
+    taking = feedback_operators()
+    for block in skeleton.stages[-1].blocks:
+        name = block.mixers[0].operator
+        if name.lower() not in taking:
+            first = (attn, attn) if isinstance(attn, str) else ("ff_lidiff", "ff_lidiff")
+            raise ValueError(
+                f"attn={attn!r}: {name!r} takes no feedback, and the last stage's operators must, as "
+                f"{' and '.join(taking)} do: give one for each stage, such as attn={(*first, 'fb_lidiff')!r}"
+            )
 
 
 _PROMPT = re.compile(r"prompt(?:_2)?")
@@ -185,14 +202,17 @@ _TAG_ARGS = {
 }
 
 
-def _create_spiliformer(variant: str, pretrained: bool = False, **kwargs: Any) -> SpiLiFormer:
-    return create(SpiLiFormer, variant, pretrained, checkpoint_filter_fn, _TAG_ARGS, **kwargs)
+def _create_spiliformer(
+    variant: str, pretrained: bool, own: Mapping[str, Any], given: Mapping[str, Any]
+) -> SpiLiFormer:
+    args = with_own_embedding(own, given)
+    return create(SpiLiFormer, variant, pretrained, checkpoint_filter_fn, _TAG_ARGS, **args)
 
 
 @register_model
 def spiliformer_10_768(pretrained: bool = False, **kwargs: Any) -> SpiLiFormer:
     """SpiLiFormer-10-768 for ImageNet: 69.10 M parameters, T = 4."""
-    return _create_spiliformer("spiliformer_10_768", pretrained, **kwargs)
+    return _create_spiliformer("spiliformer_10_768", pretrained, {}, kwargs)
 
 
 @register_model
@@ -209,11 +229,11 @@ def spiliformer_4_384(pretrained: bool = False, **kwargs: Any) -> SpiLiFormer:
         "num_heads": 8,
         "feedback": "cifar100" if kwargs.get("num_classes") == 100 else "cifar10",
     }
-    return _create_spiliformer("spiliformer_4_384", pretrained, **dict(model_args, **kwargs))
+    return _create_spiliformer("spiliformer_4_384", pretrained, model_args, kwargs)
 
 
 @register_model
 def test_spiliformer(pretrained: bool = False, **kwargs: Any) -> SpiLiFormer:
     """A tiny SpiLiFormer, for tests."""
     model_args = {"embed_dims": (16, 32, 64), "depths": (1, 1, 2), "num_heads": 4}
-    return _create_spiliformer("test_spiliformer", pretrained, **dict(model_args, **kwargs))
+    return _create_spiliformer("test_spiliformer", pretrained, model_args, kwargs)

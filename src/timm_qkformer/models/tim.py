@@ -66,7 +66,13 @@ class TIM(SpikingTransformer):
         for module in self.modules():
             if isinstance(module, TemporalInteractionAttention):
                 module.set_thresholds(thresholds)
-        update_model_args(self, thresholds=tuple(thresholds))  # so that timm saves them with the model
+        # So that timm saves them with the model; they are those of `operator_args`, too.
+        given: Mapping[str, Mapping[str, Any]] = getattr(self, "_model_args", {}).get("operator_args") or {}
+        kept = {
+            name: {k: v for k, v in args.items() if name.lower() != "tim" or k != "thresholds"}
+            for name, args in given.items()
+        }
+        update_model_args(self, thresholds=tuple(thresholds), **({"operator_args": kept} if kept else {}))
 
 
 _STEM = (("proj_{}",), ("proj_{}1",), ("proj_{}2",), ("proj_{}3",), ("rpe_{}",))

@@ -410,6 +410,11 @@ def operator_names() -> list[str]:
     return sorted(_OPERATORS)
 
 
+def feedback_operators() -> list[str]:
+    """Names of those that take the feedback of a `layers.FeedbackStage`."""
+    return sorted(name for name, known in _OPERATORS.items() if known.cls.fed)
+
+
 def get_operator(name: str) -> Callable[..., Operator]:
     """Factory of a registered operator, called as the class `Operator` is; capitals, as papers write them, will do.
 
