@@ -112,7 +112,7 @@ def test_input_channels_that_the_config_does_not_know(photo, tmp_path):
     events = timm.create_model("test_tim", in_chans=2)
     assert ModelInputs(events, (34, 34)).read(recording).x.shape == (1, 4, 2, 32, 32)
     assert visualize(events, [recording], tmp_path / "out", sensor_size=(34, 34), untrained=True, quiet=True)
-    with pytest.raises(ValueError, match="takes 1 channels, its config's input_size is .3, 64, 64.*overlay"):
+    with pytest.raises(ValueError, match=r"takes 1 channels, its config's input_size is .3, 64, 64.*overlay"):
         ModelInputs(timm.create_model("test_qkformer_ms", in_chans=1)).read(photo)
 
 

@@ -243,7 +243,7 @@ def test_the_readouts_gradient_reaches_the_potentials():
         (lambda: SpikingPatchEmbed(6, 10, ()), r"pools=\(\) is empty"),
         (lambda: SpikingPatchEmbed(6, 10, (False,), pool_shortcut=True), "pool_shortcut=True halves.*halve it 0 times"),
         (lambda: SpikingPatchEmbed(6, 10, (True,) * 2, pool_shortcut=True), "pool_shortcut=True.*halve it 2 times"),
-        (lambda: get_operator("dwc3")(C, kernel_size=0), "kernel_size=0 must be odd"),
+        (lambda: get_operator("dwc3")(C, kernel_size=0), "kernel_size=0 must be a whole number of at least 1"),
         (lambda: get_operator("dwc3")(C, kernel_size=4), "kernel_size=4 must be odd"),
         *((lambda name=name: get_operator(name)(C, 5), "num_heads=5 must divide.*dim=16") for name in ATTENTIONS),
     ],

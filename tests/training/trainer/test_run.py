@@ -352,7 +352,7 @@ def folder_without(tmp_path, what):
         ("", {"scale": [0.5]}, "scale=[0.5]"),
         ("", {"train_crop_mode": "bad"}, "train_crop_mode='bad'"),
         ("", {"interpolation": "bad"}, "batches to validate on cannot be made with interpolation='bad', crop_pct=1.0"),
-        ("", {"gp": "bad"}, "model qkformer_hst4_384 does not take these arguments"),
+        ("", {"gp": "bad"}, "the pooling cannot be made with global_pool='bad'"),
         ("", {"torchcompile": "bad"}, "torchcompile='bad' is unknown, torch has "),
         ("", {"device": "mps"}, "device='mps' cannot be used"),
         ("", {"model": "local-dir:nowhere"}, "nowhere"),
