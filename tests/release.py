@@ -37,6 +37,20 @@ def release_state_dict(model: SpikingTransformer, spelling: str = "imagenet") ->
     return out
 
 
+def in_release_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Patch embeddings first, then blocks, and v before proj, as image models of the release have them."""
+
+    def place(name: str) -> tuple[int, list[str], bool, int]:
+        group = next(
+            i for i, prefix in enumerate(("patch_embed", ("stage", "block"), "head")) if name.startswith(prefix)
+        )
+        parts = name.split(".")
+        attention = group == 1 and parts[2] != "mlp"
+        return group, parts[:2] * (group == 1), not attention, "qkvp".index(parts[3][0]) if attention else 0
+
+    return {name: tensors[name] for name in sorted(tensors, key=place)}
+
+
 def spiliformer_release_state_dict(model: SpikingTransformer, spelling: str = "imagenet") -> dict[str, Tensor]:
     """Spell a SpiLiFormer's state dict as its release does, prompts first and decoders last."""
     names = {"imagenet": "decoder.0", "cifar": "decoder_stage_3"}

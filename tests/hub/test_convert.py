@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from golden import CASES, GoldenCase
-from release import release_state_dict
+from release import in_release_order, release_state_dict
 from timm_qkformer import quantize_weights
 from timm_qkformer.hub import CheckpointError, convert, infer, read_checkpoint, verify
 from timm_qkformer.hub.infer import RELEASES, find_release
@@ -186,18 +186,6 @@ def test_our_own_training_checkpoints_state_the_arguments_of_their_model(folder,
     args.model_kwargs = {**kwargs, "mixer": "ssa"}
     with pytest.raises(CheckpointError, match=r"not with the arguments that its training states: .*mixer"):
         convert(save({"state_dict": model.state_dict(), "args": args}, tmp_path / "z.pth"), folder, force=True)
-
-
-def in_release_order(tensors):
-    """Patch embeddings first, then blocks, and v before proj."""
-
-    def place(name):
-        group = next(i for i, prefix in enumerate(("patch_embed", "stage", "head")) if name.startswith(prefix))
-        parts = name.split(".")
-        attention = group == 1 and parts[2] != "mlp"
-        return group, parts[:2] * (group == 1), not attention, "qkvp".index(parts[3][0]) if attention else 0
-
-    return {name: tensors[name] for name in sorted(tensors, key=place)}
 
 
 def test_position_counts_only_for_a_model_that_is_named(folder, tmp_path):

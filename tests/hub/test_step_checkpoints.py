@@ -8,27 +8,27 @@ import pytest
 import timm
 import torch
 
-from release import release_state_dict
+from release import in_release_order, release_state_dict
 from timm_qkformer.hub import CheckpointError, convert, read_checkpoint
 from timm_qkformer.hub.infer import infer_architecture
 
 
 def with_constants(tensors):
-    """A threshold and a surrogate's slope for the neurons behind each batch norm, and for those behind attention."""
+    """A threshold and a surrogate's slope for the neurons behind each batch norm, and for attention's before `proj`."""
     out = {}
     for name, tensor in tensors.items():
+        if found := re.fullmatch(r"(.*\.\w*(?:ssa|attn)\.)proj_(?:conv|linear)\.weight", name):
+            attention = f"{found[1]}attn_lif"
+            out |= {f"{attention}.threshold": torch.tensor(0.5), f"{attention}.act_fun.alpha": torch.tensor(4.0)}
         out[name] = tensor
         if found := re.fullmatch(r"(.*?)_?bn(\d?)\.num_batches_tracked", name):
             neuron = f"{found[1]}_lif{found[2]}"
             out |= {f"{neuron}.threshold": torch.tensor(1.0), f"{neuron}.act_fun.alpha": torch.tensor(4.0)}
-            if found[1].endswith("k"):
-                attention = f"{found[1][:-1]}attn_lif"
-                out |= {f"{attention}.threshold": torch.tensor(0.5), f"{attention}.act_fun.alpha": torch.tensor(4.0)}
     return out
 
 
 def step_qkformer(model):
-    names = release_state_dict(model, "cifar").items()
+    names = in_release_order(release_state_dict(model, "cifar")).items()
     return with_constants({re.sub(r"mlp\.mlp([12])_(conv|bn)", r"mlp.fc_\2\1", name): value for name, value in names})
 
 
@@ -49,7 +49,7 @@ def step_spikformer(model):
             kind = "linear" if layer == "conv" else layer
             matrix = value[:, :, 0, 0] if value.ndim == 4 else value
             out[f"block.{parts[3]}.{parts[4]}.{parts[5]}_{kind}.{rest}"] = matrix
-    return with_constants(out)
+    return with_constants(in_release_order(out))
 
 
 @pytest.fixture(
@@ -97,6 +97,19 @@ def test_strictly(released):
 
 def filter_of(name):
     return sys.modules[timm.models.model_entrypoint(name).__module__].checkpoint_filter_fn
+
+
+def test_by_position(released):
+    name, _, tensors = released
+    model = timm.create_model(name, device="meta", num_classes=100)
+    expected = filter_of(name)(tensors, model)
+    strange = {f"t{i}": tensor for i, tensor in enumerate(tensors.values())}
+    found = filter_of(name)(strange, model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    place = next(i for i, key in enumerate(tensors) if key.endswith("attn_lif.threshold"))
+    with pytest.raises(ValueError, match=r"other thresholds than the model's 0\.5: \S+attn_lif 1;"):
+        filter_of(name)({**strange, f"t{place}": torch.tensor(1.0)}, model)
 
 
 def test_thresholds_of_its_training_are_given(tmp_path):

@@ -9,7 +9,9 @@ import pytest
 import timm
 import torch
 
-from release import membrane_release_state_dict, release_state_dict
+from golden import CASES, GoldenCase
+from release import in_release_order, membrane_release_state_dict, release_state_dict
+from timm_qkformer.models.checkpoints import Stored, name_by_position
 
 MEMBRANE = ["test_qkformer_ms", "test_maxformer"]
 WRAPS = [lambda sd: sd, lambda sd: {"model": sd, "epoch": 3}, lambda sd: {"state_dict": sd}]
@@ -67,6 +69,51 @@ def test_own_state_dict_passes_unchanged(name):
     if name in MEMBRANE:
         del own["stem.conv.weight"]  # for load_state_dict to complain about
         assert equal(checkpoint_filter(own, model), own)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_of_nobody_are_matched_by_position(case):
+    name, args = CASES[case]
+    checkpoint = GoldenCase(case).checkpoint
+    model = timm.create_model(name, device="meta", **args)
+    expected = checkpoint_filter(checkpoint, model)
+    strange = {f"t{i}": tensor for i, tensor in enumerate(checkpoint.values())}
+    assert equal(checkpoint_filter({"state_dict": {f"module.{k}": t for k, t in strange.items()}}, model), expected)
+    with pytest.raises(ValueError, match=rf"{len(strange) - 1} tensors cannot be matched by position with"):
+        checkpoint_filter({k: t for k, t in strange.items() if k != "t7"}, model)
+    with pytest.raises(ValueError, match=r"by position, misshapen: t0 \[2, 3\] instead of"):
+        checkpoint_filter({**strange, "t0": torch.zeros(2, 3)}, model)
+    with pytest.raises(ValueError, match="by position, misshapen: "):
+        checkpoint_filter(dict(reversed(strange.items())), model)
+
+
+def test_another_order_than_the_releases_is_refused(plain):
+    """The release's image models list all patch embeddings first, the package's own each with its blocks."""
+    release = release_state_dict(plain)
+    own = {f"t{i}": tensor for i, tensor in enumerate(release.values())}
+    with pytest.raises(ValueError, match="by position, misshapen"):
+        checkpoint_filter(own, plain)
+    strange = {f"t{i}": tensor for i, tensor in enumerate(in_release_order(release).values())}
+    assert equal(checkpoint_filter(strange, plain), plain.state_dict())
+
+
+def test_embeddings_without_a_release_have_no_positions():
+    model = timm.create_model("qkformer_hst3_192", device="meta")
+    strange = {f"t{i}": tensor for i, tensor in enumerate(model.state_dict().values())}
+    assert checkpoint_filter(strange, model) == strange  # for load_state_dict to complain about
+
+
+def test_two_ways_to_match_positions_are_refused():
+    model = torch.nn.Linear(3, 2)
+    order = [Stored("a", "weight"), *(Stored(k, shape=(None,), kind=k) for k in ("b", "c")), Stored("d", "bias")]
+    tensors = dict(zip("wxyz", (torch.zeros(2, 3), torch.zeros(4), torch.zeros(4), torch.zeros(2)), strict=True))
+    assert list(name_by_position(tensors, model, order)) == list("abcd")
+    del tensors["x"]
+    with pytest.raises(ValueError, match="besides what this Linear needs, c or b: name its tensors"):
+        name_by_position(tensors, model, order)
+    assert list(name_by_position({"a": tensors["w"], "b": tensors["y"], "d": tensors["z"]}, model, order)) == list(
+        "abd"
+    )
 
 
 NAMES = [

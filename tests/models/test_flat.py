@@ -68,8 +68,24 @@ def test_every_release_loads_by_name_and_by_position(case):
     ]
     assert all("norm" in key or key in ("pos_embed",) or "talking_heads" in key for key in dead)
     live = [value for key, value in checkpoint.items() if key not in dead]
-    moved = filter_fn({f"tensor_{i}": value for i, value in enumerate(live)}, model)
-    assert all(moved[key].data_ptr() == loaded[key].data_ptr() for key in loaded)
+    for held in (live, checkpoint.values()):
+        moved = filter_fn({f"tensor_{i}": value for i, value in enumerate(held)}, model)
+        assert moved.keys() == loaded.keys()
+        assert all(moved[key].data_ptr() == loaded[key].data_ptr() for key in loaded)
+    for name in dead[:3]:  # nothing is skipped: in its place and of its shape, or not at all
+        place = list(checkpoint).index(name)
+        strange = [(f"tensor_{i}", value) for i, value in enumerate(checkpoint.values())]
+        changed = dict(strange) | {f"tensor_{place}": torch.empty(2, 3)}
+        with pytest.raises(ValueError, match=rf"misshapen: tensor_{place} \[2, 3\] as {name}"):
+            filter_fn(changed, model)
+        with pytest.raises(ValueError, match=r"by position, misshapen: tensor_"):
+            filter_fn(dict([*strange[:place], *strange[place + 1 :], strange[place]]), model)
+        with pytest.raises(ValueError, match=rf"{len(strange) - 1} tensors cannot be matched by position with .* or "):
+            filter_fn(dict([*strange[:place], *strange[place + 1 :]]), model)
+    later = next(key for key in checkpoint if key.startswith("block.0.mlp"))
+    misled = {f"x.{key}" if i else later: value for i, (key, value) in enumerate(checkpoint.items())}
+    with pytest.raises(ValueError, match=rf"by position, in another's place: {later.partition('_')[0]}"):
+        filter_fn(misled, model)
     first = next(key for key in checkpoint if "bn" in key)
     for other in (
         {**checkpoint, "block.0.attn.extra": torch.empty(1)},

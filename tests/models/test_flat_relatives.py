@@ -1,6 +1,7 @@
 """TIM, SEMM and AutoST against their releases, and A2OS2A against its equations."""
 
 import json
+import re
 
 import pytest
 import timm
@@ -76,16 +77,62 @@ def in_our_order(rates: dict[str, float]) -> list[float]:
     return [rates[name] if isinstance(rates[name], float) else sum(rates[name]) / len(rates[name]) for name in names]
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if "imagenet" not in name])
+def constants(case):
+    stated = json.loads((SHARED / "golden" / f"{case}.json").read_text()).get("constants", {})
+    return {name: torch.tensor(value) for name, value in stated.items()}
+
+
+def with_constants(case, tensors):
+    """A case's tensors and constants in the order of the release's file: neurons stand behind what they are named for,
+    others behind the neurons before them, and TIM's behind its convolution."""
+    names, place = list(tensors), 0
+    order = {name: (place, -1) for place, name in enumerate(names)}
+    for i, name in enumerate(constants(case)):
+        neuron = re.sub(r"\.(threshold|act_fun\.alpha)$", "", name)
+        layers = re.escape(neuron).replace("router3", "router[12]").replace("in_lif", "interactor")
+        layers = re.sub(r"lif(\d?)$", r"(bn|conv|linear)\1", layers)
+        place = max([i for i, other in enumerate(names) if re.match(rf"{layers}\.", other)], default=place)
+        order[name] = place, i
+    return {name: (tensors | constants(case))[name] for name in sorted(order, key=order.__getitem__)}
+
+
+def strange(tensors):
+    return {f"t{i}": tensor for i, tensor in enumerate(tensors.values())}
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_checkpoints_by_name_whatever_the_order_and_by_position_whatever_the_names(case):
     golden = GoldenCase(case)
-    expected = load(case, golden).state_dict()
-    unused = ("norm1", "norm2")
-    kept = {name: tensor for name, tensor in golden.checkpoint.items() if not any(part in name for part in unused)}
-    strange = {f"t{i}": tensor for i, tensor in enumerate(kept.values())}
-    for tensors in (dict(sorted(golden.checkpoint.items())), strange, {"state_dict": golden.checkpoint}):
-        found = load(case, golden, tensors).state_dict()
-        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    expected = load(case, golden)
+    unused = ("norm1", "norm2") if "imagenet" not in case else (".k_bn.", ".v_bn.")
+    kept = {
+        name: tensor
+        for name, tensor in golden.checkpoint.items()
+        if not case.startswith(("tim", "semm_imagenet")) or not any(part in name for part in unused)
+    }
+    files = [dict(sorted(golden.checkpoint.items())), {"state_dict": golden.checkpoint}]
+    for tensors in (kept, golden.checkpoint):
+        files += [strange(tensors), strange(with_constants(case, tensors))]
+    for file in files:
+        model = load(case, golden, file)
+        assert str(model) == str(expected)
+        assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("autost")])
+def test_constants_count_where_names_are_unknown(case):
+    golden = GoldenCase(case)
+    stored = with_constants(case, golden.checkpoint)
+    names = list(stored)
+    place = names.index("block.0.mlp.fc1_lif.threshold")
+    with pytest.raises(ValueError, match=r"other thresholds than the model's 1: block\.0\.mlp\.fc1_lif 0\.25"):
+        load(case, golden, {**strange(stored), f"t{place}": torch.tensor(0.25)})
+    names[place : place + 2] = names[place + 2 : place + 4]
+    with pytest.raises(ValueError, match="tensors cannot be matched by position with"):
+        load(case, golden, strange({name: stored[name] for name in names}))
+    if case.startswith("tim"):
+        model = load(case, golden, strange(stored), thresholds=(0.7, 0.8, 0.9))
+        assert model._model_args["thresholds"] == ((1.0, 1.0, 1.0) if "released" in case else (0.3, 0.5, 0.5))
 
 
 @pytest.mark.parametrize("case", ["tim_cifar10dvs_2_256_t10", "tim_cifar10dvs_2_256_t10_as_released"])
@@ -110,13 +157,14 @@ def test_the_stored_threshold_counts(case):
 def test_convert_infers_models_and_their_thresholds(tmp_path):
     for case, (name, _, args) in CASES.items():
         golden = GoldenCase(case)
-        constants = json.loads((SHARED / "golden" / f"{case}.json").read_text()).get("constants", {})
         tensors = {k: v.float() if v.is_floating_point() else v for k, v in golden.checkpoint.items()}
-        torch.save({"model": tensors | {k: torch.tensor(v) for k, v in constants.items()}}, tmp_path / "file.pth")
-        found = infer_architecture(read_checkpoint(tmp_path / "file.pth"))
-        assert (found.model, found.also_fits) == (name, [])
-        if name == "tim_2_256":
-            assert found.model_args == {"thresholds": args.get("thresholds", (0.3, 0.5, 0.5))}
+        tensors = with_constants(case, tensors)
+        for file, asked in ((tensors, None), (strange(tensors), name)):
+            torch.save({"model": file}, tmp_path / "file.pth")
+            found = infer_architecture(read_checkpoint(tmp_path / "file.pth"), asked)
+            assert (found.model, found.also_fits) == (name, [])
+            if name == "tim_2_256":
+                assert found.model_args == {"thresholds": args.get("thresholds", (0.3, 0.5, 0.5))}
 
 
 def test_constants_of_experts():

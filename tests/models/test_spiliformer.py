@@ -236,6 +236,19 @@ def test_operators_that_take_no_feedback_are_named():
         timm.create_model("test_spiliformer", num_heads=(16, 4, 4))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_names_of_nobody_are_matched_by_position(case):
+    golden = GoldenCase(case)
+    model = timm.create_model(CASES[case], num_classes=len(golden.one_by_one[0]), device="meta")
+    expected = checkpoint_filter_fn(golden.checkpoint, model)
+    strange = {f"t{i}": tensor for i, tensor in enumerate(golden.checkpoint.values())}
+    found = checkpoint_filter_fn({"model": strange}, model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    with pytest.raises(ValueError, match="by position, misshapen: "):
+        checkpoint_filter_fn(dict(reversed(strange.items())), model)
+
+
 def test_checkpoints_are_strict():
     golden = GoldenCase("spiliformer_cifar10_4_384_t4")
     model = timm.create_model("spiliformer_4_384", num_classes=10, device="meta")

@@ -82,7 +82,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
         ValueError: Naming every missing, extra or misshapen tensor.
     """
     assert isinstance(model, AutoST)
-    return translate_flat(state_dict, model, _STEM, "(?!)", _parts)
+    return translate_flat(state_dict, model, _STEM, _parts)
 
 
 _VARIANTS = {

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from itertools import compress, product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +121,102 @@ def translate_tensors(
     raise ValueError(f"the checkpoint does not fit this {type(model).__name__}: " + ". ".join(problems.values()))
 
 
+class Stored(NamedTuple):
+    """A tensor of a release's file.
+
+    Attributes:
+        name: What it is called from then on: the release's name, or the model's own.
+        ours: The model's name; "" for what the model does without, to which the others apply.
+        shape: None: any number.
+        kind: A file holds all tensors of a kind, or none.
+    """
+
+    name: str
+    ours: str = ""
+    shape: tuple[int | None, ...] = ()
+    kind: str = ""
+
+
+def layer_norm(name: str, dim: int, kind: str = "layer norms") -> list[Stored]:
+    """A LayerNorm that a release declares and never calls."""
+    return [Stored(f"{name}.{key}", shape=(dim,), kind=kind) for key in ("weight", "bias")]
+
+
+def neuron_constants(neuron: str) -> list[Stored]:
+    """What a neuron of BrainCog keeps in a checkpoint, see `take_thresholds`."""
+    return [Stored(f"{neuron}.{key}", kind="constants") for key in ("threshold", "act_fun.alpha")]
+
+
+def name_by_position(tensors: StateDict, model: nn.Module, order: Sequence[Stored], linear: bool = False) -> StateDict:
+    """Name the tensors of a release's file whose names are unknown, by their position.
+
+    Nothing is skipped: what the model does without must stand in its place, too, in its shape.
+
+    Args:
+        tensors: The checkpoint's tensors, in its order. If all their names are those of `order`, they stay as they are.
+        model: The model that is to load them.
+        order: All that the release's files hold, in their order.
+        linear: See `as_conv2d`.
+
+    Raises:
+        ValueError: If nothing fits, or more than one way does.
+    """
+    known = {stored.name for stored in order}
+    unknown = [name for name in tensors if name not in known and not _CONSTANT.fullmatch(name)]
+    if not unknown:
+        return tensors
+    kinds = list(dict.fromkeys(stored.kind for stored in order if stored.kind))
+    found: dict[tuple[str, ...], set[str]] = {}
+    counts: set[int] = set()
+    problems: list[str] = []
+    for choice in product((False, True), repeat=len(kinds)):
+        held = {"", *compress(kinds, choice)}
+        file = [stored for stored in order if stored.kind in held]
+        counts.add(len(file))
+        if len(file) == len(tensors):
+            misfits = _misplaced(tensors, file, known, model, linear)
+            if misfits:
+                problems.append("by position, " + "; ".join(misfits))
+            else:
+                found[tuple(stored.name for stored in file)] = held - {""}
+    if len(found) > 1:
+        ways = " or ".join(", ".join(sorted(held)) or "nothing more" for held in found.values())
+        raise ValueError(
+            f"the checkpoint's names are not the release's ({_listing(unknown)}), and by position it may hold, besides "
+            f"what this {type(model).__name__} needs, {ways}: name its tensors"
+        )
+    for names in found:
+        return as_conv2d(dict(zip(names, tensors.values(), strict=True)), linear)
+    expected = " or ".join(map(str, sorted(counts)))
+    raise ValueError(
+        f"the checkpoint does not fit this {type(model).__name__}: its names are not the release's "
+        f"({_listing(unknown)}), and "
+        + (". ".join(problems) or f"{len(tensors)} tensors cannot be matched by position with {expected}")
+    )
+
+
+def _misplaced(
+    tensors: StateDict, file: Sequence[Stored], known: Collection[str], model: nn.Module, linear: bool
+) -> list[str]:
+    """What contradicts that a file's tensors are these, one by one."""
+    pairs = list(zip(file, tensors.items(), strict=True))
+    elsewhere = [name for stored, (name, _) in pairs if name in known and name != stored.name]
+    problems = [f"in another's place: {_listing(elsewhere)}"] if elsewhere else []
+    needed = as_conv2d({stored.ours: tensor for stored, (_, tensor) in pairs if stored.ours}, linear)
+    names = {stored.ours: name for stored, (name, _) in pairs}
+    problems += _compare(needed, model, names, _ADAPTABLE, _HEAD)
+    misshapen = [
+        f"{name} {list(tensor.shape)} as {stored.name}"
+        for stored, (name, tensor) in pairs
+        if not stored.ours and not _is_of_shape(tensor, stored.shape)
+    ]
+    return problems + ([f"misshapen: {_listing(misshapen)}"] if misshapen else [])
+
+
+def _is_of_shape(tensor: Tensor, shape: Sequence[int | None]) -> bool:
+    return tensor.ndim == len(shape) and all(n in (None, size) for n, size in zip(shape, tensor.shape, strict=True))
+
+
 def check_against_model(
     state_dict: StateDict,
     model: nn.Module,
@@ -232,8 +329,8 @@ def _units(model: SpikingTransformer, embeddings: Sequence[Sequence[UnitNames]])
                 yield (f"{theirs}.mlp.{unit}_conv", f"{theirs}.mlp.{unit}_bn"), f"{ours}.mlp.{unit}"
 
 
-# How releases may call one of our modules, with {} in place of "conv", "bn" or, for neurons that learn, "lif" (or what
-# stands there instead), and its path in the model or in a block.
+# How releases may call one of our modules, with {} in place of "conv", "bn" or, for neurons, "lif" (or what stands
+# there instead), and its path in the model or in a block.
 Named = tuple[Sequence[str | Mapping[str, str]], str]
 
 
@@ -246,12 +343,19 @@ def block_parts(block: Any) -> Iterator[Named]:
         yield [f"mlp.{name}_{{}}" for name in (part, other)], f"mlp.{part}"
 
 
+def norms_of_block(block: Any) -> tuple[list[Stored], list[Stored]]:
+    """The LayerNorms that most releases declare in front of a block's attention and of its MLP, and never call."""
+    dim = block.mlp.fc1.conv.in_channels
+    return layer_norm("norm1", dim), layer_norm("norm2", dim)
+
+
 def translate_flat(
     checkpoint: Mapping[str, Any],
     model: SpikingTransformer,
     stem: Sequence[Sequence[str]],
-    unused: str,
-    parts: Callable[[Any], Iterable[Named]] = block_parts,
+    parts: Callable[[Any], Iterable[Named | Stored]] = block_parts,
+    around: tuple[Sequence[Stored], Sequence[Stored]] = ((), ()),
+    take_constants: Callable[[StateDict], StateDict] | None = None,
 ) -> StateDict:
     """Turn a checkpoint of a flat model's release into the model's state dict; pass the model's own through.
 
@@ -261,10 +365,13 @@ def translate_flat(
     Args:
         checkpoint: As `unwrap_checkpoint` takes it.
         model: The model that is to load it.
-        stem: For each convolution before the blocks, how releases call it and its batch norm, with {} in place of
-            "conv" and "bn".
-        unused: Regular expression of tensors that releases hold and never use: they are dropped, by these names alone.
-        parts: The modules of a block, in the release's order.
+        stem: For each convolution before the blocks, how releases call it, its batch norm and its neurons, with {} in
+            place of "conv", "bn" and "lif".
+        parts: The modules of a block, in the release's order, and the tensors that releases hold and never use, which
+            are dropped.
+        around: More of these: in front of everything, and between the blocks and the classifier.
+        take_constants: Gives the tensors, under the release's names, without the constants of BrainCog's neurons, and
+            checks those. None: the release's neurons have none.
 
     Raises:
         ValueError: If the tensors fit the model neither by name nor by position.
@@ -272,22 +379,48 @@ def translate_flat(
     tensors = unwrap_checkpoint(checkpoint)
     if tensors.keys() & model.state_dict().keys() - set(_HEAD):
         return tensors
-    tensors = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(unused, name)}
-    names: list[tuple[str, str]] = []
+    order: list[Stored] = list(around[0])
     spellings: dict[str, str] = {}
-    for given, path in _flat_parts(model, stem, parts):
+    for part in _flat_parts(model, stem, parts):
+        if isinstance(part, Stored):
+            order.append(part)
+            continue
+        given, path = part
         module = model.get_submodule(path)
         templates = sorted(given, key=lambda t: not any(name.startswith(_ends(t)) for name in tensors))
         layers = {"conv": ("conv", "linear"), "bn": ("bn",)} if isinstance(module, ConvNorm) else {"": ("lif",)}
         for layer, spelled in layers.items():
             own = f"{path}.{layer}" if layer else path
+            if isinstance(module, ConvNorm) and layer == "bn" and isinstance(module.bn, nn.Identity):
+                order += _idle_norm(module, templates[0])
             for key in model.get_submodule(own).state_dict():
                 theirs = [t[layer] if isinstance(t, Mapping) else t.format(s) for t in templates for s in spelled]
-                names.append((f"{theirs[0]}.{key}", f"{own}.{key}"))
+                order.append(Stored(f"{theirs[0]}.{key}", f"{own}.{key}"))
                 spellings |= {f"{name}.{key}": f"{theirs[0]}.{key}" for name in theirs}
-    names += [(name, name) for name in _HEAD]
+        if take_constants is not None and isinstance(module, ConvNorm):
+            order += neuron_constants(neuron_name(templates[0]))
+    order += [*around[1], *(Stored(name, name) for name in _HEAD)]
     tensors = rename_tensors(tensors, lambda name: spellings.get(name, name))
+    tensors = name_by_position(tensors, model, order, linear=True)
+    if take_constants is not None:
+        tensors = take_constants(tensors)
+    unused = {stored.name for stored in order if not stored.ours}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    names = [(stored.name, stored.ours) for stored in order if stored.ours]
     return translate_tensors(tensors, model, names, _ADAPTABLE, optional=_HEAD, linear=True)
+
+
+def _idle_norm(module: ConvNorm, template: str | Mapping[str, str]) -> Iterator[Stored]:
+    """The batch norm that a release declares behind a convolution and never calls."""
+    name = template["bn"] if isinstance(template, Mapping) else template.format("bn")
+    norm = nn.BatchNorm1d(module.conv.out_channels, device="meta")
+    for key, tensor in norm.state_dict().items():
+        yield Stored(f"{name}.{key}", shape=tuple(tensor.shape), kind="batch norms")
+
+
+def neuron_name(template: str | Mapping[str, str]) -> str:
+    """What a release calls the neurons of a module."""
+    return template["lif"] if isinstance(template, Mapping) else template.format("lif")
 
 
 def _ends(template: str | Mapping[str, str]) -> tuple[str, ...]:
@@ -296,9 +429,9 @@ def _ends(template: str | Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _flat_parts(
-    model: SpikingTransformer, stem: Sequence[Sequence[str]], parts: Callable[[Any], Iterable[Named]]
-) -> Iterator[Named]:
-    """How releases call each module, in the release's order, and its path in the model."""
+    model: SpikingTransformer, stem: Sequence[Sequence[str]], parts: Callable[[Any], Iterable[Named | Stored]]
+) -> Iterator[Named | Stored]:
+    """How releases call each module, in the release's order, and its path in the model; what they never use."""
     stage: Any = model.stages[0]
     units = ["stem", *(f"stages.0.embed.main.{i}" for i in range(len(stage.embed.main)))]
     if getattr(stage.embed, "position", None) is not None:
@@ -308,7 +441,11 @@ def _flat_parts(
         yield names, unit
         yield names, f"{unit}.neuron"
     for i, block in enumerate(stage.blocks):
-        for inside, path in parts(block):
+        for part in parts(block):
+            if isinstance(part, Stored):
+                yield part._replace(name=f"block.{i}.{part.name}")
+                continue
+            inside, path = part
             yield [_below(f"block.{i}.", template) for template in inside], f"stages.0.blocks.{i}.{path}"
 
 

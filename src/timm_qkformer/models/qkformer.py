@@ -9,7 +9,7 @@ Q-K attention where there are many tokens, spiking self-attention where there ar
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -22,11 +22,17 @@ from .base import CIFAR10_CFG, EVENTS_CFG, IMAGENET_CFG, SpikingTransformer
 from .checkpoints import (
     MAXFORMER_CHECKPOINTS,
     StateDict,
+    Stored,
     UnitNames,
     as_conv2d,
+    block_parts,
     check_against_model,
+    name_by_position,
+    neuron_constants,
+    neuron_name,
     rename_tensors,
     translate_release,
+    unwrap_checkpoint,
     without_constants,
 )
 from .loading import PendingCfg, create
@@ -182,16 +188,19 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
     """Turn a checkpoint of the authors' release into this module's state dict; pass our own through unchanged.
 
     Takes plain state dicts and training checkpoints ("model" or "state_dict"), with or without DDP's "module."
-    prefix: the authors' ImageNet, CIFAR and event spellings or, for a model with membrane shortcuts, the ImageNet
-    checkpoints of the Max-Former authors, by name or by position. STEP's CIFAR checkpoints are taken, too; the
-    thresholds that they hold must be the model's. The number of classes and of input channels may differ from the
-    model's: timm adapts those two afterwards.
+    prefix, by name or, where no name is known, by position: the authors' ImageNet, CIFAR and event spellings or, for a
+    model with membrane shortcuts, the ImageNet checkpoints of the Max-Former authors. STEP's CIFAR checkpoints are
+    taken, too; the thresholds that they hold must be the model's. The number of classes and of input channels may
+    differ from the model's: timm adapts those two afterwards.
 
     Raises:
         ValueError: Naming every missing, extra or misshapen tensor.
     """
     assert isinstance(model, QKFormer)
-    tensors = without_constants(state_dict, model)
+    tensors = unwrap_checkpoint(state_dict)
+    if model.embedding in RELEASED and not model.membrane_shortcut and has_unknown_names(tensors, model):
+        tensors = name_by_position(tensors, model, [*release_order(model, RELEASED[model.embedding]), *HEAD])
+    tensors = without_constants(tensors, model)
     if model.membrane_shortcut:
         return _filter_membrane(tensors, model)
     if not any(name.startswith("patch_embed") for name in tensors):
@@ -202,6 +211,59 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
             "model, or any other with membrane_shortcut=True"
         )
     return filter_by_names(tensors, model, ReleaseNames(list(tensors), model))
+
+
+# Embeddings of which there are checkpoints, and whether each stands in front of its stage's blocks, as the event models
+# have it, not in front of all blocks.
+RELEASED = {"imagenet": False, "cifar": False, "events": True}
+HEAD = tuple(Stored(name, name) for name in ("head.weight", "head.bias"))
+
+
+def has_unknown_names(tensors: StateDict, model: SpikingTransformer) -> bool:
+    """Whether a checkpoint's names are neither the model's nor a release's; the classifier's says nothing."""
+    known = model.state_dict().keys() - {head.name for head in HEAD}
+    return not any(name in known or name.startswith("patch_embed") for name in tensors)
+
+
+def release_order(model: SpikingTransformer, in_turn: bool = False) -> Iterator[Stored]:
+    """The release's tensors in its order but for the classifier's, under the model's names, and STEP's constants.
+
+    Args:
+        model: The model.
+        in_turn: See `RELEASED`.
+    """
+    stages: list[Any] = list(model.stages)
+    embeddings: list[list[Stored]] = []
+    blocks: list[list[Stored]] = []
+    for i, stage in enumerate(stages):
+        path = f"stages.{i}.embed"
+        units = [*(["stem"] if i == 0 else []), *(f"{path}.main.{j}" for j in range(len(stage.embed.main)))]
+        if getattr(stage.embed, "shortcut", None) is not None:
+            units.append(f"{path}.shortcut")
+        embeddings.append([s for unit in units for s in (*stored_unit(model, unit), *neuron_constants(unit))])
+        blocks.append([])
+        for j, block in enumerate(stage.blocks):
+            path = f"stages.{i}.blocks.{j}"
+            for (template, *_), unit in block_parts(block):
+                if unit == f"attn.{block.attn.output}":
+                    blocks[i] += neuron_constants(f"{path}.attn.attn_lif")
+                blocks[i] += [
+                    *stored_unit(model, f"{path}.{unit}"),
+                    *neuron_constants(f"{path}.{neuron_name(template)}"),
+                ]
+    if in_turn:
+        parts = [part for pair in zip(embeddings, blocks, strict=True) for part in pair]
+    else:
+        parts = embeddings + blocks
+    for part in parts:
+        yield from part
+
+
+def stored_unit(model: nn.Module, path: str, layers: Sequence[str] = ("conv", "bn")) -> Iterator[Stored]:
+    """The tensors of a convolution with batch norm, under the model's names."""
+    for layer in layers:
+        for key in model.get_submodule(f"{path}.{layer}").state_dict():
+            yield Stored(f"{path}.{layer}.{key}", f"{path}.{layer}.{key}")
 
 
 def filter_by_names(tensors: StateDict, model: SpikingTransformer, names: ReleaseNames) -> StateDict:

@@ -16,7 +16,7 @@ from torch import nn
 from ..layers import PositionSpec
 from .architecture import flat
 from .base import SpikingTransformer
-from .checkpoints import StateDict, translate_flat
+from .checkpoints import Named, StateDict, Stored, block_parts, translate_flat
 from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, splitting
 from .variants import Variant, register_variants
 
@@ -57,7 +57,13 @@ class SpikeDrivenTransformer(SpikingTransformer):
 
 
 _STEM = (("proj_{}",), ("proj_{}1",), ("proj_{}2",), ("proj_{}3",), ("rpe_{}",))
-_UNUSED = r"block\.\d+\.attn\.talking_heads\.weight"
+
+
+def _parts(block: Any) -> list[Named | Stored]:
+    *inputs, proj, fc1, fc2 = block_parts(block)
+    heads = block.attn.num_heads
+    talking = Stored("attn.talking_heads.weight", shape=(heads, heads, 1), kind="talking heads")
+    return [*inputs, talking, proj, fc1, fc2]
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateDict:
@@ -67,7 +73,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
         ValueError: Naming every missing, extra or misshapen tensor.
     """
     assert isinstance(model, SpikeDrivenTransformer)
-    return translate_flat(state_dict, model, _STEM, _UNUSED)
+    return translate_flat(state_dict, model, _STEM, _parts)
 
 
 _CIFAR: Mapping[str, Any] = {"pools": CIFAR_POOLS, "depth": 2}

@@ -19,7 +19,16 @@ from ..neurons import NeuronLayer
 from ..operators.experts import ExpertsAttention
 from .architecture import flat
 from .base import SpikingTransformer
-from .checkpoints import Named, StateDict, block_parts, check_thresholds, take_thresholds, translate_flat
+from .checkpoints import (
+    Named,
+    StateDict,
+    Stored,
+    block_parts,
+    check_thresholds,
+    neuron_constants,
+    take_thresholds,
+    translate_flat,
+)
 from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, splitting
 from .variants import Variant, register_variants
 
@@ -111,17 +120,29 @@ class SEMM(SpikingTransformer):
 _STEM = (("proj_{}",), ("proj_{}1",), ("proj_{}2",), ("proj_{}3",), ("rpe_{}",))
 
 
-def _parts(block: Any) -> Iterator[Named]:
+def _parts(block: Any) -> Iterator[Named | Stored]:
     *attention, fc1, fc2 = block_parts(block)
     if isinstance(block.attn, ExpertsAttention):
-        for part in ("k", "v", "proj"):
-            yield [f"attn.{part}_{{}}"], f"attn.{part}"
-        yield [{"conv": "attn.router1", "bn": "attn.router2"}], "attn.r"
-        for e in range(4):
-            yield [f"attn.ff_list.{e}.unit_{{}}"], f"attn.q{e + 1}"
+        yield from _experts(block.attn)
     else:
         yield from attention
     yield from (fc1, (["mlp.dw_{}"], "mlp.dw"), fc2)
+
+
+def _experts(mixer: Any) -> Iterator[Named | Stored]:
+    idle = type(mixer.k.bn) is nn.Identity  # the ImageNet model's code, which declares the projection last
+    proj: Named = (["attn.proj_{}"], "attn.proj")
+    for part in ("k", "v"):
+        yield [f"attn.{part}_{{}}"], f"attn.{part}"
+    if not idle:
+        yield proj
+    yield [{"conv": "attn.router1", "bn": "attn.router2", "lif": "attn.router3"}], "attn.r"
+    for e in range(4):
+        yield [f"attn.ff_list.{e}.unit_{{}}"], f"attn.q{e + 1}"
+    for e in range(4):
+        yield from neuron_constants(f"attn.lif_list.{e}")
+    if idle:
+        yield proj
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateDict:
@@ -133,13 +154,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
         ValueError: Naming every missing, extra or misshapen tensor, or thresholds that the model has not.
     """
     assert isinstance(model, SEMM)
+    return translate_flat(state_dict, model, _STEM, _parts, take_constants=_without_constants)
+
+
+def _without_constants(state_dict: StateDict) -> StateDict:
     tensors, thresholds = take_thresholds(state_dict)
     check_thresholds(thresholds)
-    stage: Any = model.stages[0]
-    mixers: list[Any] = [block.attn for block in stage.blocks if isinstance(block.attn, ExpertsAttention)]
-    idle = any(type(mixer.k.bn) is nn.Identity for mixer in mixers)
-    unused = r"block\.\d+\.attn\.[kv]_bn\.\w+" if idle else "(?!)"
-    return translate_flat(tensors, model, _STEM, unused, _parts)
+    return tensors
 
 
 _CIFAR: dict[str, Any] = {

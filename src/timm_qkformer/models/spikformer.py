@@ -17,7 +17,18 @@ from torch import nn
 from ..layers import PositionSpec
 from .architecture import Architecture, flat, hierarchy
 from .base import SpikingTransformer
-from .checkpoints import StateDict, translate_flat, unwrap_checkpoint, without_constants
+from .checkpoints import (
+    Named,
+    StateDict,
+    Stored,
+    block_parts,
+    layer_norm,
+    neuron_constants,
+    norms_of_block,
+    translate_flat,
+    unwrap_checkpoint,
+    without_constants,
+)
 from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, image_variants, splitting
 from .qkformer import SPEDS
 from .variants import Variant, register_variants
@@ -95,8 +106,14 @@ def _with_embedding(spikformer: Architecture, patch_embed: str, pools: str, sped
 
 
 _STEM = (("proj_{}",), ("proj_{}1",), ("proj_{}2",), ("proj_{}3",), ("rpe_{}",))
+_EVENT = "what the event models' code declares"
 _CML_STEM = (("block1_{}",), ("block2_{}",), ("block3_{}",), ("block4_{}",), ("rpe_{}",))
-_UNUSED = r"pos_embed|norm\.(weight|bias)|block\.\d+\.norm[12]\.(weight|bias)"
+
+
+def _parts(block: Any) -> list[Named | Stored]:
+    *inputs, proj, fc1, fc2 = block_parts(block)
+    norm1, norm2 = norms_of_block(block)
+    return [*norm1, *inputs, *neuron_constants("attn.attn_lif"), proj, *norm2, fc1, fc2]
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateDict:
@@ -114,7 +131,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
     assert isinstance(model, Spikformer)
     if len(model.stages) > 1:  # no release has SPEDS
         return unwrap_checkpoint(state_dict)
-    return translate_flat(without_constants(state_dict, model), model, _CML_STEM if model.cml else _STEM, _UNUSED)
+    dim = model.num_features
+    of_events = ([Stored("pos_embed", shape=(1, None, dim), kind=_EVENT)], layer_norm("norm", dim, _EVENT))
+    stem = _CML_STEM if model.cml else _STEM
+    return translate_flat(state_dict, model, stem, _parts, of_events, lambda tensors: without_constants(tensors, model))
 
 
 _CIFAR: Mapping[str, Any] = {"pools": CIFAR_POOLS, "num_heads": 12, "qkv_bias": True}

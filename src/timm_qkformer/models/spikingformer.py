@@ -17,7 +17,7 @@ from torch import nn
 from ..layers import UnitSpec
 from .architecture import flat
 from .base import SpikingTransformer
-from .checkpoints import StateDict, translate_flat
+from .checkpoints import Named, StateDict, Stored, block_parts, norms_of_block, translate_flat
 from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, image_variants, splitting
 from .variants import Variant, register_variants
 
@@ -58,7 +58,12 @@ class Spikingformer(SpikingTransformer):
 
 _STEM = (("proj_{}",), *((f"proj{i}_{{}}",) for i in range(1, 5)))
 _CIFAR_STEM = tuple((f"block{i}_{{}}",) for i in range(5))  # of Spikingformer; CML's has the names of all others
-_UNUSED = r"block\.\d+\.norm[12]\.(weight|bias)"
+
+
+def _parts(block: Any) -> list[Named | Stored]:
+    *attention, fc1, fc2 = block_parts(block)
+    norm1, norm2 = norms_of_block(block)
+    return [*norm1, *attention, *norm2, fc1, fc2]
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateDict:
@@ -68,7 +73,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
         ValueError: Naming every missing, extra or misshapen tensor.
     """
     assert isinstance(model, Spikingformer)
-    return translate_flat(state_dict, model, model.stem_names, _UNUSED)
+    return translate_flat(state_dict, model, model.stem_names, _parts)
 
 
 _CIFAR: Mapping[str, Any] = {"pools": CIFAR_POOLS, "num_heads": 12}

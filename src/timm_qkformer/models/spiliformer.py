@@ -8,7 +8,7 @@ last stage runs twice, the second time with feedback from what it answered first
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Optional, Tuple, Union
 
 from timm.models._registry import generate_default_cfgs, register_model
@@ -19,9 +19,18 @@ from ..layers import FeedbackSpec, FeedbackStage
 from ..operators import feedback_operators
 from .architecture import Architecture, hierarchy
 from .base import IMAGENET_CFG, SpikingTransformer
-from .checkpoints import StateDict, unwrap_checkpoint
+from .checkpoints import StateDict, Stored, name_by_position, unwrap_checkpoint
 from .loading import create
-from .qkformer import EMBEDDINGS, ReleaseNames, filter_by_names, with_own_embedding
+from .qkformer import (
+    EMBEDDINGS,
+    HEAD,
+    ReleaseNames,
+    filter_by_names,
+    has_unknown_names,
+    release_order,
+    stored_unit,
+    with_own_embedding,
+)
 
 # What the release's three versions do differently between the passes.
 FEEDBACKS = {
@@ -76,6 +85,7 @@ class SpiLiFormer(SpikingTransformer):
         skeleton = hierarchy(embedding, embed_dims, depths, num_heads, mlp_ratio, ("attn", attn), options, False)
         _check_feedback(attn, skeleton)
         super().__init__(skeleton._replace(feedback=FEEDBACKS[feedback]), **kwargs)
+        self.embedding = patch_embed
 
     def forward_passes(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         """Images [B, C, H, W] or event clips [B, T, C, H, W] to the logits of the first pass and of the second."""
@@ -118,15 +128,27 @@ _PROMPT = re.compile(r"prompt(?:_2)?")
 _DECODER = re.compile(r"(?:decoder\.0|decoder_stage_3)\.(\d+)\.decoder_(linear|bn)\.(\w+)")
 
 
+_RELEASED = ("imagenet", "cifar")  # embeddings; the release's event models are others
+
+
+def _feedback(model: SpikingTransformer) -> str:
+    return f"stages.{len(model.stages) - 1}.feedback"
+
+
+def _places(model: SpikingTransformer) -> list[int]:
+    """Which of the model's decoders each of the release's is, which numbers them by block."""
+    last: Any = model.stages[-1]
+    count = len(last.blocks)
+    return [count - 1 - i if last.feedback.last_first else i for i in range(count)]
+
+
 class _ReleaseNames(ReleaseNames):
     """QKFormer's names and those of the feedback, whose decoders the release numbers by block."""
 
     def __init__(self, names: Sequence[str], model: SpikingTransformer) -> None:
         super().__init__(names, model)
-        last: Any = model.stages[-1]
-        self.feedback = f"stages.{len(model.stages) - 1}.feedback"
-        count = len(last.blocks)
-        self.places = [count - 1 - i if last.feedback.last_first else i for i in range(count)]
+        self.feedback = _feedback(model)
+        self.places = _places(model)
 
     def __call__(self, name: str) -> Optional[str]:
         if _PROMPT.fullmatch(name):
@@ -139,18 +161,31 @@ class _ReleaseNames(ReleaseNames):
         return super().__call__(name)
 
 
+def _order(model: SpikingTransformer) -> Iterator[Stored]:
+    """The release's tensors in its order, under the model's names: prompts first, decoders last, each norm first."""
+    feedback = _feedback(model)
+    for name in ("prompt", "prompt_2"):
+        yield Stored(f"{feedback}.{name}", f"{feedback}.{name}")
+    yield from (stored for stored in release_order(model) if stored.ours)  # STEP has no SpiLiFormer
+    yield from HEAD
+    for place in _places(model):
+        yield from stored_unit(model, f"{feedback}.decoders.{place}", ("bn", "conv"))
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateDict:
     """Turn a checkpoint of the authors' release into this module's state dict; pass our own through unchanged.
 
     Takes plain state dicts and training checkpoints ("model" or "state_dict"), with or without DDP's "module."
-    prefix, in the authors' ImageNet and CIFAR spellings. The number of classes and of input channels may differ from
-    the model's: timm adapts those two afterwards.
+    prefix, in the authors' ImageNet and CIFAR spellings or, where no name is known, by position. The number of classes
+    and of input channels may differ from the model's: timm adapts those two afterwards.
 
     Raises:
         ValueError: Naming every missing, extra or misshapen tensor.
     """
     tensors = unwrap_checkpoint(state_dict)
     assert isinstance(model, SpiLiFormer)
+    if model.embedding in _RELEASED and has_unknown_names(tensors, model):
+        return name_by_position(tensors, model, list(_order(model)), linear=True)
     if not any(name.startswith("patch_embed") for name in tensors):
         return tensors
     matrices = {k: v[..., None] if _DECODER.fullmatch(k) and v.ndim == 2 else v for k, v in tensors.items()}

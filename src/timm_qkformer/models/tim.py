@@ -7,7 +7,7 @@ Spikformer for event cameras whose queries remember earlier time steps.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
 from timm.models._input import update_model_args
@@ -18,7 +18,17 @@ from ..layers import PositionSpec
 from ..operators.tim import TemporalInteractionAttention
 from .architecture import flat
 from .base import SpikingTransformer
-from .checkpoints import Named, StateDict, block_parts, check_thresholds, take_thresholds, translate_flat
+from .checkpoints import (
+    Named,
+    StateDict,
+    Stored,
+    block_parts,
+    check_thresholds,
+    neuron_constants,
+    norms_of_block,
+    take_thresholds,
+    translate_flat,
+)
 from .flat import IMAGENET_POOLS, flat_cfgs, splitting
 from .variants import Variant, register_variants
 
@@ -76,17 +86,24 @@ class TIM(SpikingTransformer):
 
 
 _STEM = (("proj_{}",), ("proj_{}1",), ("proj_{}2",), ("proj_{}3",), ("rpe_{}",))
-_UNUSED = r"block\.\d+\.norm[12]\.(weight|bias)"
-_OWN = ("TIM.in_lif", "TIM.out_lif", "attn.attn_lif")  # neurons with thresholds of their own, in the order of ours
-_IDLE = ".res_lif"
+_OWN = (
+    "attn.TIM.in_lif",
+    "attn.TIM.out_lif",
+    "attn.attn_lif",
+)  # neurons with thresholds of their own, in the order of ours
+_IDLE = "attn.res_lif"
 
 
-def _parts(block: Any) -> Iterator[Named]:
-    *attention, fc1, fc2 = block_parts(block)
-    yield from attention
+def _parts(block: Any) -> list[Named | Stored]:
+    *inputs, proj, fc1, fc2 = block_parts(block)
+    norm1, norm2 = norms_of_block(block)
+    *interaction, attention = map(neuron_constants, _OWN)
+    parts: list[Named | Stored] = [*norm1, *inputs, *neuron_constants(_IDLE), *attention, proj]
     if isinstance(block.attn, TemporalInteractionAttention):
-        yield ["attn.TIM.interactor"], "attn.interaction"
-    yield from (fc1, fc2)
+        parts.append((["attn.TIM.interactor"], "attn.interaction"))
+        for constants in interaction:
+            parts += constants
+    return [*parts, *norm2, fc1, fc2]
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateDict:
@@ -99,6 +116,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
         ValueError: Naming every missing, extra or misshapen tensor, or thresholds that the model has not.
     """
     assert isinstance(model, TIM)
+    return translate_flat(
+        state_dict, model, _STEM, _parts, take_constants=lambda tensors: _set_thresholds(tensors, model)
+    )
+
+
+def _set_thresholds(state_dict: StateDict, model: TIM) -> StateDict:
+    """Take the thresholds out of a checkpoint and give them to the model."""
     tensors, thresholds = take_thresholds(state_dict)
     own = [{value for name, value in thresholds.items() if name.endswith(end)} for end in _OWN]
     check_thresholds({n: v for n, v in thresholds.items() if not n.endswith((*_OWN, _IDLE))})
@@ -112,7 +136,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
             "(its argument `thresholds`)",
             stacklevel=2,
         )
-    return translate_flat(tensors, model, _STEM, _UNUSED, _parts)
+    return tensors
 
 
 _VARIANTS = {
