@@ -34,6 +34,7 @@ from _common import (
     write_json,
 )
 from _runtimes import NEEDED, missing, run_in
+from timm_qkformer.execution import keep_freed_memory
 from timm_qkformer.inference.projection import Projection
 from timm_qkformer.inference.weights import has_onednn, spikes_dtype
 
@@ -243,21 +244,24 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before those that count")
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--keep-freed-memory", action="store_true", help="for all, as `keep_freed_memory` does")
     parser.add_argument("--peak-size", type=int, default=2048, help="side of the matrices for the matrix peak")
     args = parser.parse_args()
     if set(args.contenders) & {*ANNS, *ELSEWHERE} and args.size != 224:
         parser.error(f"--size={args.size}: {' and '.join(ANNS)} take 224, choose other --contenders")
 
     start = time.perf_counter()
+    reuse = args.keep_freed_memory and keep_freed_memory()
     result = measure(args)
     title = f"{args.model}, T = 4, {args.size} px, batch {args.batch_size}, {torch.get_num_threads()} CPU threads"
-    print(f"{title}, {args.rounds} rounds")
+    print(f"{title}, {args.rounds} rounds, {'freed memory reused' if reuse else 'plain malloc'}")
     print_table(result)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    name = f"inference_batch{args.batch_size}"
+    name = f"inference_batch{args.batch_size}" + ("_kept_memory" if reuse else "")
     content = {
         **{key: value for key, value in vars(args).items() if key != "out"},
+        "freed_memory_reused": reuse,
         **environment("timm", "spikingjelly"),
         **result,
         "rows": [row._asdict() for row in result["rows"]],

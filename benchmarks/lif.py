@@ -27,8 +27,7 @@ from _common import (
     take_turns,
     write_json,
 )
-from timm_qkformer.execution import execution_policy
-from timm_qkformer.execution.memory import keep_freed_memory
+from timm_qkformer.execution import execution_policy, keep_freed_memory
 from timm_qkformer.neurons import LIF
 
 EAGER, COMPILED, SPIKINGJELLY = "ours, eager", "ours, compiled", "spikingjelly 2.0"

@@ -30,7 +30,7 @@ from _common import (
     write_json,
 )
 from _training import TrainingStep, batch
-from timm_qkformer.execution.memory import keep_freed_memory
+from timm_qkformer.execution import keep_freed_memory
 
 BASE = {"time steps": 4, "batch": 2, "side": 48}
 SWEEPS: dict[str, Sequence[int]] = {

@@ -16,7 +16,7 @@ import torch
 import timm_qkformer
 from _common import argument_parser, environment, write_json
 from timm_qkformer.data import create_event_dataset
-from timm_qkformer.execution.memory import keep_freed_memory
+from timm_qkformer.execution import keep_freed_memory
 from timm_qkformer.streaming import StreamReport, cut_windows, stream
 
 

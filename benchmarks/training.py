@@ -32,7 +32,7 @@ from _common import (
     write_json,
 )
 from _training import TrainingStep, batch
-from timm_qkformer.execution.memory import keep_freed_memory
+from timm_qkformer.execution import keep_freed_memory
 
 FP32, BF16 = "ours", "ours, bf16"
 PLAIN = "ours, plain modules"

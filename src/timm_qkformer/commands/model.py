@@ -46,9 +46,11 @@ def load(args: argparse.Namespace, source: str | None = None) -> "LoadedModel":
 
     OSError if its weights cannot be had, ValueError for options that do not go together.
     """
+    from ..execution import keep_freed_memory
     from ..hub.loading import load_model
     from ..models.loading import WeightsError
 
+    keep_freed_memory()
     try:
         return load_model(
             source or args.model,

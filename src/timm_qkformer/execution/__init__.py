@@ -4,6 +4,7 @@ Nothing here changes a result. User's view: docs/execution.md.
 """
 
 from .budget import load_state_dict, state_dict
+from .memory import keep_freed_memory
 from .packing import BINARY, REAL, TERNARY, Range, counts
 from .policy import Policy, current_policy, execution_policy, set_lif_backend
 from .recompute import checkpoint_once
@@ -18,6 +19,7 @@ __all__ = [
     "counts",
     "current_policy",
     "execution_policy",
+    "keep_freed_memory",
     "load_state_dict",
     "set_lif_backend",
     "state_dict",

@@ -27,7 +27,7 @@ ENVIRONMENT_VARIABLE = "TIMM_QKFORMER_CALIBRATION"
 
 DENSITIES = (0.1, 0.4)  # at which adding up is timed
 _ROUNDS = 4  # the first warms up, of the others the fastest counts
-_VERSION = "calibration 1"  # of the kernels that are timed
+_VERSION = "calibration 2"  # of the kernels that are timed
 _HIGHEST = 4.0  # density; beyond it nothing is told apart
 _NO_NUMBER = float("inf")
 

@@ -22,10 +22,11 @@ ALWAYS = BreakEven(float(10**9))
 NEVER = BreakEven(0.0)
 
 _BIG = 2**22  # weights of a model from which choices are worth a second of measuring
-# Spikes [T, B, H, W, C] that are timed, and C', by the side of the kernel: a small and a large one.
+# Spikes [T, B, H, W, C] that are timed, and C', by the side of the kernel: narrow and large as in early stages, where
+# dense products' currents leave the cache before neurons see them, and wide and small as in late ones.
 _TIMED = {
-    1: (((4, 1, 14, 14, 256), 256), ((4, 1, 14, 14, 1024), 1024)),
-    3: (((4, 1, 28, 28, 64), 64), ((4, 1, 14, 14, 256), 256)),
+    1: (((4, 1, 56, 56, 96), 192), ((4, 1, 14, 14, 768), 768)),
+    3: (((4, 1, 56, 56, 96), 192), ((4, 1, 14, 14, 384), 384)),
 }
 
 

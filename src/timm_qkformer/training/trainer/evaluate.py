@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 from ...analysis import firing_rates
 from ...data.sampling import draw
 from ...devices import usable_device
+from ...execution.memory import keep_freed_memory
 from ...files import write_atomically
 from ...hub.checkpoints import CheckpointError, read_content
 from ...hub.evaluate import Evaluation, classify_batches, report
@@ -169,6 +170,8 @@ def validate(settings: ValidationSettings, show: bool = True) -> dict[str, Any]:
     OSError or ValueError if something is not as it needs to be.
     """
     processes = Processes(usable_device(settings.device))
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     model = load_measured(settings, processes)
     config = data_config(settings, model)
     split = settings.val_split
