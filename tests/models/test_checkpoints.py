@@ -11,7 +11,7 @@ import torch
 
 from golden import CASES, GoldenCase
 from release import in_release_order, membrane_release_state_dict, release_state_dict
-from timm_qkformer.models.checkpoints import Stored, name_by_position
+from timm_qkformer.models.positions import Stored, name_by_position
 
 MEMBRANE = ["test_qkformer_ms", "test_maxformer"]
 WRAPS = [lambda sd: sd, lambda sd: {"model": sd, "epoch": 3}, lambda sd: {"state_dict": sd}]

@@ -17,8 +17,9 @@ from ..layers import PositionSpec
 from ..neurons import NeuronLayer
 from .architecture import flat
 from .base import SpikingTransformer
-from .checkpoints import Named, StateDict, translate_flat
+from .checkpoints import StateDict
 from .flat import CIFAR_POOLS, flat_cfgs, splitting
+from .flat_checkpoints import Named, translate_flat
 from .variants import Variant, register_variants
 
 

@@ -22,20 +22,17 @@ from .base import CIFAR10_CFG, EVENTS_CFG, IMAGENET_CFG, SpikingTransformer
 from .checkpoints import (
     MAXFORMER_CHECKPOINTS,
     StateDict,
-    Stored,
     UnitNames,
     as_conv2d,
-    block_parts,
     check_against_model,
-    name_by_position,
-    neuron_constants,
-    neuron_name,
     rename_tensors,
     translate_release,
     unwrap_checkpoint,
     without_constants,
 )
+from .flat_checkpoints import block_parts, neuron_name
 from .loading import PendingCfg, create
+from .positions import Stored, name_by_position, neuron_constants
 
 _logger = logging.getLogger(__name__)
 

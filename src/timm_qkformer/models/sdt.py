@@ -16,8 +16,10 @@ from torch import nn
 from ..layers import PositionSpec
 from .architecture import flat
 from .base import SpikingTransformer
-from .checkpoints import Named, StateDict, Stored, block_parts, translate_flat
+from .checkpoints import StateDict
 from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, splitting
+from .flat_checkpoints import Named, block_parts, translate_flat
+from .positions import Stored
 from .variants import Variant, register_variants
 
 

@@ -19,17 +19,10 @@ from ..neurons import NeuronLayer
 from ..operators.experts import ExpertsAttention
 from .architecture import flat
 from .base import SpikingTransformer
-from .checkpoints import (
-    Named,
-    StateDict,
-    Stored,
-    block_parts,
-    check_thresholds,
-    neuron_constants,
-    take_thresholds,
-    translate_flat,
-)
+from .checkpoints import StateDict, check_thresholds, take_thresholds
 from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, splitting
+from .flat_checkpoints import Named, block_parts, translate_flat
+from .positions import Stored, neuron_constants
 from .variants import Variant, register_variants
 
 

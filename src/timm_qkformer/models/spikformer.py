@@ -17,19 +17,10 @@ from torch import nn
 from ..layers import PositionSpec
 from .architecture import Architecture, flat, hierarchy
 from .base import SpikingTransformer
-from .checkpoints import (
-    Named,
-    StateDict,
-    Stored,
-    block_parts,
-    layer_norm,
-    neuron_constants,
-    norms_of_block,
-    translate_flat,
-    unwrap_checkpoint,
-    without_constants,
-)
+from .checkpoints import StateDict, unwrap_checkpoint, without_constants
 from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, image_variants, splitting
+from .flat_checkpoints import Named, block_parts, norms_of_block, translate_flat
+from .positions import Stored, layer_norm, neuron_constants
 from .qkformer import SPEDS
 from .variants import Variant, register_variants
 

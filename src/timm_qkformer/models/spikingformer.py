@@ -17,8 +17,10 @@ from torch import nn
 from ..layers import UnitSpec
 from .architecture import flat
 from .base import SpikingTransformer
-from .checkpoints import Named, StateDict, Stored, block_parts, norms_of_block, translate_flat
+from .checkpoints import StateDict
 from .flat import CIFAR_POOLS, IMAGENET_POOLS, flat_cfgs, image_variants, splitting
+from .flat_checkpoints import Named, block_parts, norms_of_block, translate_flat
+from .positions import Stored
 from .variants import Variant, register_variants
 
 

@@ -19,8 +19,9 @@ from ..layers import FeedbackSpec, FeedbackStage
 from ..operators import feedback_operators
 from .architecture import Architecture, hierarchy
 from .base import IMAGENET_CFG, SpikingTransformer
-from .checkpoints import StateDict, Stored, name_by_position, unwrap_checkpoint
+from .checkpoints import StateDict, unwrap_checkpoint
 from .loading import create
+from .positions import Stored, name_by_position
 from .qkformer import (
     EMBEDDINGS,
     HEAD,

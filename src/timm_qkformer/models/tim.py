@@ -18,18 +18,10 @@ from ..layers import PositionSpec
 from ..operators.tim import TemporalInteractionAttention
 from .architecture import flat
 from .base import SpikingTransformer
-from .checkpoints import (
-    Named,
-    StateDict,
-    Stored,
-    block_parts,
-    check_thresholds,
-    neuron_constants,
-    norms_of_block,
-    take_thresholds,
-    translate_flat,
-)
+from .checkpoints import StateDict, check_thresholds, take_thresholds
 from .flat import IMAGENET_POOLS, flat_cfgs, splitting
+from .flat_checkpoints import Named, block_parts, norms_of_block, translate_flat
+from .positions import Stored, neuron_constants
 from .variants import Variant, register_variants
 
 
