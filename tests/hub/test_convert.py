@@ -203,6 +203,16 @@ def test_position_counts_only_for_a_model_that_is_named(folder, tmp_path):
     assert torch.equal(loaded.stages[2].blocks[1].mlp.fc2.conv.bias, tensors["stage3.1.mlp.fc2_conv.bias"])
 
 
+def test_a_classifier_without_a_name_may_have_decoders_behind_it(folder, tmp_path):
+    golden = GoldenCase("spiliformer_cifar10_4_384_t4")
+    strange = {f"tensor{i}": tensor for i, tensor in enumerate(golden.checkpoint.values())}
+    done = convert(save(strange, tmp_path / "x.pth"), folder, model="spiliformer_4_384")
+    assert done.model == "spiliformer_4_384"
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert loaded.num_classes == 10
+    torch.testing.assert_close(loaded.head.weight, golden.checkpoint["head.weight"].float())
+
+
 def test_time_steps_come_from_arguments_then_the_file_name_then_the_model(folder, tmp_path):
     tensors = release_state_dict(variant())
     for name, content, expected, source in [

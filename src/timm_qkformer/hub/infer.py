@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -209,14 +209,24 @@ def _width(name: str) -> int:
     return int(model.num_features)
 
 
+def _classifier(shapes: Sequence[list[int]]) -> list[int]:
+    """Shape of the classifier's matrix, where names do not say which one it is.
+
+    It is at the end with its bias, or has square ones behind it, SpiLiFormer's decoders.
+    """
+    if len(shapes) > 1 and len(shapes[-2]) == 2 and shapes[-1] == shapes[-2][:1]:
+        return shapes[-2]
+    matrices = [shape for shape in reversed(shapes) if len(shape) == 2]
+    return next((shape for shape in matrices if shape[0] != shape[1]), matrices[0] if matrices else [])
+
+
 def _sizes(checkpoint: Checkpoint, shapes: dict[str, list[int]], any_names: bool) -> tuple[int, dict[str, Any]]:
     """Width of the classifier, and a model's arguments: classes and input channels (fewest of the first convolutions).
 
     With `any_names`, a checkpoint that has no such names has them in the order of its tensors.
     """
-    matrices = [shape for shape in shapes.values() if len(shape) == 2]
     maps = [shape for shape in shapes.values() if len(shape) == 4]
-    head = shapes.get("head.weight") or (matrices[-1] if any_names and matrices else [])
+    head = shapes.get("head.weight") or (_classifier(list(shapes.values())) if any_names else [])
     if len(head) != 2 or min(head) < 1:
         raise CheckpointError(f"{checkpoint.path}: no model fits: there is no classifier (head.weight) in it")
     convs = [shape for name, shape in shapes.items() if _FIRST_STAGE.fullmatch(name) and len(shape) == 4]
