@@ -9,7 +9,7 @@ from ..layers import ConvNorm
 from ..operators import Operator
 from .base import SpikingTransformer
 from .checkpoints import ADAPTABLE, CLASSIFIER, StateDict, rename_tensors, translate_tensors, unwrap_checkpoint
-from .positions import Stored, layer_norm, name_by_position, neuron_constants
+from .positions import HEAD, Stored, layer_norm, name_by_position, neuron_constants
 
 # How releases may call one of our modules, with {} in place of "conv", "bn" or, for neurons, "lif" (or what stands
 # there instead), and its path in the model or in a block.
@@ -81,7 +81,7 @@ def translate_flat(
                 spellings |= {f"{name}.{key}": f"{theirs[0]}.{key}" for name in theirs}
         if take_constants is not None and isinstance(module, ConvNorm):
             order += neuron_constants(neuron_name(templates[0]))
-    order += [*around[1], *(Stored(name, name) for name in CLASSIFIER)]
+    order += [*around[1], *HEAD]
     tensors = rename_tensors(tensors, lambda name: spellings.get(name, name))
     tensors = name_by_position(tensors, model, order, linear=True)
     if take_constants is not None:

@@ -25,6 +25,9 @@ class Stored(NamedTuple):
     kind: str = ""
 
 
+HEAD = tuple(Stored(name, name) for name in CLASSIFIER)
+
+
 def layer_norm(name: str, dim: int, kind: str = "layer norms") -> list[Stored]:
     """A LayerNorm that a release declares and never calls."""
     return [Stored(f"{name}.{key}", shape=(dim,), kind=kind) for key in ("weight", "bias")]

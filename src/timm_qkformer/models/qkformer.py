@@ -20,6 +20,8 @@ from ..errors import check_choice
 from .architecture import Embedding, EmbedSpec, hierarchy
 from .base import CIFAR10_CFG, EVENTS_CFG, IMAGENET_CFG, SpikingTransformer
 from .checkpoints import (
+    ADAPTABLE,
+    CLASSIFIER,
     MAXFORMER_CHECKPOINTS,
     StateDict,
     UnitNames,
@@ -32,7 +34,7 @@ from .checkpoints import (
 )
 from .flat_checkpoints import block_parts, neuron_name
 from .loading import PendingCfg, create
-from .positions import Stored, name_by_position, neuron_constants
+from .positions import HEAD, Stored, name_by_position, neuron_constants
 
 _logger = logging.getLogger(__name__)
 
@@ -151,7 +153,7 @@ class ReleaseNames:
         self.stages = {str(n + 1): f"stages.{i}.blocks" for n, i in enumerate(stages)}
 
     def __call__(self, name: str) -> Optional[str]:
-        if name in ("head.weight", "head.bias"):
+        if name in CLASSIFIER:
             return name
         name = _STEP_MLP.sub(r"\1\3_\2\4", name)
         if m := _RELEASE_EMBED.fullmatch(name):
@@ -213,12 +215,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> StateD
 # Embeddings of which there are checkpoints, and whether each stands in front of its stage's blocks, as the event models
 # have it, not in front of all blocks.
 RELEASED = {"imagenet": False, "cifar": False, "events": True}
-HEAD = tuple(Stored(name, name) for name in ("head.weight", "head.bias"))
 
 
 def has_unknown_names(tensors: StateDict, model: SpikingTransformer) -> bool:
     """Whether a checkpoint's names are neither the model's nor a release's; the classifier's says nothing."""
-    known = model.state_dict().keys() - {head.name for head in HEAD}
+    known = model.state_dict().keys() - set(CLASSIFIER)
     return not any(name in known or name.startswith("patch_embed") for name in tensors)
 
 
@@ -275,8 +276,8 @@ def filter_by_names(tensors: StateDict, model: SpikingTransformer, names: Releas
         renamed,
         model,
         original_names,
-        adaptable={"stem.conv.weight": 1, "head.weight": 0, "head.bias": 0},
-        optional=("head.weight", "head.bias"),
+        adaptable=ADAPTABLE,
+        optional=CLASSIFIER,
     )
     return renamed
 

@@ -21,10 +21,9 @@ from .architecture import Architecture, hierarchy
 from .base import IMAGENET_CFG, SpikingTransformer
 from .checkpoints import StateDict, unwrap_checkpoint
 from .loading import create
-from .positions import Stored, name_by_position
+from .positions import HEAD, Stored, name_by_position
 from .qkformer import (
     EMBEDDINGS,
-    HEAD,
     ReleaseNames,
     filter_by_names,
     has_unknown_names,

@@ -95,13 +95,13 @@ PARENT = """
 import multiprocessing, os, sys, time
 from timm_qkformer.reproduction.comparison import _begin_worker
 
-def work(file):
+def work():
     _begin_worker()
     print(os.getpid(), flush=True)
     time.sleep(600)
 
 if __name__ == "__main__":
-    multiprocessing.get_context("spawn").Process(target=work, args=("",)).start()
+    multiprocessing.get_context("spawn").Process(target=work).start()
     time.sleep(60)
 """
 
