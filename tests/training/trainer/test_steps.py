@@ -43,6 +43,13 @@ def test_each_batch_has_the_t_that_follows_from_its_number(data, tmp_path, shown
     assert drawn_time_steps(Settings(), 0, 0) is None
 
 
+def test_before_the_first_epoch_of_draws_t_is_the_lowest(data, tmp_path, shown):
+    run(data, tmp_path, **PLAIN, **STEPS, time_steps_random_from=1)
+    drawn = [drawn_time_steps(Settings(**STEPS), 1, index) for index in range(6)]
+    assert shown == [1] * 6 + drawn
+    assert drawn != [1] * 6
+
+
 def test_a_resumed_run_is_the_same_bit_for_bit(data, tmp_path, capsys):
     compare(data, tmp_path, 8, tet=0.5, **STEPS)
     assert "not an exact continuation" not in capsys.readouterr().out
@@ -98,6 +105,8 @@ def test_the_loss_of_each_step():
         ({"time_steps_random": [0, 4]}, r"time_steps_random=\[0, 4\] needs to be LOW HIGH"),
         ({"time_steps_random": [4, 2]}, r"time_steps_random=\[4, 2\] needs to be LOW HIGH"),
         ({"time_steps_random": [4]}, "time_steps_random needs to be int"),
+        ({"time_steps_random_from": 2}, "time_steps_random_from=2 needs time_steps_random LOW HIGH"),
+        ({**STEPS, "time_steps_random_from": -1}, "time_steps_random_from=-1 needs to be at least 0"),
         ({"tet": 1.5}, "tet=1.5 needs to be from 0 to 1"),
         ({"tet": 0.5, "torchcompile": "eager"}, "torchcompile does not allow"),
         ({"tet": 1.0, "tet_lambda": 1.5}, "tet_lambda=1.5 needs to be from 0 to 1"),

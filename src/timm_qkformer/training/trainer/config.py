@@ -4,7 +4,7 @@ import argparse
 import difflib
 import math
 import reprlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -27,7 +27,7 @@ _IMAGES_ONLY = (
 _LEAST = {
     **dict.fromkeys(("batch_size", "epochs", "log_interval", "val_interval", "checkpoint_hist", "lr_base_size"), 1),
     **dict.fromkeys(("workers", "recovery_interval", "warmup_epochs", "cooldown_epochs", "mixup_off_epoch"), 0),
-    **{"start_epoch": 0, "validation_batch_size": 1, "num_classes": 1},
+    **{"start_epoch": 0, "time_steps_random_from": 0, "validation_batch_size": 1, "num_classes": 1},
 }
 # Probabilities and shares.
 _SHARES = (
@@ -199,10 +199,13 @@ def _check_train(settings: Settings) -> None:
     if settings.time_steps_random is not None:
         low, high = settings.time_steps_random
         need(1 <= low <= high <= _MOST_STEPS, "time_steps_random", f"LOW HIGH, from 1 to {_MOST_STEPS:,}")
+    elif settings.time_steps_random_from:
+        raise ValueError(f"time_steps_random_from={settings.time_steps_random_from} needs time_steps_random LOW HIGH")
     if settings.tet is not None and settings.torchcompile:
         raise ValueError(f"tet={settings.tet} looks into the model at each step, which torchcompile does not allow")
     if settings.tet_lambda and not settings.tet:
         raise ValueError(f"tet_lambda={settings.tet_lambda} is a part of the steps' own losses, which need tet above 0")
+    _check_distillation(settings, need)
     if settings.class_weights is not None:
         need(all(w > 0 for w in settings.class_weights), "class_weights", "above 0, one for each class")
         if settings.bce_loss:
@@ -225,6 +228,17 @@ def _check_train(settings: Settings) -> None:
         raise ValueError(f"dataset={settings.dataset!r} is streamed, which cannot be resumed in the middle of an epoch")
     if prefix == "events":
         _check_events(settings)
+
+
+def _check_distillation(settings: Settings, need: Callable[[bool, str, str], None]) -> None:
+    need(settings.kd_temperature > 0, "kd_temperature", "above 0")
+    for name in ("distill_loss_weight", "task_loss_weight"):
+        weight = getattr(settings, name)
+        need(weight is None or weight >= 0, name, "at least 0")
+        if weight is not None and not settings.kd_model_name:
+            raise ValueError(f"{name}={weight} needs a teacher, kd_model_name")
+    if settings.kd_model_name and settings.tet:
+        raise ValueError(f"tet={settings.tet} is not part of distillation from {settings.kd_model_name}")
 
 
 def _check_name(name: str) -> None:

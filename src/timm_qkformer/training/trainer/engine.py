@@ -14,7 +14,7 @@ import yaml
 from timm.models import clean_state_dict
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.task import ClassificationTask
+from timm.task import TrainingTask
 from timm.utils import AverageMeter, NativeScaler, distribute_bn, random_seed
 from torch import nn
 
@@ -186,7 +186,7 @@ class _Run:
             self.eval_loader = create_eval_loader(settings, self.processes, eval_data, config, where)
         return len(train_data)
 
-    def _build_parts(self, task: ClassificationTask) -> None:
+    def _build_parts(self, task: TrainingTask) -> None:
         settings, device = self.settings, self.processes.device
         with naming_settings(f"the optimizer {settings.opt}", settings.given("optimizer")):
             optimizer = create_optimizer_v2(
@@ -249,7 +249,7 @@ class _Run:
             weights = content.get("state_dict_ema") or content["state_dict"]
             task.load_checkpoint_state(clean_state_dict(weights), ema=True)
 
-    def _wrap(self, task: ClassificationTask) -> None:
+    def _wrap(self, task: TrainingTask) -> None:
         """Compile the model, and prepare it for several processes."""
         settings, device = self.settings, self.processes.device
         if settings.torchcompile:

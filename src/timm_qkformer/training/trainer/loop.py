@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask
+from timm.task import TrainingTask
 from timm.utils import AverageMeter, NativeScaler, dispatch_clip_grad
 from torch import Tensor
 
@@ -28,7 +28,7 @@ class Parts:
 
     settings: Settings
     processes: Processes
-    task: ClassificationTask
+    task: TrainingTask
     loader: TrainLoader
     optimizer: torch.optim.Optimizer
     scheduler: Any

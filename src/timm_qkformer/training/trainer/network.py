@@ -13,7 +13,7 @@ from timm.data import resolve_data_config
 from timm.layers import set_fast_norm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import load_checkpoint, load_state_dict
-from timm.task import ClassificationTask
+from timm.task import TrainingTask
 from torch import nn
 
 from ...errors import first_line, naming_settings
@@ -21,6 +21,7 @@ from ...hub.folder import check_folder
 from ...models.aliases import current_name
 from ...models.loading import check_tag
 from ...torch_files import DamagedFileError, check_file, namespaces_allowed
+from .distill import distillation_task, teacher_settings
 from .distributed import Processes, synchronize_batch_norm
 from .quantize import quantized_weights, require_quantizable
 from .settings import Settings
@@ -179,7 +180,7 @@ def to_device(settings: Settings, model: nn.Module, device: torch.device) -> Non
         model.to(memory_format=torch.channels_last)
 
 
-def build_task(settings: Settings, processes: Processes, model: nn.Module) -> ClassificationTask:
+def build_task(settings: Settings, processes: Processes, model: nn.Module) -> TrainingTask:
     """Move the model to its device and put it into a task with its loss, as train.py does."""
     device = processes.device
     check_steps(settings, model)
@@ -189,7 +190,12 @@ def build_task(settings: Settings, processes: Processes, model: nn.Module) -> Cl
     if settings.torchcompile:
         require_compilable(model)
     common: dict[str, Any] = {"device": device, "dtype": model_dtype(settings), "verbose": False}
-    common |= {"model": model, "criterion": _loss(settings).to(device)}
+    common |= {"criterion": _loss(settings).to(device)}
+    if settings.kd_model_name:
+        teacher = build_model(teacher_settings(settings))
+        to_device(settings, teacher, device)
+        return distillation_task(settings, model, teacher, data_config(settings, model), common)
+    common |= {"model": model}
     return StepsTask(settings.tet, settings.tet_lambda, **common) if settings.tet else ModelTask(**common)
 
 

@@ -176,6 +176,12 @@ class Settings:
     model_ema_decay: float = _o(0.9998, "its decay")
     model_ema_warmup: bool = _o(False, "let the decay grow at first")
 
+    # ---- distillation
+    kd_model_name: str | None = _o(None, "pretrained teacher whose logits are learned, too", metavar="NAME")
+    distill_loss_weight: float | None = _o(None, "weight of the teacher's loss (1, or what the task's leaves)")
+    task_loss_weight: float | None = _o(None, "weight of the labels' loss (1)")
+    kd_temperature: float = _o(4.0, "temperature of both logits")
+
     # ---- run
     seed: int = _o(42, "seed of everything random")
     worker_seeding: Literal["all", "part"] = _o("all", "which random numbers are seeded in workers")
@@ -195,6 +201,7 @@ class Settings:
     freeze: list[str] | None = _o(None, "modules not to train, such as stem stages.0", metavar="MODULE")
     class_weights: list[float] | None = _o(None, "weight of each class in the loss", metavar="WEIGHT")
     time_steps_random: list[int] | None = _o(None, "draw T from LOW to HIGH for each batch", length=2)
+    time_steps_random_from: int = _o(0, "first epoch of such draws, T = LOW before", metavar="EPOCH")
     tet: float | None = _o(None, "share of the loss that is the mean of each time step's own (TET)", metavar="WEIGHT")
     tet_lambda: float = _o(0.0, "share of these that is the logits' mean square distance from 1", metavar="WEIGHT")
     quantize_weights: bool = _o(False, "train, or measure, with weights rounded to 8 bits")
@@ -240,6 +247,7 @@ _GROUPS = {
     "no_aug": "augmentation and regularization",
     "bn_momentum": "batch norm",
     "model_ema": "moving average of the weights",
+    "kd_model_name": "distillation",
     "seed": "run",
     "on_error": "not in train.py",
 }
@@ -312,9 +320,9 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
         naflex_patchify_channels_first=False,
     ),
     **_refused(
-        "distillation is not part of this trainer",
-        kd_model_name=None, kd_distill_type="logit", kd_loss_type="kl", distill_loss_weight=None, task_loss_weight=None,
-        kd_temperature=4.0, kd_student_feature_dim=None, kd_teacher_feature_dim=None, kd_token_distill_type="soft",
+        "a teacher's logits alone are learned",
+        kd_distill_type="logit", kd_loss_type="kl", kd_student_feature_dim=None, kd_teacher_feature_dim=None,
+        kd_token_distill_type="soft",
     ),
 }  # fmt: skip
 

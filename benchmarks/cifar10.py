@@ -1,0 +1,99 @@
+"""CIFAR-10 from nothing on a CPU, as the weights that ship were trained: a teacher with rectifiers, then the student.
+
+    python benchmarks/cifar10.py --data-dir CIFAR10 --seed 42        # CIFAR10/train/<class>/ and CIFAR10/test/<class>/
+
+Stopped, the same line goes on. Prints the accuracy on the test images with 1 to 4 time steps, the firing rate and the
+core-hours, and writes them to OUTPUT/SEED/result.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from timm_qkformer.devices import processor_name
+from timm_qkformer.files import write_atomically
+
+RECIPE = "cpu_cifar10"
+TEACHER = "--model-kwargs neuron=relu time_steps=1 --time-steps-random 1 1 --time-steps-random-from 0 --epochs 12"
+TEACHER += " --val-interval 4 --no-quantize-weights"
+STUDENT = "--distill-loss-weight 0.9 --task-loss-weight 0.1"
+STEPS = (1, 2, 3, 4)
+# A step of so small a model waits for memory rather than running out of it.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TIMM_QKFORMER_EXECUTION": "packed=0"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="CIFAR-10 as train/<class>/ and test/<class>/")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output", type=Path, default=Path("output/cifar10"), help="folder of the runs (%(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=256, help="of all processes together (%(default)s)")
+    parser.add_argument("--more", nargs="*", default=[], help="further flags of `train`, for both runs")
+    args = parser.parse_args()
+    folder = args.output / str(args.seed)
+    seconds = {"teacher": train(args, folder, "teacher", TEACHER.split())}
+    teacher = convert(folder, "teacher")
+    seconds["student"] = train(args, folder, "student", [*STUDENT.split(), "--kd-model-name", f"local-dir:{teacher}"])
+    weights = convert(folder, "student", "--quantize-weights", "--dtype", "float16")
+    result = {
+        "seed": args.seed,
+        "top1": {T: validate(args, weights, T) for T in STEPS},
+        "teacher_top1": validate(args, teacher, 1)["top1"],
+        "core_hours": {name: args.processes * s / 3600 for name, s in seconds.items()},
+        "processor": processor_name(),
+    }
+    write_atomically(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def command(*words: Any) -> list[str]:
+    return ["-m", "timm_qkformer.cli", *map(str, words)]
+
+
+def train(args: argparse.Namespace, folder: Path, name: str, flags: list[str]) -> float:
+    """Train, or go on; seconds since the run's first start, pauses included, and 0 for one that was done before."""
+    done = folder / f"{name}.seconds"
+    if done.exists():
+        return float(done.read_text())
+    start = time.time()
+    if (began := folder / name / "args.yaml").exists():
+        start = began.stat().st_mtime
+    amp = ["--amp", "--amp-dtype", "bfloat16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+    words = ["train", "-c", RECIPE, "--dataset", "", "--val-split", "test", "--seed", args.seed]
+    words += ["--data-dir", args.data_dir]
+    words += ["--batch-size", args.batch_size // args.processes, "--output", folder, "--experiment", name]
+    words += ["--resume", "auto", "--recovery-interval", 100, *amp, *flags, *args.more]
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.processes)]
+    subprocess.run([*program, *command(*words)], check=True, env={**ENVIRONMENT, **os.environ})
+    elapsed = time.time() - start
+    write_atomically(done, f"{elapsed:.1f}\n")
+    return elapsed
+
+
+def convert(folder: Path, name: str, *flags: str) -> Path:
+    target = folder / f"{name}-weights"
+    if not target.exists():
+        checkpoint = folder / name / "last.pth.tar"
+        subprocess.run([sys.executable, *command("convert", *flags, checkpoint, target)], check=True)
+    return target
+
+
+def validate(args: argparse.Namespace, weights: Path, time_steps: int) -> dict[str, float]:
+    """Top-1 on the test images in percent, and the firing rate."""
+    words = ["validate", f"local-dir:{weights}", "--split", "test", "--data-dir", args.data_dir, "--device", "cpu"]
+    words += ["--time-steps", time_steps, "--workers", 1, "--json"]
+    printed = subprocess.run([sys.executable, *command(*words)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    measured = json.loads(printed)
+    return {name: measured[name] for name in ("top1", "firing_rate")}
+
+
+if __name__ == "__main__":
+    main()
