@@ -23,10 +23,10 @@ from timm_qkformer.files import write_atomically
 
 RESULTS = Path(__file__).parents[1] / "src" / "timm_qkformer" / "training" / "results" / "ablations.json"
 TRAIN_IMAGES = 1000  # of each class
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 BASE = "patch_embed=imagenet embed_dims=(32,64,128) depths=(1,1,1) num_heads=4"
 FULL = f"{BASE} time_steps=4"
-# The variant with T = 4, QKTA + SSA and LIF neurons belongs to all three experiments; it is trained once for each seed.
+# The first or full variant, T = 4 with QKTA + SSA and LIF, belongs to all experiments; it is trained once a seed.
 EXPERIMENTS = {
     "ablation_time_steps": {
         "T = 1": f"{BASE} time_steps=1",
@@ -43,7 +43,20 @@ EXPERIMENTS = {
         "IF": f"{FULL} neuron=if",
         "PLIF": f"{FULL} neuron=plif",
     },
+    "ablation_patch_embed": {
+        "SPEDS": FULL,
+        "SPS": f"{FULL} patch_embed=sps_imagenet",
+    },
+    "ablation_shortcut": {
+        "SEW": FULL,
+        "MS": f"{FULL} membrane_shortcut=True",
+    },
+    "ablation_coupling": {
+        "per sample": FULL,
+        "coupled": f"{FULL} batch_coupled=True",
+    },
 }
+T_QUANTILE = 2.776  # of Student's distribution with 4 degrees of freedom, 97.5 %
 
 Case = tuple[str, str, int]  # experiment, variant and seed
 
@@ -154,10 +167,28 @@ def save(results: list[Result], path: Path) -> None:
 
 def print_tables(results: list[Result]) -> None:
     for experiment, variants in EXPERIMENTS.items():
+        first = next(iter(variants))
         print(f"\n{experiment}: top-1 in %, mean ± standard deviation over {len(SEEDS)} seeds")
-        for variant in variants:
-            scores = [r.top1 for r in results if (r.experiment, r.variant) == (experiment, variant)]
-            print(f"  {variant:12s} {statistics.mean(scores):6.2f} ± {statistics.stdev(scores):.2f}")
+        print(f"  and the difference from {first}, seed by seed, with the 95 % interval of its mean")
+        scores = {
+            variant: [r.top1 for r in results if (r.experiment, r.variant) == (experiment, variant)]
+            for variant in variants
+        }
+        base = next(iter(scores.values()))
+        for variant, top1 in scores.items():
+            print(
+                f"  {variant:12s} {statistics.mean(top1):6.2f} ± {statistics.stdev(top1):.2f}{difference(top1, base)}"
+            )
+
+
+def difference(top1: list[float], base: list[float]) -> str:
+    """Mean difference of runs with the same seed, and its interval."""
+    if top1 is base:
+        return ""
+    by_seed = [a - b for a, b in zip(top1, base, strict=True)]
+    half = T_QUANTILE * statistics.stdev(by_seed) / len(by_seed) ** 0.5
+    mean = statistics.mean(by_seed)
+    return f"  {mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_memory(page):
 
 def test_without_results_the_page_says_so(subject, tmp_path):
     text = write_page(tmp_path, subject, "c", quick=True, runs=[])[0].read_text()
-    assert text.count("no results of such runs are in this package") == 3
+    assert text.count("no results of such runs are in this package") == 6
     assert "No results of other training runs" in text
     with pytest.raises(FileExistsError, match=r"paper\.md"):
         write_page(tmp_path, subject, "c", quick=True, runs=[])

@@ -38,7 +38,7 @@ def write_page(
         subject: Model and data of Table 7 and Fig. 3.
         command: What was typed, for the page.
         quick: Fewer and smaller measurements: seconds, for trying it out.
-        runs: Training runs for Tables 5, 6 and 9; None for those that ship.
+        runs: Training runs for Tables 4, 5, 6 and 9 and others; None for those that ship.
 
     Returns:
         The files written: the page first.
