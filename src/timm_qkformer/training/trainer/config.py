@@ -20,14 +20,14 @@ _RECIPE = "recipe: a YAML file, or a name such as cpu_cifar10"
 _IMAGES_ONLY = (
     "train_crop_mode", "scale", "ratio", "vflip", "color_jitter", "color_jitter_prob", "grayscale_prob",
     "gaussian_blur_prob", "reprob", "remode", "recount", "aug_repeats", "crop_pct", "interpolation",
-    "train_interpolation", "class_map", "input_img_mode", "input_key", "target_key", "dataset_download",
+    "crop_padding", "train_interpolation", "class_map", "input_img_mode", "input_key", "target_key", "dataset_download",
     "channels_last",
 )  # fmt: skip
 # Smallest values.
 _LEAST = {
     **dict.fromkeys(("batch_size", "epochs", "log_interval", "val_interval", "checkpoint_hist", "lr_base_size"), 1),
     **dict.fromkeys(("workers", "recovery_interval", "warmup_epochs", "cooldown_epochs", "mixup_off_epoch"), 0),
-    **{"start_epoch": 0, "time_steps_random_from": 0, "validation_batch_size": 1, "num_classes": 1},
+    **{"start_epoch": 0, "crop_padding": 0, "time_steps_random_from": 0, "validation_batch_size": 1, "num_classes": 1},
 }
 # Probabilities and shares.
 _SHARES = (
@@ -201,6 +201,9 @@ def _check_train(settings: Settings) -> None:
         need(1 <= low <= high <= _MOST_STEPS, "time_steps_random", f"LOW HIGH, from 1 to {_MOST_STEPS:,}")
     elif settings.time_steps_random_from:
         raise ValueError(f"time_steps_random_from={settings.time_steps_random_from} needs time_steps_random LOW HIGH")
+    if settings.crop_padding and (settings.no_aug or settings.train_crop_mode):
+        other = "no_aug" if settings.no_aug else f"train_crop_mode={settings.train_crop_mode!r}"
+        raise ValueError(f"crop_padding={settings.crop_padding} is a way to crop, and so is {other}")
     if settings.tet is not None and settings.torchcompile:
         raise ValueError(f"tet={settings.tet} looks into the model at each step, which torchcompile does not allow")
     if settings.tet_lambda and not settings.tet:

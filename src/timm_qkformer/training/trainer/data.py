@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.transforms import ResizeKeepRatio
 from timm.layers import to_2tuple
 from torch.utils.data import DataLoader
-from torchvision.transforms import Compose, Normalize
+from torchvision.transforms import Compose, Normalize, RandomCrop
 
 from ...data import (
     RELEASE_AUGMENTATIONS,
@@ -271,6 +272,9 @@ def create_train_loader(settings: Settings, processes: Processes, dataset: Any, 
             **{name: getattr(settings, option) for name, option in _AUGMENTATION.items()},
         }
         loader = _create_loader(settings, processes, dataset, config, where, settings.batch_size, True, augmentation)
+        if settings.crop_padding:
+            size, interpolation = config["input_size"][1:], augmentation["interpolation"]
+            crop_padded(dataset.transform, size, settings.crop_padding, interpolation)
         kind = EventMixup if settings.is_events else Mixup
         own_mixup = kind(**mixup) if mixup and not prefetch else None
     inner: DataLoader = loader.loader if prefetch else loader
@@ -281,6 +285,15 @@ def create_train_loader(settings: Settings, processes: Processes, dataset: Any, 
     if prefetch:
         loader.loader = replayable
     return TrainLoader(loader if prefetch else replayable, replayable, own_mixup, on_device=prefetch)
+
+
+def crop_padded(transform: Compose, size: tuple[int, int], padding: int, interpolation: str) -> None:
+    """Have timm's augmentation crop a window of the image with mirrored pixels around it, CIFAR's usual augmentation,
+    in place of a part of it that is resized; ValueError for more pixels than there are to mirror."""
+    if padding >= min(size):
+        raise ValueError(f"crop_padding={padding} must be below the {min(size)} pixels of an image's shorter side")
+    resize = ResizeKeepRatio(size, interpolation=interpolation)  # the shorter side, leaves images of the size alone
+    transform.transforms[:1] = [resize, RandomCrop(size, padding=padding, padding_mode="reflect")]
 
 
 def create_eval_loader(

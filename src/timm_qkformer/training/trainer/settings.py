@@ -199,6 +199,7 @@ class Settings:
     # ---- not in train.py
     on_error: Literal["raise", "skip"] = _o("raise", "unreadable image or recording: stop and name it, or take another")
     freeze: list[str] | None = _o(None, "modules not to train, such as stem stages.0", metavar="MODULE")
+    crop_padding: int = _o(0, "crop images with so many mirrored pixels around, no --scale", metavar="N")
     class_weights: list[float] | None = _o(None, "weight of each class in the loss", metavar="WEIGHT")
     time_steps_random: list[int] | None = _o(None, "draw T from LOW to HIGH for each batch", length=2)
     time_steps_random_from: int = _o(0, "first epoch of such draws, T = LOW before", metavar="EPOCH")
