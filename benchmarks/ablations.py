@@ -1,4 +1,4 @@
-"""The paper's ablations at a small scale: time steps (Table 5), attention (Table 6) and neurons (Table 9).
+"""The paper's ablations at a small scale, Tables 4, 5, 6 and 9, and two questions more: shortcuts, coupling.
 
 Runs `timm-qkformer train -c cpu_ablation` for every variant and seed on a subset of CIFAR-10, each in one process with
 one thread, and keeps what is done, so that an interrupted run goes on. Prints means and spreads.

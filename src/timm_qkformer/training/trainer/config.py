@@ -33,6 +33,7 @@ _LEAST = {
 _SHARES = (
     "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "drop", "drop_path", "drop_block", "model_ema_decay",
     "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "momentum", "bn_momentum", "tet", "tet_lambda",
+    "firing_rate_target",
 )  # fmt: skip
 _MOST_STEPS = 10_000
 # More would have the machine stand still before an error came.
@@ -206,6 +207,7 @@ def _check_train(settings: Settings) -> None:
         raise ValueError(f"crop_padding={settings.crop_padding} is a way to crop, and so is {other}")
     if settings.tet is not None and settings.torchcompile:
         raise ValueError(f"tet={settings.tet} looks into the model at each step, which torchcompile does not allow")
+    _check_penalty(settings, need)
     if settings.tet_lambda and not settings.tet:
         raise ValueError(f"tet_lambda={settings.tet_lambda} is a part of the steps' own losses, which need tet above 0")
     _check_distillation(settings, need)
@@ -231,6 +233,18 @@ def _check_train(settings: Settings) -> None:
         raise ValueError(f"dataset={settings.dataset!r} is streamed, which cannot be resumed in the middle of an epoch")
     if prefix == "events":
         _check_events(settings)
+
+
+def _check_penalty(settings: Settings, need: Callable[[bool, str, str], None]) -> None:
+    weight = settings.firing_rate_penalty
+    if weight is None:
+        if settings.firing_rate_target:
+            raise ValueError(f"firing_rate_target={settings.firing_rate_target} needs firing_rate_penalty")
+        return
+    need(weight > 0, "firing_rate_penalty", "above 0")
+    for name in ("torchcompile", "grad_checkpointing"):
+        if getattr(settings, name):
+            raise ValueError(f"firing_rate_penalty={weight} watches neurons fire, which {name} does not allow")
 
 
 def _check_distillation(settings: Settings, need: Callable[[bool, str, str], None]) -> None:

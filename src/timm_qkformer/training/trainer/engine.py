@@ -47,6 +47,7 @@ from .log import Progress, RunLog, draw_curves, epoch_line, use_tensorboard, wri
 from .loop import Parts, Update, learning_rate, train_epoch
 from .network import autocast, build_model, build_task, compiling, data_config, forward_weights
 from .settings import Settings
+from .sparsity import firing_rate_penalty
 from .state import RunState, resume_state, state_to_save
 
 # What a run's settings have besides those of the command line: where the process stands among the others.
@@ -202,9 +203,9 @@ class _Run:
         if settings.start_epoch is not None and settings.start_epoch >= self.epochs:
             raise ValueError(f"start_epoch={settings.start_epoch} needs to be below the run's {self.epochs} epochs")
         scaler = NativeScaler(device=device.type) if scaled else None
-        self.parts = Parts(
-            settings, self.processes, task, self.loader, optimizer, scheduler, scaler, autocast(settings, device)
-        )
+        penalty = firing_rate_penalty(settings, task.get_trainable_module())
+        context = autocast(settings, device)
+        self.parts = Parts(settings, self.processes, task, self.loader, optimizer, scheduler, scaler, context, penalty)
 
     def _resume(self, content: Mapping[str, Any], path: Path, model: nn.Module) -> list[str]:
         """Resume where the checkpoint was written; returns what makes it something else than the same run."""

@@ -19,6 +19,7 @@ from .distributed import Processes
 from .muon import muon_precision
 from .network import forward_weights, model_dtype, train_mode
 from .settings import Settings
+from .sparsity import FiringRatePenalty
 from .steps import drawn_time_steps, shown_for
 
 
@@ -34,6 +35,7 @@ class Parts:
     scheduler: Any
     scaler: NativeScaler | None
     autocast: Callable[[], AbstractContextManager[Any]]
+    penalty: FiringRatePenalty | None = None
 
     @property
     def updates_per_epoch(self) -> int:
@@ -108,6 +110,8 @@ def _train_epoch(
         with sync, forward_weights(settings, model, parts.optimizer):
             with parts.autocast(), shown_for(model, x, steps) as shown:
                 loss = task(shown, target)["loss"]
+            if parts.penalty is not None:
+                loss = loss + parts.penalty.take()
             if accum_steps > 1:
                 loss = loss / accum_steps
             value = loss.item()

@@ -205,6 +205,8 @@ class Settings:
     time_steps_random_from: int = _o(0, "first epoch of such draws, T = LOW before", metavar="EPOCH")
     tet: float | None = _o(None, "share of the loss that is the mean of each time step's own (TET)", metavar="WEIGHT")
     tet_lambda: float = _o(0.0, "share of these that is the logits' mean square distance from 1", metavar="WEIGHT")
+    firing_rate_penalty: float | None = _o(None, "price of the firing rate above the target", metavar="WEIGHT")
+    firing_rate_target: float = _o(0.0, "firing rate that costs nothing", metavar="RATE")
     quantize_weights: bool = _o(False, "train, or measure, with weights rounded to 8 bits")
     tensorboard: bool | None = _o(None, "write TensorBoard files (where tensorboard is installed)")
     event_split_by: Literal["number", "time"] = _o("number", "frames of as many events each, or of as long a time each")
