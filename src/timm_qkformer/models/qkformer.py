@@ -503,7 +503,7 @@ def qkformer_hst2_224(pretrained: bool = False, **kwargs: Any) -> QKFormer:
     """HST-2-224 for CIFAR on one CPU: 1.83 M parameters with 10 classes, T = 4. Ours, not the paper's.
 
     Wide convolutions where the paper has more blocks: in hours on a CPU they learn more, see docs/results.md. Neurons
-    learn their time constant, and fire below the paper's threshold: trained with one time step, most would keep silent.
+    fire below the paper's threshold: trained with one or two time steps, most would keep silent at first.
     """
     model_args = {
         "patch_embed": "early",
@@ -511,8 +511,7 @@ def qkformer_hst2_224(pretrained: bool = False, **kwargs: Any) -> QKFormer:
         "depths": (0, 1, 1),
         "num_heads": 4,
         "mlp_ratio": 2.0,
-        "neuron": "plif",
-        "neuron_args": {"v_threshold": 0.7, "surrogate": "atan"},
+        "neuron_args": {"v_threshold": 0.8, "surrogate": "atan"},
     }
     return _create_qkformer("qkformer_hst2_224", pretrained, model_args, kwargs)
 

@@ -89,7 +89,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(data, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"firing_rate_penalty": 0.0}, "firing_rate_penalty=0.0 needs to be above 0"),
+        ({"firing_rate_penalty": -1.0}, "firing_rate_penalty=-1.0 needs to be at least 0"),
         ({"firing_rate_target": 0.1}, "firing_rate_target=0.1 needs firing_rate_penalty"),
         ({"firing_rate_penalty": 1.0, "firing_rate_target": 1.5}, "firing_rate_target=1.5 needs to be from 0 to 1"),
         ({"firing_rate_penalty": 1.0, "torchcompile": "eager"}, "torchcompile does not allow"),

@@ -237,11 +237,11 @@ def _check_train(settings: Settings) -> None:
 
 def _check_penalty(settings: Settings, need: Callable[[bool, str, str], None]) -> None:
     weight = settings.firing_rate_penalty
-    if weight is None:
-        if settings.firing_rate_target:
-            raise ValueError(f"firing_rate_target={settings.firing_rate_target} needs firing_rate_penalty")
+    need(weight is None or weight >= 0, "firing_rate_penalty", "at least 0")
+    if settings.firing_rate_target and weight is None:
+        raise ValueError(f"firing_rate_target={settings.firing_rate_target} needs firing_rate_penalty")
+    if not weight:
         return
-    need(weight > 0, "firing_rate_penalty", "above 0")
     for name in ("torchcompile", "grad_checkpointing"):
         if getattr(settings, name):
             raise ValueError(f"firing_rate_penalty={weight} watches neurons fire, which {name} does not allow")

@@ -202,7 +202,7 @@ class Settings:
     crop_padding: int = _o(0, "crop images with so many mirrored pixels around, no --scale", metavar="N")
     class_weights: list[float] | None = _o(None, "weight of each class in the loss", metavar="WEIGHT")
     time_steps_random: list[int] | None = _o(None, "draw T from LOW to HIGH for each batch", length=2)
-    time_steps_random_from: int = _o(0, "first epoch of such draws, T = LOW before", metavar="EPOCH")
+    time_steps_random_from: int = _o(0, "first epoch of such draws, T = 1 before", metavar="EPOCH")
     tet: float | None = _o(None, "share of the loss that is the mean of each time step's own (TET)", metavar="WEIGHT")
     tet_lambda: float = _o(0.0, "share of these that is the logits' mean square distance from 1", metavar="WEIGHT")
     firing_rate_penalty: float | None = _o(None, "price of the firing rate above the target", metavar="WEIGHT")

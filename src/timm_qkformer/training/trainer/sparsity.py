@@ -52,6 +52,6 @@ class FiringRatePenalty:
 
 def firing_rate_penalty(settings: Settings, model: nn.Module) -> FiringRatePenalty | None:
     """The penalty that the settings ask for, if they do (ValueError where it cannot be)."""
-    if settings.firing_rate_penalty is None:
+    if not settings.firing_rate_penalty:
         return None
     return FiringRatePenalty(model, settings.firing_rate_penalty, settings.firing_rate_target)

@@ -43,7 +43,7 @@ def drawn_time_steps(settings: Settings, epoch: int, index: int) -> int | None:
         return None
     low, high = settings.time_steps_random
     if epoch < settings.time_steps_random_from:
-        return low
+        return 1
     digest = sha256(f"time steps {settings.seed} {epoch} {index}".encode()).digest()
     return low + int.from_bytes(digest, "big") % (high - low + 1)
 
