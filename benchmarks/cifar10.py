@@ -22,8 +22,8 @@ from timm_qkformer.devices import processor_name
 from timm_qkformer.files import write_atomically
 
 RECIPE = "cpu_cifar10_hst2_224"
-TEACHER = "--model-kwargs neuron=relu time_steps=1 --time-steps-random 1 1 --time-steps-random-from 0 --epochs 15"
-TEACHER += " --lr 0.04 --weight-decay 0.1 --firing-rate-penalty 0 --no-quantize-weights --val-interval 5"
+TEACHER = "--model-kwargs neuron=relu time_steps=1 --time-steps-random 1 1 --time-steps-random-from 0 --epochs 20"
+TEACHER += " --lr 0.04 --weight-decay 0.1 --firing-rate-penalty 0 --no-quantize-weights"
 STUDENT = "--distill-loss-weight 0.9 --task-loss-weight 0.1"
 STEPS = (1, 2, 3, 4)
 # A step of so small a model waits for memory rather than running out of it.
