@@ -84,4 +84,4 @@ def test_what_cannot_be_is_refused(changes, message, data, tmp_path, teacher):
 def test_a_teacher_takes_nothing_of_the_student():
     settings = Settings(model="x", kd_model_name="y", num_classes=3, freeze=["stem"], model_kwargs={"a": 1}, drop=0.5)
     found = teacher_settings(settings)
-    assert found == Settings(model="y", kd_model_name="y", num_classes=3, pretrained=True)
+    assert found == Settings(model="y", num_classes=3, pretrained=True)

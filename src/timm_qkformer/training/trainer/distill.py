@@ -5,7 +5,6 @@ rectifiers for neurons, converted to a folder: `--kd-model-name local-dir:FOLDER
 """
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
 from typing import Any
 
 from timm.task import LogitDistillationTask
@@ -14,14 +13,14 @@ from torch import nn
 from .settings import Settings
 from .task import declares_loss
 
-_OF_DATA = ("num_classes", "in_chans", "input_size", "dataset", "kd_model_name")  # what teacher and student share
+_OF_DATA = ("num_classes", "in_chans", "input_size", "dataset")  # what teacher and student share
 
 
 def teacher_settings(settings: Settings) -> Settings:
     """Settings that build the teacher of a run: none of the student's own."""
-    own = {f.name: getattr(settings, f.name) for f in fields(Settings) if f.name in _OF_DATA}
     assert settings.kd_model_name is not None
-    return replace(Settings(), **own, model=settings.kd_model_name, pretrained=True)
+    shared = {name: getattr(settings, name) for name in _OF_DATA}
+    return Settings(**shared, model=settings.kd_model_name, pretrained=True)
 
 
 def distillation_task(
