@@ -174,11 +174,9 @@ def print_tables(results: list[Result]) -> None:
             variant: [r.top1 for r in results if (r.experiment, r.variant) == (experiment, variant)]
             for variant in variants
         }
-        base = next(iter(scores.values()))
         for variant, top1 in scores.items():
-            print(
-                f"  {variant:12s} {statistics.mean(top1):6.2f} ± {statistics.stdev(top1):.2f}{difference(top1, base)}"
-            )
+            against = difference(top1, scores[first])
+            print(f"  {variant:12s} {statistics.mean(top1):6.2f} ± {statistics.stdev(top1):.2f}{against}")
 
 
 def difference(top1: list[float], base: list[float]) -> str:

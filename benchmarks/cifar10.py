@@ -1,4 +1,4 @@
-"""CIFAR-10 from nothing on a CPU, as the weights that ship were trained: first with rectifiers, then with spikes.
+"""CIFAR-10 from nothing on a CPU: a network of rectifiers first, then the same one with spikes.
 
     python benchmarks/cifar10.py --data-dir CIFAR10 --seed 42        # CIFAR10/train/<class>/ and CIFAR10/test/<class>/
 
@@ -26,7 +26,7 @@ TEACHER = "--model-kwargs neuron=relu time_steps=1 --time-steps-random 1 1 --tim
 TEACHER += " --lr 0.04 --weight-decay 0.1 --firing-rate-penalty 0 --no-quantize-weights"
 STUDENT = "--distill-loss-weight 0.9 --task-loss-weight 0.1"
 STEPS = (1, 2, 3, 4)
-# A step of so small a model waits for memory rather than running out of it.
+# So small a model has memory to spare, and packing its activations takes time.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TIMM_QKFORMER_EXECUTION": "packed=0"}
 
 

@@ -62,7 +62,7 @@ class Score(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="images as train/<class>/ and test/<class>/")
-    parser.add_argument("--model", default="qkformer_hst2_224.cifar10")
+    parser.add_argument("--model", default="qkformer_hst3_192.cifar10")
     parser.add_argument("--images", type=int, default=100, help="of each class (%(default)s)")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=50)

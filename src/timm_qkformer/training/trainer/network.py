@@ -189,14 +189,17 @@ def build_task(settings: Settings, processes: Processes, model: nn.Module) -> Tr
         model = synchronize_batch_norm(model, device)
     if settings.torchcompile:
         require_compilable(model)
-    common: dict[str, Any] = {"device": device, "dtype": model_dtype(settings), "verbose": False}
-    common |= {"criterion": _loss(settings).to(device)}
+    criterion = _loss(settings).to(device)
+    common: dict[str, Any] = {
+        "criterion": criterion, "device": device, "dtype": model_dtype(settings), "verbose": False
+    }  # fmt: skip
     if settings.kd_model_name:
         teacher = build_model(teacher_settings(settings))
         to_device(settings, teacher, device)
         return distillation_task(settings, model, teacher, data_config(settings, model), common)
-    common |= {"model": model}
-    return StepsTask(settings.tet, settings.tet_lambda, **common) if settings.tet else ModelTask(**common)
+    if settings.tet:
+        return StepsTask(settings.tet, settings.tet_lambda, model=model, **common)
+    return ModelTask(model=model, **common)
 
 
 def _loss(settings: Settings) -> nn.Module:
