@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     train, test = (read(args.data_dir / split) for split in ("train", "test"))
     mine = train.of_class(lambda number: number < args.images)
