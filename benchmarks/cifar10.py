@@ -8,6 +8,7 @@ rate and the core-hours, and writes them to OUTPUT/SEED/result.json.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -61,28 +62,35 @@ def command(*words: Any) -> list[str]:
 
 
 def train(args: argparse.Namespace, folder: Path, name: str, flags: list[str]) -> float:
-    """Train, or go on; seconds since the run's first start, pauses included."""
-    done = folder / f"{name}.seconds"
-    if done.exists():
-        return float(done.read_text())
-    began = folder / f"{name}.began"
-    if not began.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(began, f"{time.time():.1f}\n")
+    """Train, or go on; seconds that this took, pauses left out and repeated updates included."""
+    spent = folder / f"{name}.seconds"
+    before = float(spent.read_text()) if spent.exists() else 0.0
+    if weights_of(folder, name).exists():
+        return before
+    folder.mkdir(parents=True, exist_ok=True)
     amp = ["--amp", "--amp-dtype", "bfloat16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
     words = ["train", "-c", RECIPE, "--dataset", "", "--val-split", "test", "--seed", args.seed]
     words += ["--data-dir", args.data_dir]
     words += ["--batch-size", args.batch_size // args.processes, "--output", folder, "--experiment", name]
     words += ["--resume", "auto", "--recovery-interval", 100, *amp, *flags, *args.more]
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.processes)]
-    subprocess.run([*program, *command(*words)], check=True, env={**ENVIRONMENT, **os.environ})
-    elapsed = time.time() - float(began.read_text())
-    write_atomically(done, f"{elapsed:.1f}\n")
-    return elapsed
+    start = time.monotonic()
+    with subprocess.Popen([*program, *command(*words)], env={**ENVIRONMENT, **os.environ}) as process:
+        while process.returncode is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            write_atomically(spent, f"{before + time.monotonic() - start:.1f}\n")
+    if process.returncode:
+        raise SystemExit(f"training {name} failed; the same line goes on where it was")
+    return float(spent.read_text())
+
+
+def weights_of(folder: Path, name: str) -> Path:
+    return folder / f"{name}-weights"
 
 
 def convert(folder: Path, name: str, *flags: str) -> Path:
-    target = folder / f"{name}-weights"
+    target = weights_of(folder, name)
     if not target.exists():
         checkpoint = folder / name / "last.pth.tar"
         subprocess.run([sys.executable, *command("convert", *flags, checkpoint, target)], check=True)

@@ -8,6 +8,7 @@ from tiny_runs import PLAIN, RECIPE, run
 
 from timm_qkformer.analysis import firing_rates
 from timm_qkformer.execution import execution_policy
+from timm_qkformer.neurons import LIF
 from timm_qkformer.training.trainer.sparsity import FiringRatePenalty
 
 
@@ -64,6 +65,24 @@ def test_packed_or_not_gradients_are_the_same():
         found.append(model.stages[0].embed.main[0].conv.weight.grad.clone())
     torch.testing.assert_close(*found)
     assert found[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("levels", ["binary", "ternary"])
+def test_its_gradient_is_the_surrogate_s_of_all_spikes(levels):
+    """Those of neurons that stay silent, too; spikes of both signs count as one each."""
+    torch.manual_seed(0)
+    neurons = LIF(surrogate="atan").double()
+    neurons.levels = levels
+    x = torch.randn(3, 2, 40, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn_like(x)
+    spikes = neurons(3 * x)
+    fired = spikes.abs() if levels == "ternary" else spikes
+    (expected,) = torch.autograd.grad((spikes * weights).sum() + 2.0 * (fired.mean() - 0.1), x)
+    penalty = FiringRatePenalty(neurons, 2.0, 0.1)
+    (found,) = torch.autograd.grad((neurons(3 * x) * weights).sum() + penalty.take(), x)
+    assert fired.mean() > 0.1
+    assert (spikes < 0).any() == (levels == "ternary")
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)  # the rate is in single precision
 
 
 def test_training_against_it_alone_silences_a_network():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ...neurons import SpikingNeuron
 from .settings import Settings
@@ -37,9 +38,11 @@ class FiringRatePenalty:
     def __deepcopy__(self, memo: dict[int, Any]) -> "FiringRatePenalty":
         return self  # a moving average of the weights is a copy of the model, hooks included, and never trains
 
-    def _count(self, module: nn.Module, args: Any, spikes: Tensor) -> None:
+    def _count(self, module: nn.Module, args: Any, spikes: Tensor) -> Tensor:
         if module.training and torch.is_grad_enabled():
-            self._seen.append((spikes.abs().sum(dtype=torch.float32), spikes.numel()))
+            spikes, fired = _Counted.apply(spikes, module.levels == "ternary")
+            self._seen.append((fired, spikes.numel()))
+        return spikes
 
     def take(self) -> Tensor:
         """The penalty of what the model did since the last time."""
@@ -48,6 +51,25 @@ class FiringRatePenalty:
         fired, neurons = zip(*self._seen, strict=True)
         self._seen.clear()
         return self.weight * torch.relu(torch.stack(fired).sum() / sum(neurons) - self.target)
+
+
+class _Counted(torch.autograd.Function):
+    """Spikes as they are, and how many. Autograd's own gradient of a sum takes three more passes over all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, spikes: Tensor, ternary: bool) -> tuple[Tensor, Tensor]:
+        ctx.ternary = ternary
+        if ternary:
+            ctx.save_for_backward(spikes)
+        return spikes.view_as(spikes), (spikes.abs() if ternary else spikes).sum(dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_spikes: Tensor, grad_fired: Tensor) -> tuple[Tensor, None]:
+        if ctx.ternary:
+            (spikes,) = ctx.saved_tensors
+            return torch.addcmul(grad_spikes, spikes.sign(), grad_fired.to(spikes.dtype)), None
+        return grad_spikes + grad_fired, None  # silent neurons are kept from firing, too
 
 
 def firing_rate_penalty(settings: Settings, model: nn.Module) -> FiringRatePenalty | None:
