@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/cifar10"), help="folder of the runs (%(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=256, help="of all processes together (%(default)s)")
-    args, args.more = parser.parse_known_args(namespace=argparse.Namespace())
+    args, args.more = parser.parse_known_args()
     folder = args.output / str(args.seed)
     seconds = {"teacher": train(args, folder, "teacher", TEACHER.split())}
     teacher = convert(folder, "teacher")
@@ -74,15 +74,16 @@ def train(args: argparse.Namespace, folder: Path, name: str, flags: list[str]) -
     words += ["--batch-size", args.batch_size // args.processes, "--output", folder, "--experiment", name]
     words += ["--resume", "auto", "--recovery-interval", 100, *amp, *flags, *args.more]
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.processes)]
-    start = time.monotonic()
+    start = time.monotonic() - before
     with subprocess.Popen([*program, *command(*words)], env={**ENVIRONMENT, **os.environ}) as process:
         while process.returncode is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
-            write_atomically(spent, f"{before + time.monotonic() - start:.1f}\n")
+            elapsed = time.monotonic() - start
+            write_atomically(spent, f"{elapsed:.1f}\n")
     if process.returncode:
         raise SystemExit(f"training {name} failed; the same line goes on where it was")
-    return float(spent.read_text())
+    return elapsed
 
 
 def weights_of(folder: Path, name: str) -> Path:

@@ -207,9 +207,9 @@ def _check_train(settings: Settings) -> None:
         raise ValueError(f"crop_padding={settings.crop_padding} is a way to crop, and so is {other}")
     if settings.tet is not None and settings.torchcompile:
         raise ValueError(f"tet={settings.tet} looks into the model at each step, which torchcompile does not allow")
-    _check_penalty(settings, need)
     if settings.tet_lambda and not settings.tet:
         raise ValueError(f"tet_lambda={settings.tet_lambda} is a part of the steps' own losses, which need tet above 0")
+    _check_penalty(settings, need)
     _check_distillation(settings, need)
     if settings.class_weights is not None:
         need(all(w > 0 for w in settings.class_weights), "class_weights", "above 0, one for each class")
