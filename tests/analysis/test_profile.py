@@ -49,6 +49,19 @@ def test_one_pass_gives_what_single_measurements_give(measured):
     assert "\n" not in repr(result)
 
 
+def test_rates_of_neurons_that_fire_several_times_are_shares_of_the_spikes_that_could_be():
+    torch.manual_seed(0)
+    model, x, counted = tiny("test_qkformer", neuron="ilif", neuron_args={"max_spikes": 3}), images(2), []
+    hook = model.stem.neuron.register_forward_hook(lambda module, args, spikes: counted.append(spikes))
+    with torch.no_grad():
+        model(x)
+    hook.remove()
+    rate = firing_rates(model, x)["stem.neuron"]
+    assert counted[0].max() > 1
+    assert rate.mean == pytest.approx(counted[0].mean().item() / 3)
+    assert rate.neurons == counted[0][0, 0].numel()
+
+
 def test_a_generator_is_read_once(measured):
     model, x, result = measured
     assert profile(model, iter(x)).rates == result.rates

@@ -6,10 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from timm_qkformer.neurons import IF, LIF, ParametricLIF, ReLUNeuron, integrate_and_fire_reference
+from timm_qkformer.neurons import IF, LIF, IntegerLIF, ParametricLIF, ReLUNeuron, integrate_and_fire_reference
 
 T, B, C = 5, 3, 7
-TAU, THRESHOLD = 1.7, 0.8
+TAU, THRESHOLD, MAX_SPIKES = 1.7, 0.8, 3
 
 
 class TernaryLIF(LIF):
@@ -26,6 +26,7 @@ LAYERS = {
     "plif": partial(ParametricLIF, TAU),
     "ternary": partial(TernaryLIF, TAU),
     "ternary plif": partial(TernaryPLIF, TAU),
+    "integer": partial(IntegerLIF, MAX_SPIKES, TAU),
     "relu": ReLUNeuron,
 }
 RESETS = {"hard": 0.0, "shifted": -0.3, "soft": None}
@@ -34,7 +35,7 @@ RESETS = {"hard": 0.0, "shifted": -0.3, "soft": None}
 def _cases():
     for kind in LAYERS:
         for reset, decay, detach, surrogate in itertools.product(
-            RESETS, (True, False), (True, False), ("sigmoid", "atan")
+            RESETS, (True, False), (True, False), ("sigmoid", "atan", "box")
         ):
             options = {"v_reset": RESETS[reset], "detach_reset": detach, "surrogate": surrogate}
             name = f"{kind}-{reset}-{'decay' if decay else 'whole'}-{'detached' if detach else 'attached'}-{surrogate}"
@@ -47,7 +48,8 @@ def _cases():
 
 CASES: dict[str, tuple[str, dict]] = dict(_cases())
 FORWARD = [case for case in CASES if case.endswith(("detached-sigmoid", "relu"))]  # each forward pass
-DIAGONAL = [case for case in CASES if case.endswith(("detached-sigmoid", "attached-atan", "relu"))]  # each option
+_EACH_OPTION = ("detached-sigmoid", "attached-atan", "detached-box", "relu")
+DIAGONAL = [case for case in CASES if case.endswith(_EACH_OPTION)]
 
 
 def make(case: str, dtype: torch.dtype = torch.float64):
@@ -70,10 +72,11 @@ def reference(case: str, neuron, x: Tensor, v: Tensor | None = None) -> tuple[Te
         THRESHOLD - (options["v_reset"] or 0.0),
         soft_reset=options["v_reset"] is None,
         decay_input=options.get("decay_input", False),
-        levels="ternary" if "ternary" in kind else "binary",
+        levels=next((levels for levels in ("ternary", "integer") if levels in kind), "binary"),
         detach_reset=options["detach_reset"],
         surrogate=options["surrogate"],
-        alpha={"sigmoid": 4.0, "atan": 2.0}[options["surrogate"]],
+        alpha={"sigmoid": 4.0, "atan": 2.0, "box": 1 / THRESHOLD if kind == "integer" else 1.0}[options["surrogate"]],
+        max_spikes=MAX_SPIKES if kind == "integer" else 1,
         v=v,
     )
 

@@ -5,6 +5,7 @@ Real compiled kernels are in test_compiled.py; here their bodies run in eager mo
 
 import io
 import itertools
+import math
 from typing import Tuple
 
 import neuron_cases as cases
@@ -76,8 +77,10 @@ def textbook(x, v, kind, options):
             i = float(x[(t, *index)])
             h = u + leak * (i - (u - rest)) if options.get("decay_input") else u - leak * (u - rest) + i
             s = float(h >= THRESHOLD) - float("ternary" in kind and h - rest <= rest - THRESHOLD)
+            if kind == "integer":
+                s = min(max(math.floor((h - rest) / (THRESHOLD - rest) + 0.5), 0), cases.MAX_SPIKES)
             spikes[(t, *index)] = s
-            soft = h - s * THRESHOLD
+            soft = h - s * THRESHOLD  # of neurons at rest at 0
             u = (soft if options["v_reset"] is None else rest) if s else h
         after[index] = u - rest
     return spikes, after
@@ -92,7 +95,8 @@ def test_the_reference_is_the_textbooks(case):
         return
     wanted, wanted_after = textbook(x, v, *CASES[case])
     assert torch.equal(spikes, wanted)
-    assert set(spikes.unique().tolist()) == ({-1.0, 0.0, 1.0} if "ternary" in case else {0.0, 1.0})
+    levels = {-1.0, 0.0, 1.0} if "ternary" in case else {0.0, 1.0, 2.0} if "integer" in case else {0.0, 1.0}
+    assert set(spikes.unique().tolist()) - {3.0} == levels  # three spikes are rare
     torch.testing.assert_close(after, wanted_after, rtol=1e-12, atol=1e-12)
 
 
@@ -121,8 +125,12 @@ def test_eager_and_kernel_bodies(case, dtype, start, bodies):
 def test_spikingjelly(case):
     neuron, x, v = make(case), currents(T, B, C), potential()
     with execution_policy(neurons="spikingjelly"):
-        if "ternary" in case:
-            with pytest.raises(ValueError, match=r"levels='ternary'.*binary neurons alone"):
+        if "ternary" in case or "integer" in case:
+            with pytest.raises(ValueError, match=r"levels='(ternary|integer)'.*binary neurons alone"):
+                neuron(x)
+            return
+        if "box" in case:
+            with pytest.raises(ValueError, match=r"surrogate='box': .* has sigmoid and atan alone"):
                 neuron(x)
             return
         found = [differentiate(neuron.run, neuron, x, start) for start in (None, v)]

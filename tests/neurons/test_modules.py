@@ -10,6 +10,7 @@ from neuron_cases import CASES, DIAGONAL, currents, make, reference
 from timm_qkformer.layers import register_mlp
 from timm_qkformer.neurons import (
     LIF,
+    IntegerLIF,
     NeuronSpec,
     ParametricLIF,
     ReLUNeuron,
@@ -27,6 +28,27 @@ def test_defaults_are_the_releases():
     assert (lif.surrogate, lif.alpha) == ("sigmoid", 4.0)
     assert LIF(surrogate="atan").alpha == 2.0
     assert lif.spec(torch.float32) == NeuronSpec(0.5)
+
+
+def test_one_step_of_several_spikes_is_as_many_steps_of_one():
+    """What a convolution makes of a count is the sum of what it makes of so many spikes."""
+    torch.manual_seed(0)
+    currents_of = torch.nn.Conv2d(5, 6, 3, bias=False).double()
+    counts = IntegerLIF(4)(2 * torch.randn(1, 3, 5, 8, 8, dtype=torch.float64))
+    steps = torch.stack([(counts[0] > k).double() for k in range(4)])
+    assert steps.unique().tolist() == [0.0, 1.0]
+    torch.testing.assert_close(currents_of(counts[0]), sum(map(currents_of, steps)))
+
+
+def test_integer_neurons_by_hand():
+    x = torch.tensor([-3.0, 0.3, 0.5, 1.2, 2.7, 9.0], requires_grad=True)
+    spikes = IntegerLIF(2, v_threshold=0.8)(x[None])
+    assert spikes.tolist() == [[0.0, 0.0, 1.0, 2.0, 2.0, 2.0]]
+    spikes.sum().backward()
+    assert x.grad.tolist() == pytest.approx([0.0, 1.25, 1.25, 1.25, 0.0, 0.0])
+    spikes, v = IntegerLIF(2).run(torch.tensor([[2.7], [0.0]]))
+    assert spikes.flatten().tolist() == [2.0, 0.0]  # 0.7 stay, and half of them a step later
+    assert v.tolist() == pytest.approx([0.35])
 
 
 @pytest.mark.parametrize("case", DIAGONAL)
@@ -105,6 +127,7 @@ def test_what_is_registered_needs_a_name(register):
         (lambda: LIF(alpha=0.0), "alpha=0.0"),
         (lambda: get_neuron_layer("izhikevich"), r"neuron='izhikevich'.*if.*lif.*plif"),
         (lambda: get_neuron_layer("lif", {"v_treshold": 0.5}), r"neuron_args={'v_treshold': 0.5}: .*v_treshold"),
+        (lambda: get_neuron_layer("ilif", {"max_spikes": 0}), r"max_spikes=0 must be a whole number of at least 1"),
         (lambda: get_neuron_layer("if", {"tau": 2.0}), r"neuron_args={'tau': 2.0}: .*tau"),
         (lambda: get_neuron_layer("lif", {"tau": 0.5}), r"neuron_args={'tau': 0.5}: tau=0.5 must be"),
         (lambda: LIF()(torch.ones(4, 2, dtype=torch.int64)), "int64"),

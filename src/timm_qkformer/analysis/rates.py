@@ -1,6 +1,7 @@
 """Firing rates: how often neurons fire, by layer and time step, over a data set.
 
-A layer's rate for one sample and time step is the share of its neurons that fire. Reported are mean and standard
+A layer's rate for one sample and time step is the share of its neurons that fire; of neurons that may fire several
+times in a step (`max_spikes`), the share of the spikes that there could be. Reported are mean and standard
 deviation of that over the samples. A layer that runs several times in a forward pass (a stage with feedback runs twice,
 some neurons step by step) has the steps of all its runs, one run after the other. Spikes are counted in whole numbers,
 so the result depends neither on the order of the samples nor on how they are batched, and nothing is kept but the
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..neurons import SpikingNeuron
 from .hooks import Data, Watch, bare_model, run_samples
 from .names import SpikeLayer, spike_layers
 from .notebook import html_table
@@ -39,12 +41,12 @@ class LayerRates(SpikeLayer):
 
     neurons: int  # neurons of the layer, for one sample
     channels: int  # its channels; heads for a mask of tokens
-    mean: float  # spikes per neuron and time step, between 0 and 1
+    mean: float  # spikes per neuron and time step, between 0 and 1: over `max_spikes` where that is not 1
     std: float  # standard deviation over the samples (population; 0 for one sample) of each one's mean over time
     step_means: tuple[float, ...]  # mean at each of the T time steps
     step_stds: tuple[float, ...]  # standard deviation over the samples at each time step
     dead: tuple[int, ...]  # channels that never fired, anywhere, for any sample
-    saturated: tuple[int, ...]  # channels that fired everywhere, at every time step, for all samples
+    saturated: tuple[int, ...]  # channels that fired everywhere, as often as they could, for all samples
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,27 +122,29 @@ class RateMeter:
     """An instrument for `run_samples` that counts spikes."""
 
     def __init__(self) -> None:
-        self._sample: dict[SpikeLayer, tuple[Tensor, int]] = {}
+        self._sample: dict[SpikeLayer, tuple[Tensor, int, int]] = {}
         self._counts: dict[SpikeLayer, _Counts] = {}
 
     def watches(self, model: nn.Module) -> Iterator[Watch]:
         """Which modules to hook: neurons, and operators whose result fires."""
         for layer, channel_dims in spike_layers(model).items():
-            yield Watch(layer.path, partial(self._count, layer, channel_dims), is_input=not layer.is_neuron)
+            neuron = model.get_submodule(layer.path)
+            most = neuron.max_spikes if isinstance(neuron, SpikingNeuron) else 1
+            yield Watch(layer.path, partial(self._count, layer, channel_dims, most), is_input=not layer.is_neuron)
 
-    def _count(self, layer: SpikeLayer, channel_dims: int, spikes: Tensor) -> None:
+    def _count(self, layer: SpikeLayer, channel_dims: int, most: int, spikes: Tensor) -> None:
         channels = prod(spikes.shape[2 : 2 + channel_dims])
         flat = spikes.reshape(len(spikes), channels, -1)  # of a batch of one: [T, channels, positions]
-        fired = torch.count_nonzero(flat, dim=2)
+        fired = torch.count_nonzero(flat, dim=2) if most == 1 else flat.sum(2, dtype=torch.float64).long()
         if layer in self._sample:
             fired = torch.cat([self._sample[layer][0], fired])
-        self._sample[layer] = (fired, flat.shape[2])
+        self._sample[layer] = (fired, flat.shape[2], most)
 
     def end_sample(self) -> None:
         """A sample has passed through the model."""
-        for layer, (fired, positions) in self._sample.items():
+        for layer, (fired, positions, most) in self._sample.items():
             if layer not in self._counts:
-                self._counts[layer] = _Counts(fired.shape[0], fired.shape[1], positions)
+                self._counts[layer] = _Counts(fired.shape[0], fired.shape[1], positions, most)
             self._counts[layer].add(fired.cpu())
         self._sample.clear()
 
@@ -153,8 +157,9 @@ class RateMeter:
 class _Counts:
     """Spikes of a layer over the samples, in whole numbers."""
 
-    def __init__(self, time_steps: int, channels: int, positions: int) -> None:
+    def __init__(self, time_steps: int, channels: int, positions: int, most: int) -> None:
         self.positions = positions
+        self.most = most  # spikes of a neuron in a step
         self.per_channel = torch.zeros(channels, dtype=torch.int64)
         # Python's integers do not overflow. The last entry is that of all steps together.
         self.sums = [0] * (time_steps + 1)
@@ -173,11 +178,11 @@ class _Counts:
         neurons = len(self.per_channel) * self.positions
         means, stds = [], []
         for t, (total, squares) in enumerate(zip(self.sums, self.squares, strict=True)):
-            size = neurons * (time_steps if t == time_steps else 1)
+            size = neurons * self.most * (time_steps if t == time_steps else 1)
             means.append(total / (samples * size))
             # The variance times samples^2 is a whole number: nothing cancels.
             stds.append(sqrt(samples * squares - total * total) / (samples * size))
-        full = samples * time_steps * self.positions
+        full = samples * time_steps * self.positions * self.most
         return LayerRates(
             **vars(layer),
             neurons=neurons,

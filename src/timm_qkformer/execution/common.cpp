@@ -111,6 +111,7 @@ struct Neuron {
     std::int32_t soft_reset;
     std::int32_t decay_input;
     std::int32_t ternary;
+    std::int32_t max_spikes;
 };
 
 namespace {
@@ -136,10 +137,31 @@ inline void step_as(const X* __restrict x, V* __restrict v, std::int32_t* __rest
     }
 }
 
+// The same for neurons that fire as often as the threshold goes into the potential, rounded.
+template <bool decay_input, bool soft_reset, class X, class V>
+inline void step_integer(const X* __restrict x, V* __restrict v, std::int32_t* __restrict fired, Int n, const Neuron& neuron) {
+    const V leak = static_cast<V>(neuron.leak), threshold = static_cast<V>(neuron.threshold);
+    for (Int i = 0; i < n; ++i) {
+        const V current = load(x[i]);
+        v[i] = decay_input ? v[i] + (current - v[i]) * leak : v[i] - v[i] * leak + current;
+        fired[i] = 0;
+    }
+    for (std::int32_t k = 1; k <= neuron.max_spikes; ++k) {
+        const V multiple = static_cast<V>((k - 0.5) * neuron.threshold);
+        for (Int i = 0; i < n; ++i) fired[i] += v[i] >= multiple ? 1 : 0;
+    }
+    for (Int i = 0; i < n; ++i) {
+        const V reset = soft_reset ? v[i] - threshold * static_cast<V>(fired[i]) : V(0);
+        v[i] = fired[i] ? reset : v[i];
+    }
+}
+
 template <bool decay_input, bool soft_reset, class X, class V>
 inline void step_levels(const X* x, V* v, std::int32_t* fired, Int n, const Neuron& neuron) {
     const V leak = static_cast<V>(neuron.leak), threshold = static_cast<V>(neuron.threshold);
-    if (neuron.ternary)
+    if (neuron.max_spikes > 1)
+        step_integer<decay_input, soft_reset>(x, v, fired, n, neuron);
+    else if (neuron.ternary)
         step_as<decay_input, soft_reset, true>(x, v, fired, n, leak, threshold);
     else
         step_as<decay_input, soft_reset, false>(x, v, fired, n, leak, threshold);
@@ -163,7 +185,7 @@ NOINLINE void step_of_any(const X* x, V* v, std::int32_t* fired, Int n, const Ne
 // The usual neurons in line. Of the others there is one copy: eight kinds in every place take the compiler four times as long.
 template <class X, class V>
 inline void step(const X* x, V* v, std::int32_t* fired, Int n, const Neuron& neuron) {
-    if (neuron.decay_input && !neuron.soft_reset && !neuron.ternary)
+    if (neuron.decay_input && !neuron.soft_reset && !neuron.ternary && neuron.max_spikes == 1)
         step_as<true, false, false>(x, v, fired, n, static_cast<V>(neuron.leak), static_cast<V>(neuron.threshold));
     else
         step_of_any(x, v, fired, n, neuron);

@@ -158,7 +158,7 @@ class EventWeights:
     ) -> Tensor:
         """Spikes [T, B, H, W, C] to those of the neurons that follow, [T, B, H', W', C'], or `sums` with them added.
 
-        `neuron` is the `NeuronSpec` of binary neurons, which continue from the potentials `before` and leave theirs in
+        `neuron` is the `NeuronSpec` of the neurons, which continue from the potentials `before` and leave theirs in
         `after`: float32 [B, H', W', C'], contiguous, perhaps the same tensor.
         Steps of `sums` may lie anywhere; each is contiguous.
         """

@@ -70,13 +70,15 @@ class _Neuron(ctypes.Structure):
         ("soft_reset", ctypes.c_int32),
         ("decay_input", ctypes.c_int32),
         ("ternary", ctypes.c_int32),
+        ("max_spikes", ctypes.c_int32),
     ]
 
 
 def neuron_operand(*neurons: Any) -> ctypes.Array:
-    """Neurons (`NeuronSpec`, binary or ternary) as the kernels take them, to be read alone."""
+    """Neurons (`NeuronSpec`, of other than real levels) as the kernels take them, to be read alone."""
     numbers = (  # by value: tensors may change
-        (float(n.leak), float(n.threshold), n.soft_reset, n.decay_input, n.levels == "ternary") for n in neurons
+        (float(n.leak), float(n.threshold), n.soft_reset, n.decay_input, n.levels == "ternary", n.max_spikes)
+        for n in neurons
     )
     return _neurons(*numbers)
 

@@ -500,10 +500,10 @@ def qkformer_hst3_192(pretrained: bool = False, **kwargs: Any) -> QKFormer:
 
 @register_model
 def qkformer_hst2_224(pretrained: bool = False, **kwargs: Any) -> QKFormer:
-    """HST-2-224 for CIFAR on one CPU: 1.83 M parameters with 10 classes, T = 4. Ours, not the paper's.
+    """HST-2-224 for CIFAR on one CPU: 1.83 M parameters with 10 classes. Ours, not the paper's.
 
-    Wide convolutions where the paper has more blocks: in hours on a CPU they learn more, see docs/results.md. Neurons
-    fire below the paper's threshold: trained with one or two time steps, most would keep silent at first.
+    Wide convolutions where the paper has more blocks: in hours on a CPU they learn more, see docs/results.md. I-LIF
+    neurons: one time step of up to four spikes, where the others have four steps.
     """
     model_args = {
         "patch_embed": "early",
@@ -511,7 +511,9 @@ def qkformer_hst2_224(pretrained: bool = False, **kwargs: Any) -> QKFormer:
         "depths": (0, 1, 1),
         "num_heads": 4,
         "mlp_ratio": 2.0,
-        "neuron_args": {"v_threshold": 0.8, "surrogate": "atan"},
+        "neuron": "ilif",
+        "neuron_args": {"v_threshold": 1.2},
+        "time_steps": 1,
     }
     return _create_qkformer("qkformer_hst2_224", pretrained, model_args, kwargs)
 

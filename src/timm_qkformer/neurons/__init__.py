@@ -4,6 +4,7 @@ from .dynamics import fire_neurons, integrate_and_fire, run_neurons
 from .modules import (
     IF,
     LIF,
+    IntegerLIF,
     NeuronLayer,
     ParametricLIF,
     ReLUNeuron,
@@ -19,6 +20,7 @@ from .state import State, run_with_state
 __all__ = [
     "IF",
     "LIF",
+    "IntegerLIF",
     "NeuronLayer",
     "NeuronSpec",
     "ParametricLIF",

@@ -244,6 +244,7 @@ def _key(
         spec.decay_input,
         affine=affine,
         levels=spec.levels,
+        max_spikes=spec.max_spikes,
         state=state,
     )
     if backward:

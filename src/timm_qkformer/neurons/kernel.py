@@ -38,6 +38,7 @@ class Key(NamedTuple):
     # Both:
     affine: bool = False  # each channel's current is scaled and shifted first
     levels: str = "binary"
+    max_spikes: int = 1
     state: bool = False  # potentials come in and go out
     packs: Range | None = None  # spikes go out packed, too; the input's steps are in parts, [T, parts, ...]
 
@@ -99,7 +100,7 @@ def kernel_body(key: Key) -> Callable[..., Any]:
 
     def spec_of(leak: Tensor, threshold: Tensor, alpha: Tensor | float = 1.0) -> NeuronSpec:
         flags = (key.soft_reset, key.decay_input, key.levels, key.detach_reset, key.surrogate)
-        return NeuronSpec(leak, threshold, *flags, alpha)
+        return NeuronSpec(leak, threshold, *flags, alpha, key.max_spikes)
 
     def forward(x: Tensor, *operands: Tensor) -> Any:
         v, operands = (operands[0], operands[1:]) if key.state else (None, operands)

@@ -15,11 +15,11 @@ import torch.fx
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..errors import check_choice, check_name
+from ..errors import check_choice, check_name, check_whole
 from ..execution.packing import Range
 from .dynamics import fire_neurons, run_neurons
 from .recurrence import integrate_and_fire_reference
-from .spec import DEFAULT_ALPHA, LEVELS, NeuronSpec, membrane_dtype
+from .spec import DEFAULT_ALPHA, LEVELS, NeuronSpec, membrane_dtype, spike_range
 
 # One node each in a graph of torch.fx: they decide by dtype and shape.
 for _name in ("_checked", "fire_neurons", "membrane_dtype"):
@@ -49,7 +49,7 @@ def register_neuron(name: str) -> Callable[[LayerT], LayerT]:
         if not issubclass(cls, SpikingNeuron):
             raise TypeError(f"neuron {name!r}: {cls.__name__} must derive from timm_qkformer.neurons.SpikingNeuron")
         if cls.levels not in LEVELS:
-            raise TypeError(f"neuron {name!r}: levels={cls.levels!r} is unknown, choose one of {sorted(LEVELS)}")
+            raise TypeError(f"neuron {name!r}: levels={cls.levels!r} is unknown, choose one of {list(LEVELS)}")
         known = _NEURONS.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"neuron {name!r} is registered already, as {known}")
@@ -99,12 +99,13 @@ class SpikingNeuron(nn.Module):
             spike (soft reset).
         decay_input: Let the input current decay with the potential.
         detach_reset: Keep the reset out of the backward pass.
-        surrogate: "sigmoid" or "atan".
-        alpha: Steepness of the surrogate. None: 4 for the sigmoid, 2 for atan.
+        surrogate: "sigmoid", "atan" or "box".
+        alpha: Steepness of the surrogate. None: 4 for the sigmoid, 2 for atan, 1 for the box.
         device, dtype: Taken as by every layer; there are no parameters that they could apply to.
     """
 
     levels: str = "binary"
+    max_spikes: int = 1
 
     def __init__(
         self,
@@ -127,8 +128,10 @@ class SpikingNeuron(nn.Module):
         alpha = DEFAULT_ALPHA[surrogate] if alpha is None else alpha
         if not (math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha={alpha} must be a positive number")
-        self.levels = self.levels  # of the instance, where TorchScript looks
-        self.output_range: Range = LEVELS[self.levels]
+        # Of the instance, where TorchScript looks.
+        self.levels = self.levels
+        self.max_spikes = self.max_spikes
+        self.output_range: Range = spike_range(self.levels, self.max_spikes)
         self.v_threshold = float(v_threshold)
         self.v_reset = None if v_reset is None else float(v_reset)
         self.decay_input = decay_input
@@ -144,7 +147,8 @@ class SpikingNeuron(nn.Module):
         """The hyper-parameters as the dynamics have them, for potentials of `dtype`."""
         rest = 0.0 if self.v_reset is None else self.v_reset
         flags = (self.v_reset is None, self.decay_input, self.levels, self.detach_reset)
-        return NeuronSpec(self.leak_at(dtype), self.v_threshold - rest, *flags, self.surrogate, self.alpha)
+        backward = (self.surrogate, self.alpha)
+        return NeuronSpec(self.leak_at(dtype), self.v_threshold - rest, *flags, *backward, self.max_spikes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Input currents [T, B, ...] to spikes [T, B, ...], starting from rest unless a state is carried."""
@@ -172,6 +176,7 @@ class SpikingNeuron(nn.Module):
             self.detach_reset,
             self.surrogate,
             self.alpha,
+            self.max_spikes,
             v,
         )
 
@@ -271,6 +276,58 @@ class ParametricLIF(SpikingNeuron):
 
     def extra_repr(self) -> str:
         return f"init_tau={self.init_tau}, {super().extra_repr()}"
+
+
+@register_neuron("ilif")
+class IntegerLIF(LIF):
+    """I-LIF: leaky neurons that may fire several times in a time step (arXiv 2407.20708; arXiv 2411.16061).
+
+    The potential is rounded to a number of spikes, 0 to `max_spikes`. A convolution of it is the sum of so many
+    convolutions of single spikes: one step stands for `max_spikes` steps of neurons that fire once in each, at the
+    price of one in training.
+
+    Args:
+        max_spikes: Spikes in a time step at most; D in the papers.
+        tau: Membrane time constant in time steps, at least 1.
+        v_threshold: What a spike stands for, and takes from the potential; the first comes at half of it.
+        v_reset, decay_input, surrogate: Of `SpikingNeuron`; here by default a soft reset, an input that does not decay,
+            and the box.
+        alpha: None: one over the threshold for the box: the gradient is that, from 0 to `max_spikes` thresholds, as in
+            the papers.
+        **kwargs: `detach_reset`, `device` and `dtype`, see `SpikingNeuron`.
+
+    Raises:
+        ValueError: For any hyper-parameter outside its range.
+    """
+
+    levels = "integer"
+
+    def __init__(
+        self,
+        max_spikes: int = 4,
+        tau: float = 2.0,
+        v_threshold: float = 1.0,
+        v_reset: Optional[float] = None,
+        decay_input: bool = False,
+        surrogate: str = "box",
+        alpha: Optional[float] = None,
+        **kwargs: Any,
+    ) -> None:
+        self.max_spikes = check_whole("max_spikes", max_spikes, 1)
+        if alpha is None and surrogate == "box" and v_threshold > 0:
+            alpha = 1.0 / v_threshold
+        super().__init__(
+            tau,
+            v_threshold=v_threshold,
+            v_reset=v_reset,
+            decay_input=decay_input,
+            surrogate=surrogate,
+            alpha=alpha,
+            **kwargs,
+        )
+
+    def extra_repr(self) -> str:
+        return f"max_spikes={self.max_spikes}, {super().extra_repr()}"
 
 
 @register_neuron("relu")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..execution.convolution import at_places, gradient_of_places, index_of, pooled_places
-from ..execution.packing import BINARY, TERNARY, refuse_second_derivatives, remember
+from ..execution.packing import refuse_second_derivatives, remember
 from ..execution.policy import current_policy
 from .compiled import alias, compiled_gradients, compiled_spikes
 from .recurrence import Affine, fire_steps, gradient_steps, scale_and_shift
@@ -34,7 +34,7 @@ def norm_and_fire(y: Tensor, bn: nn.BatchNorm2d, spec: NeuronSpec, steps: int, p
     Args:
         y: Convolution's output [T * B, C, H, W].
         bn: Batch norm with weight and bias; its statistics move as in its own forward pass.
-        spec: The neurons, binary or ternary.
+        spec: The neurons, of other than real levels.
         steps: Time steps T.
         pool: Pool the normalised currents before the neurons, as `execution.convolution.max_pool` does.
 
@@ -47,11 +47,8 @@ def norm_and_fire(y: Tensor, bn: nn.BatchNorm2d, spec: NeuronSpec, steps: int, p
     norm = _norm_of(bn)
     result: Tensor = _NormAndFire.apply(y, bn.weight, bn.bias, spec.leak, steps, pool, norm, spec, backend, packed)
     for data in packed:
-        remember(result, data, _NUMBERS[spec.levels])
+        remember(result, data, spec.range)
     return result
-
-
-_NUMBERS = {"binary": BINARY, "ternary": TERNARY}
 
 
 def _norm_of(bn: nn.BatchNorm2d) -> _Norm:
@@ -99,7 +96,7 @@ class _NormAndFire(torch.autograd.Function):
             source = at_places(y, index)
             del index  # eight bytes an element
         rows = _rows(source, steps)
-        compiled = compiled_spikes(rows, spec, backend, affine, numbers=_NUMBERS[spec.levels])
+        compiled = compiled_spikes(rows, spec, backend, affine, numbers=spec.range)
         if compiled is not None:
             spikes = compiled.spikes
             packed += [] if compiled.packed is None else [compiled.packed]

@@ -24,13 +24,14 @@ def integrate_and_fire_reference(
     detach_reset: bool = True,
     surrogate: str = "sigmoid",
     alpha: float = 4.0,
+    max_spikes: int = 1,
     v: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
     """The equations, one step after the other, differentiated by autograd: the yardstick for every faster path.
 
     Args:
         x: Input currents [T, ...].
-        leak, threshold, soft_reset, decay_input, levels, detach_reset, surrogate, alpha: See `NeuronSpec`.
+        leak, threshold, soft_reset, decay_input, levels, detach_reset, surrogate, alpha, max_spikes: See `NeuronSpec`.
         v: Membrane potential [...] before the first step; None at rest.
 
     Returns:
@@ -46,11 +47,14 @@ def integrate_and_fire_reference(
             h = x_t * leak if decay_input else x_t
         else:
             h = charge(potential, x_t, leak, decay_input)
-        up = _step_function(h - threshold, surrogate, alpha)
+        up = _step_function(h - first_threshold(threshold, levels), surrogate, alpha)
         s, fired = up, up
         if levels == "ternary":
             down = _step_function(-h - threshold, surrogate, alpha)
             s, fired = up - down, up + down
+        if levels == "integer":
+            for k in range(2, max_spikes + 1):
+                s = s + _step_function(h - (k - 0.5) * threshold, surrogate, alpha)
         if soft_reset:
             potential = h - threshold * (s.detach() if detach_reset else s)
         else:
@@ -58,6 +62,11 @@ def integrate_and_fire_reference(
         spikes.append(s.to(x.dtype))
     assert potential is not None
     return torch.stack(spikes), potential
+
+
+def first_threshold(threshold: float, levels: str) -> float:
+    """Potential from which a neuron fires: integer levels round it to multiples of the threshold."""
+    return 0.5 * threshold if levels == "integer" else threshold
 
 
 def _step_function(u: Tensor, surrogate: str, alpha: float) -> Tensor:
@@ -70,6 +79,8 @@ def surrogate_primitive(u: Tensor, surrogate: str, alpha: float) -> Tensor:
     """p(u): its derivative under autograd is the surrogate gradient."""
     if surrogate == "sigmoid":
         return torch.sigmoid(alpha * u)
+    if surrogate == "box":
+        return torch.clamp(alpha * u + 0.5, 0.0, 1.0)
     return torch.atan(math.pi / 2 * alpha * u) / math.pi + 0.5
 
 
@@ -78,6 +89,8 @@ def surrogate_derivative(u: Tensor, surrogate: str, alpha: float | Tensor) -> Te
     if surrogate == "sigmoid":
         p = torch.sigmoid(alpha * u)
         return alpha * p * (1.0 - p)
+    if surrogate == "box":
+        return ((alpha * u).abs() <= 0.5).to(u.dtype) * alpha
     return alpha / 2 / (1.0 + (math.pi / 2 * alpha * u).square())
 
 
@@ -118,9 +131,14 @@ def _charge_from(v: Tensor | None, x: Tensor, spec: NeuronSpec) -> Tensor:
 
 def _fire(h: Tensor, spec: NeuronSpec) -> tuple[Tensor, Tensor]:
     """S[t], as bool for binary neurons, and whether the neuron fired."""
-    up = h >= spec.threshold
+    up = h >= first_threshold(spec.threshold, spec.levels)
     if spec.levels == "binary":
         return up, up
+    if spec.levels == "integer":
+        spikes = up.to(h.dtype)
+        for k in range(2, spec.max_spikes + 1):
+            spikes = spikes + (h >= (k - 0.5) * spec.threshold).to(h.dtype)
+        return spikes, up
     down = h <= -spec.threshold
     return up.to(h.dtype) - down.to(h.dtype), up | down
 
@@ -168,7 +186,7 @@ def gradient_steps(
     The potentials are computed again from the input currents and the potential before them (`v`, None at rest).
     """
     dtype = membrane_dtype(currents[0])
-    threshold, ternary = spec.threshold, spec.levels == "ternary"
+    threshold = spec.threshold
     before: list[Tensor | None] = []  # V[t-1], None at rest
     charged: list[Tensor] = []  # H[t]
     all_fired: list[Tensor] = []
@@ -184,14 +202,16 @@ def gradient_steps(
     for t in reversed(range(len(currents))):
         h, v = charged[t], before[t]
         grad_spike = grad_spikes[t].to(dtype)
-        if not ternary and spec.detach_reset:
+        if spec.levels == "binary" and spec.detach_reset:
             grad_h = _through_surrogate(grad_spike, h - threshold, spec.surrogate, spec.alpha)
         else:
-            up = surrogate_derivative(h - threshold, spec.surrogate, spec.alpha)
+            up = surrogate_derivative(h - first_threshold(threshold, spec.levels), spec.surrogate, spec.alpha)
             ds_dh = dfired_dh = up
-            if ternary:
+            if spec.levels == "ternary":
                 down = surrogate_derivative(h + threshold, spec.surrogate, spec.alpha)  # p' is even
                 ds_dh, dfired_dh = up + down, up - down
+            for k in range(2, spec.max_spikes + 1):
+                ds_dh = ds_dh + surrogate_derivative(h - (k - 0.5) * threshold, spec.surrogate, spec.alpha)
             grad_h = grad_spike * ds_dh
         if grad_v is not None:
             grad_h = grad_h + (grad_v if spec.soft_reset else grad_v.masked_fill(all_fired[t], 0.0))

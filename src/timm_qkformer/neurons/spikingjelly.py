@@ -31,13 +31,16 @@ def spikingjelly_integrate_and_fire(x: Tensor, spec: NeuronSpec, v: Tensor | Non
         ) from error
     if spec.levels != "binary":
         raise ValueError(f'levels={spec.levels!r}: {_HERE} has binary neurons alone, choose "auto"')
+    surrogates = {"sigmoid": Sigmoid, "atan": ATan}
+    if spec.surrogate not in surrogates:
+        raise ValueError(f'surrogate={spec.surrogate!r}: {_HERE} has sigmoid and atan alone, choose "auto"')
     if isinstance(spec.leak, float):
         if spec.leak == 1.0:
             raise ValueError(f'tau=1.0: {_HERE} has no neurons with tau <= 1, choose "auto"')
         if spec.leak == 0.0 and spec.decay_input:
             raise ValueError(f"leak=0.0 with decay_input=True: {_HERE} has no neurons without input")
 
-    surrogate = {"sigmoid": Sigmoid, "atan": ATan}[spec.surrogate](alpha=spec.alpha)
+    surrogate = surrogates[spec.surrogate](alpha=spec.alpha)
     dtype = membrane_dtype(x)
     v = torch.zeros(x.shape[1:], dtype=dtype, device=x.device) if v is None else v.to(dtype)
     rest = (spec.threshold, None if spec.soft_reset else 0.0, surrogate, spec.detach_reset)

@@ -16,9 +16,10 @@ def tiny(**kwargs):
     return timm.create_model("test_qkformer", num_classes=3, **kwargs)
 
 
-def test_it_is_the_rate_that_is_reported_above_the_target():
+@pytest.mark.parametrize("neuron", ["lif", "ilif"])
+def test_it_is_the_rate_that_is_reported_above_the_target(neuron):
     torch.manual_seed(0)
-    model = tiny(time_steps=3).train()
+    model = tiny(time_steps=3, neuron=neuron).train()
     with torch.no_grad():  # batch norms as in eval mode
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):

@@ -15,7 +15,8 @@ from .settings import Settings
 
 class FiringRatePenalty:
     """weight * max(0, rate - target), with the rate of a training batch, as `firing_rates` reports it: spikes of all
-    neurons over their number and the time steps. Gradients go through the neurons' surrogate.
+    neurons over their number, the time steps and the spikes that each may fire in one. Gradients go through the
+    neurons' surrogate.
 
     Args:
         model: Its neurons are hooked, which has them run as modules, not fused with the layers around them.
@@ -41,7 +42,7 @@ class FiringRatePenalty:
     def _count(self, module: nn.Module, args: Any, spikes: Tensor) -> Tensor:
         if module.training and torch.is_grad_enabled():
             spikes, fired = _Counted.apply(spikes, module.levels == "ternary")
-            self._seen.append((fired, spikes.numel()))
+            self._seen.append((fired / module.max_spikes, spikes.numel()))
         return spikes
 
     def take(self) -> Tensor:
