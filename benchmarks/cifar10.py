@@ -23,7 +23,8 @@ from timm_qkformer.devices import processor_name
 from timm_qkformer.files import write_atomically
 
 RECIPE = "cpu_cifar10_hst2_224"
-TEACHER = "--model-kwargs neuron=relu --lr 0.04 --weight-decay 0.1 --firing-rate-penalty 0 --no-quantize-weights"
+TEACHER = "--model-kwargs neuron=relu --epochs 20 --lr 0.04 --weight-decay 0.1"
+TEACHER += " --firing-rate-penalty 0 --no-quantize-weights"
 STUDENT = "--distill-loss-weight 0.9 --task-loss-weight 0.1"
 # So small a model has memory to spare, and packing its activations takes time.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TIMM_QKFORMER_EXECUTION": "packed=0"}

@@ -512,7 +512,7 @@ def qkformer_hst2_224(pretrained: bool = False, **kwargs: Any) -> QKFormer:
         "num_heads": 4,
         "mlp_ratio": 2.0,
         "neuron": "ilif",
-        "neuron_args": {"v_threshold": 1.2},
+        "neuron_args": {"v_threshold": 1.5},
         "time_steps": 1,
     }
     return _create_qkformer("qkformer_hst2_224", pretrained, model_args, kwargs)
