@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from timm_qkformer.execution import execution_policy
 from timm_qkformer.inference import kernels
-from timm_qkformer.neurons import LIF, NeuronSpec, compiled, integrate_and_fire, run_neurons
+from timm_qkformer.neurons import LIF, IntegerLIF, NeuronSpec, compiled, integrate_and_fire, run_neurons
 from timm_qkformer.neurons.recurrence import surrogate_derivative, surrogate_primitive
 from timm_qkformer.neurons.spec import membrane_dtype
 
@@ -151,6 +151,16 @@ def test_native_kernel(case, dtype, event_kernels):
             expected = reference(case, neuron, x, v)
             found = kernels.run(x, neuron.spec(membrane_dtype(x)), v)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("most", [1, 2, 9])
+def test_native_kernel_of_any_number_of_spikes(most, event_kernels):
+    neuron, x = IntegerLIF(most, v_threshold=0.3), currents(T, B, C, dtype=torch.float32)
+    with torch.no_grad():
+        expected = neuron.run_reference(x)
+        found = kernels.run(x, neuron.spec(torch.float32))
+    assert expected[0].max() == most
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("case", DIAGONAL)

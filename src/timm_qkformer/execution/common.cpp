@@ -111,7 +111,7 @@ struct Neuron {
     std::int32_t soft_reset;
     std::int32_t decay_input;
     std::int32_t ternary;
-    std::int32_t max_spikes;
+    std::int32_t max_spikes;  // of integer levels, else 0
 };
 
 namespace {
@@ -159,7 +159,7 @@ inline void step_integer(const X* __restrict x, V* __restrict v, std::int32_t* _
 template <bool decay_input, bool soft_reset, class X, class V>
 inline void step_levels(const X* x, V* v, std::int32_t* fired, Int n, const Neuron& neuron) {
     const V leak = static_cast<V>(neuron.leak), threshold = static_cast<V>(neuron.threshold);
-    if (neuron.max_spikes > 1)
+    if (neuron.max_spikes > 0)
         step_integer<decay_input, soft_reset>(x, v, fired, n, neuron);
     else if (neuron.ternary)
         step_as<decay_input, soft_reset, true>(x, v, fired, n, leak, threshold);
@@ -185,7 +185,7 @@ NOINLINE void step_of_any(const X* x, V* v, std::int32_t* fired, Int n, const Ne
 // The usual neurons in line. Of the others there is one copy: eight kinds in every place take the compiler four times as long.
 template <class X, class V>
 inline void step(const X* x, V* v, std::int32_t* fired, Int n, const Neuron& neuron) {
-    if (neuron.decay_input && !neuron.soft_reset && !neuron.ternary && neuron.max_spikes == 1)
+    if (neuron.decay_input && !neuron.soft_reset && !neuron.ternary && neuron.max_spikes == 0)
         step_as<true, false, false>(x, v, fired, n, static_cast<V>(neuron.leak), static_cast<V>(neuron.threshold));
     else
         step_of_any(x, v, fired, n, neuron);

@@ -76,11 +76,13 @@ class _Neuron(ctypes.Structure):
 
 def neuron_operand(*neurons: Any) -> ctypes.Array:
     """Neurons (`NeuronSpec`, of other than real levels) as the kernels take them, to be read alone."""
-    numbers = (  # by value: tensors may change
-        (float(n.leak), float(n.threshold), n.soft_reset, n.decay_input, n.levels == "ternary", n.max_spikes)
-        for n in neurons
-    )
-    return _neurons(*numbers)
+    return _neurons(*map(_fields, neurons))
+
+
+def _fields(neuron: Any) -> tuple[float | bool, ...]:
+    most = neuron.max_spikes if neuron.levels == "integer" else 0
+    flags = (neuron.soft_reset, neuron.decay_input, neuron.levels == "ternary")
+    return float(neuron.leak), float(neuron.threshold), *flags, most  # by value: tensors may change
 
 
 @lru_cache(maxsize=256)
