@@ -49,7 +49,7 @@ def register_neuron(name: str) -> Callable[[LayerT], LayerT]:
         if not issubclass(cls, SpikingNeuron):
             raise TypeError(f"neuron {name!r}: {cls.__name__} must derive from timm_qkformer.neurons.SpikingNeuron")
         if cls.levels not in LEVELS:
-            raise TypeError(f"neuron {name!r}: levels={cls.levels!r} is unknown, choose one of {list(LEVELS)}")
+            raise TypeError(f"neuron {name!r}: levels={cls.levels!r} is unknown, choose one of {LEVELS}")
         known = _NEURONS.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"neuron {name!r} is registered already, as {known}")

@@ -47,14 +47,14 @@ def integrate_and_fire_reference(
             h = x_t * leak if decay_input else x_t
         else:
             h = charge(potential, x_t, leak, decay_input)
-        up = _step_function(h - first_threshold(threshold, levels), surrogate, alpha)
+        first, more = firing_thresholds(threshold, levels, max_spikes)
+        up = _step_function(h - first, surrogate, alpha)
         s, fired = up, up
         if levels == "ternary":
             down = _step_function(-h - threshold, surrogate, alpha)
             s, fired = up - down, up + down
-        if levels == "integer":
-            for k in range(2, max_spikes + 1):
-                s = s + _step_function(h - (k - 0.5) * threshold, surrogate, alpha)
+        for higher in more:
+            s = s + _step_function(h - higher, surrogate, alpha)
         if soft_reset:
             potential = h - threshold * (s.detach() if detach_reset else s)
         else:
@@ -64,9 +64,11 @@ def integrate_and_fire_reference(
     return torch.stack(spikes), potential
 
 
-def first_threshold(threshold: float, levels: str) -> float:
-    """Potential from which a neuron fires: integer levels round it to multiples of the threshold."""
-    return 0.5 * threshold if levels == "integer" else threshold
+def firing_thresholds(threshold: float, levels: str, max_spikes: int) -> tuple[float, list[float]]:
+    """Potential from which a neuron fires, and those of its further spikes: integer levels round it."""
+    if levels == "integer":
+        return 0.5 * threshold, [(k - 0.5) * threshold for k in range(2, max_spikes + 1)]
+    return threshold, []
 
 
 def _step_function(u: Tensor, surrogate: str, alpha: float) -> Tensor:
@@ -131,13 +133,14 @@ def _charge_from(v: Tensor | None, x: Tensor, spec: NeuronSpec) -> Tensor:
 
 def _fire(h: Tensor, spec: NeuronSpec) -> tuple[Tensor, Tensor]:
     """S[t], as bool for binary neurons, and whether the neuron fired."""
-    up = h >= first_threshold(spec.threshold, spec.levels)
+    first, more = firing_thresholds(spec.threshold, spec.levels, spec.max_spikes)
+    up = h >= first
     if spec.levels == "binary":
         return up, up
     if spec.levels == "integer":
         spikes = up.to(h.dtype)
-        for k in range(2, spec.max_spikes + 1):
-            spikes = spikes + (h >= (k - 0.5) * spec.threshold).to(h.dtype)
+        for higher in more:
+            spikes = spikes + (h >= higher).to(h.dtype)
         return spikes, up
     down = h <= -spec.threshold
     return up.to(h.dtype) - down.to(h.dtype), up | down
@@ -187,6 +190,7 @@ def gradient_steps(
     """
     dtype = membrane_dtype(currents[0])
     threshold = spec.threshold
+    first, more = firing_thresholds(threshold, spec.levels, spec.max_spikes)
     before: list[Tensor | None] = []  # V[t-1], None at rest
     charged: list[Tensor] = []  # H[t]
     all_fired: list[Tensor] = []
@@ -205,13 +209,13 @@ def gradient_steps(
         if spec.levels == "binary" and spec.detach_reset:
             grad_h = _through_surrogate(grad_spike, h - threshold, spec.surrogate, spec.alpha)
         else:
-            up = surrogate_derivative(h - first_threshold(threshold, spec.levels), spec.surrogate, spec.alpha)
+            up = surrogate_derivative(h - first, spec.surrogate, spec.alpha)
             ds_dh = dfired_dh = up
             if spec.levels == "ternary":
                 down = surrogate_derivative(h + threshold, spec.surrogate, spec.alpha)  # p' is even
                 ds_dh, dfired_dh = up + down, up - down
-            for k in range(2, spec.max_spikes + 1):
-                ds_dh = ds_dh + surrogate_derivative(h - (k - 0.5) * threshold, spec.surrogate, spec.alpha)
+            for higher in more:
+                ds_dh = ds_dh + surrogate_derivative(h - higher, spec.surrogate, spec.alpha)
             grad_h = grad_spike * ds_dh
         if grad_v is not None:
             grad_h = grad_h + (grad_v if spec.soft_reset else grad_v.masked_fill(all_fired[t], 0.0))

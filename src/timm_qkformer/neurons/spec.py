@@ -37,16 +37,15 @@ from torch import Tensor
 
 from ..execution.packing import BINARY, REAL, TERNARY, Range
 
-LEVELS = ("binary", "integer", "real", "ternary")
+_RANGES: dict[str, Range] = {"binary": BINARY, "ternary": TERNARY, "real": REAL}
+LEVELS = sorted((*_RANGES, "integer"))
 
 DEFAULT_ALPHA: dict[str, float] = {"sigmoid": 4.0, "atan": 2.0, "box": 1.0}
 
 
-def spike_range(levels: str, max_spikes: int = 1) -> Range:
+def spike_range(levels: str, max_spikes: int) -> Range:
     """What neurons of a kind of levels put out."""
-    if levels == "integer":
-        return Range(0, max_spikes)
-    return {"binary": BINARY, "ternary": TERNARY, "real": REAL}[levels]
+    return Range(0, max_spikes) if levels == "integer" else _RANGES[levels]
 
 
 class NeuronSpec(NamedTuple):
