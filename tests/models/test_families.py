@@ -110,6 +110,21 @@ def test_the_model_for_one_cpu_fires_early_unless_asked_not_to():
     assert thresholds(neuron_args={}) == {1.0}
 
 
+def test_attention_of_integer_neurons_has_thresholds_within_their_sums():
+    def thresholds(**kwargs):
+        model = timm.create_model("qkformer_hst2_224", device="meta", **kwargs)
+        return [m.v_threshold for name, m in model.named_modules() if name.endswith("attn_neuron")]
+
+    assert thresholds() == [20.0, 128.0]
+    assert thresholds(operator_args={"ssa": {"scale": 0.25}}) == [0.5, 0.5]
+
+
+def test_the_stem_for_few_spikes_is_as_wide_as_the_first_stage():
+    model = timm.create_model("qkformer_hst2_224", num_classes=10, device="meta")
+    assert model.stem.conv.out_channels == 96
+    assert sum(p.numel() for p in model.parameters()) == 1_881_066
+
+
 @torch.inference_mode()
 def test_small_images_keep_16_x_16_tokens_in_the_first_stage():
     model = timm.create_model("qkformer_hst3_192", num_classes=10).eval()

@@ -87,7 +87,7 @@ class Architecture(NamedTuple):
 
 
 class Embedding(NamedTuple):
-    """How a hierarchical model goes from pixels to tokens; its stem has half the first stage's width.
+    """How a hierarchical model goes from pixels to tokens; its stem has `stem_ratio` of the first stage's width.
 
     With `plain` its convolutions are as those of Spikformer's SPS: without shortcuts, and pooled after the neurons.
     """
@@ -96,6 +96,7 @@ class Embedding(NamedTuple):
     stages: Tuple[EmbedSpec, ...]
     stem_stride: int = 1
     plain: bool = False
+    stem_ratio: float = 0.5
 
     @property
     def stride(self) -> int:
@@ -136,7 +137,8 @@ def hierarchy(
     stages = tuple(map(StageSpec, widths, embeds, blocks))
     fires = not membrane_shortcut
     where = _plain_pool(fires) if embedding.plain else "currents"
-    stem = UnitSpec(widths[0] // 2, where if embedding.stem_pool else "", fires, embedding.stem_stride)
+    stem_dim = int(widths[0] * embedding.stem_ratio)
+    stem = UnitSpec(stem_dim, where if embedding.stem_pool else "", fires, embedding.stem_stride)
     return Architecture(stem, stages, membrane_shortcut, membrane_shortcut)
 
 
