@@ -160,8 +160,8 @@ class Operator(nn.Module):
     attended_name: ClassVar[str] = "X'"
     main_view: ClassVar[str] = "tokens"
     view_labels: ClassVar[Mapping[str, str]] = {
-        "tokens": "share of the head's channels that fire in $X'$",
-        "channels": "share of tokens at which it fires in $X'$",
+        "tokens": "spikes in $X'$: mean of the head's channels",
+        "channels": "spikes in $X'$: mean of the tokens",
     }
     couples_batch: ClassVar[bool] = False
     built_last: ClassVar[tuple[str, ...]] = ()

@@ -28,7 +28,7 @@ class QKChannelAttention(Operator):
     inner_neurons = {"attn_neuron": {"v_threshold": 0.5}}
     neuron_names = {"attn_neuron": "A_c"}
     main_view = "channels"
-    view_labels = {**Operator.view_labels, "channels": "mask $A_c$: 1 keeps the channel"}
+    view_labels = {**Operator.view_labels, "channels": "mask $A_c$: 0 drops the channel"}
     kernel = NativeKernel(__package__, "qk_channel.cpp", "channel_attention", ((None, 1),))
 
     def attend(self, q: Tensor, k: Tensor) -> Tensor:

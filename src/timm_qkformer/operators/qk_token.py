@@ -27,7 +27,7 @@ class QKTokenAttention(Operator):
     inputs = ("q", "k")
     inner_neurons = {"attn_neuron": {"v_threshold": 0.5}}
     neuron_names = {"attn_neuron": "A_t"}
-    view_labels = {**Operator.view_labels, "tokens": "token mask $A_t$: 1 keeps the token"}
+    view_labels = {**Operator.view_labels, "tokens": "token mask $A_t$: 0 drops the token"}
     tokens_are_independent = True
     kernel: ClassVar[NativeKernel | None] = NativeKernel(__package__, "qk_token.cpp", "token_attention", ((1, None),))
 

@@ -37,7 +37,7 @@ class SpikeDrivenSelfAttention(Operator):
     inner_neurons = {"mask_neuron": {"v_threshold": 0.5}}
     neuron_names = {"mask_neuron": "S"}
     main_view = "channels"
-    view_labels = {**Operator.view_labels, "channels": "channel mask $S$: 1 keeps the channel"}
+    view_labels = {**Operator.view_labels, "channels": "channel mask $S$: 0 drops the channel"}
     needs_map = True
     dvs_mode: torch.jit.Final[bool]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...analysis import record_attention
+from ...analysis.attention import select_layers
 from ...analysis.drawing import save_picture
 from ...analysis.inputs import input_pictures
 
@@ -61,27 +62,28 @@ def print_answers(answers: Answers, rows: int) -> None:
 
 
 def draw_masks(model: nn.Module, answers: Answers, path: Path, columns: int = 8) -> Path:
-    """Inputs above the first block's token masks: at each time step, the share of heads that keep a token."""
+    """Inputs above the token masks of the first Q-K attention: at each time step, the mean of its heads."""
     from matplotlib.figure import Figure
 
     picked = answers.some(columns)
-    (record,) = record_attention(model, answers.images[picked], ["stages.0.blocks.0.attn"])
-    kept = record.views.tokens.mean(2)  # [T, B, H, W]
+    (record,) = record_attention(model, answers.images[picked], list(select_layers(model))[:1])
+    mask = record.views.tokens.mean(2)  # [T, B, H, W]
+    most = max(1.0, float(mask.max()))  # integer neurons fire more than once
 
-    figure = Figure(figsize=(1.6 * columns + 1, 1.7 * (1 + len(kept))), layout="constrained")
-    axes = figure.subplots(1 + len(kept), columns, squeeze=False)
+    figure = Figure(figsize=(1.6 * columns + 1, 1.7 * (1 + len(mask))), layout="constrained")
+    axes = figure.subplots(1 + len(mask), columns, squeeze=False)
     inputs = input_pictures(answers.images[picked], answers.mean, answers.std)[:, 0]
     for column, i in enumerate(picked):
         true, read = answers.name(answers.labels[i]), answers.name(answers.predicted[i])
         axes[0, column].imshow(inputs[column])
         axes[0, column].set_title(true if true == read else f"{true}, taken\nfor {read}", fontsize=10)
-        for t in range(len(kept)):
-            shown = axes[t + 1, column].imshow(kept[t, column], cmap="gray", vmin=0, vmax=1)
+        for t in range(len(mask)):
+            shown = axes[t + 1, column].imshow(mask[t, column], cmap="gray", vmin=0, vmax=most)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("input")
-    for t in range(len(kept)):
-        axes[t + 1, 0].set_ylabel(f"mask, t = {t + 1}")
-    figure.colorbar(shown, ax=axes[1:, :], label="share of heads that keep the token", shrink=0.6)
-    figure.suptitle("Q-K token attention of the first block")
+    for t in range(len(mask)):
+        axes[t + 1, 0].set_ylabel(f"mask, t = {t + 1}" if len(mask) > 1 else "mask")
+    figure.colorbar(shown, ax=axes[1:, :], label="mask, mean of heads: 0 drops the token", shrink=0.6)
+    figure.suptitle("Q-K token attention")
     return save_picture(figure, path)
