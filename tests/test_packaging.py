@@ -33,6 +33,7 @@ def test_wheel_contents(wheel):
     for name in ("execution/common", "execution/events", "execution/packing", "inference/kernels", "operators/ssa"):
         assert f"timm_qkformer/{name}.cpp" in names
     assert "timm_qkformer/training/demo/cifar10.png" in names
+    assert "timm_qkformer/models/weights/qkformer_hst2_224.cifar10.safetensors" in names
     assert "timm_qkformer/models/weights/qkformer_hst3_192.cifar10.safetensors" in names
     assert "timm_qkformer/models/weights/qkformer_hst3_128.nmnist.safetensors" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -17,11 +17,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "train": (
         "timm-qkformer train -c cpu_cifar10 --data-dir data --dataset-download",
         "timm-qkformer train -c cpu_digits --data-dir digits --experiment first --recovery-interval 100 --resume auto",
-        "timm-qkformer train my-pictures --model qkformer_hst3_192.cifar10 --pretrained --num-classes 5",
+        "timm-qkformer train my-pictures --model qkformer_hst2_224.cifar10 --pretrained --num-classes 5",
         "timm-qkformer train -c cpu_nmnist --data-dir nmnist",
     ),
     "validate": (
-        "timm-qkformer validate qkformer_hst3_192.cifar10 --split test --data-dir cifar10",
+        "timm-qkformer validate qkformer_hst2_224.cifar10 --split test --data-dir cifar10",
         "timm-qkformer validate qkformer_hst4_384 --checkpoint last.pth.tar --data-dir digits --json",
         "timm-qkformer validate folder --dataset events/folder --data-dir recordings --split test",
     ),
@@ -30,7 +30,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "timm-qkformer verify folder --data val --neurons per-sample --limit 1000 --json",
     ),
     "profile": (
-        "timm-qkformer profile qkformer_hst3_192.cifar10 --data pictures",
+        "timm-qkformer profile qkformer_hst2_224.cifar10 --data pictures",
         "timm-qkformer profile qkformer_hst10_384 --random --all",
         "timm-qkformer profile qkformer_hst3_128.nmnist --data recordings --sensor-size 34 34 --html profile.html",
     ),
@@ -43,14 +43,14 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "timm-qkformer stream folder recording.aedat4 --count 2000 --precision int8 --output prediction.png",
     ),
     "visualize": (
-        "timm-qkformer visualize qkformer_hst3_192.cifar10 cat.jpg dog.jpg --output pictures",
+        "timm-qkformer visualize qkformer_hst2_224.cifar10 cat.jpg dog.jpg --output pictures",
         "timm-qkformer visualize qkformer_hst3_128.nmnist digit.bs2 --sensor-size 34 34 --stage 1",
     ),
     "export": (
-        "timm-qkformer export qkformer_hst3_192.cifar10 --output model.onnx --data pictures",
+        "timm-qkformer export qkformer_hst2_224.cifar10 --output model.onnx --data pictures",
         "timm-qkformer export qkformer_hst3_128.nmnist --step --format openvino --output step.xml",
     ),
-    "app": ("timm-qkformer app", "timm-qkformer app digits-model qkformer_hst3_192.cifar10 --port 8000"),
+    "app": ("timm-qkformer app", "timm-qkformer app digits-model qkformer_hst2_224.cifar10 --port 8000"),
     "events": (
         "timm-qkformer events night.raw gesture.aedat4 --pictures pictures --gif",
         "timm-qkformer events night.raw --to night.npz",

@@ -92,7 +92,7 @@ class SpikingTransformer(nn.Module):
         neuron: A registered name ("lif", "if", "plif", ...), or a neuron layer such as
             `functools.partial(LIF, surrogate="atan")`.
         neuron_args: Arguments of all neuron layers, such as {"v_threshold": 0.5, "surrogate": "atan"}. The neurons
-            after attention keep their threshold of 0.5.
+            after attention keep their own threshold of 0.5, which `operator_args` changes.
         operator_args: Further arguments of operators by their registered names, such as {"ssa": {"scale": 0.25}}. They
             override arguments of the model that say the same.
         drop_rate: Dropout before the classifier.

@@ -377,7 +377,11 @@ default_cfgs = generate_default_cfgs(
             notes=("anytime: confidence 0.7971, T = 4",),  # chosen on training images, see docs/streaming.md
             **{**CIFAR10_CFG, "pool_size": (4, 4)},
         ),
-        "qkformer_hst2_224.untrained": _cfg(**{**CIFAR10_CFG, "pool_size": (4, 4)}),
+        "qkformer_hst2_224.cifar10": _shipped(
+            "qkformer_hst2_224.cifar10",
+            label_names=_CIFAR10_CLASSES,
+            **{**CIFAR10_CFG, "pool_size": (4, 4)},
+        ),
         "qkformer_hst3_128.nmnist": _shipped(
             "qkformer_hst3_128.nmnist",
             **{**EVENTS_CFG, "input_size": (2, 34, 34), "pool_size": (3, 3)},

@@ -26,7 +26,7 @@ from .report import Answers, draw_masks, print_answers
 
 __all__ = ["MODEL", "DemoResult", "classify_photographs", "run_demo"]
 
-MODEL = "qkformer_hst3_192.cifar10"
+MODEL = "qkformer_hst2_224.cifar10"
 _SIDE = 32  # pixels, of photographs and digits
 _NUM_CLASSES = 10
 _INPUT: dict[str, Any] = {"input_size": (1, _SIDE, _SIDE), "mean": (0.3,), "std": (0.35,), "crop_pct": 1.0}
@@ -70,7 +70,7 @@ def run_demo(output: Path, epochs: int = 4, seed: int = 42) -> DemoResult:
     print(f"{photographs.correct} of {len(photographs.labels)} photographs of CIFAR-10's test set right\n")
     first = draw_masks(model, photographs, output / "photographs.png")
 
-    print("fine-tuning on handwritten digits: one input channel instead of three, two time steps, a new classifier")
+    print("fine-tuning on handwritten digits: one input channel instead of three, a new classifier")
     model, digits, speed = _fine_tune_on_digits(MODEL, epochs, seed)
     print_answers(digits, rows=12)
     rate = firing_rates(model, digits.images[:64]).mean
@@ -105,8 +105,8 @@ def classify_photographs(model: nn.Module) -> Answers:
 
 def _fine_tune_on_digits(model_name: str, epochs: int, seed: int) -> tuple[nn.Module, Answers, float]:
     """Train weights for photographs on most digits; the model, its answers to the last fifth, and how many a second."""
-    # One input channel: the first convolution is summed over its three. Two time steps: half the time of four.
-    model = timm.create_model(model_name, pretrained=True, in_chans=1, time_steps=2)
+    # One input channel: the first convolution is summed over its three.
+    model = timm.create_model(model_name, pretrained=True, in_chans=1)
     model.reset_classifier(_NUM_CLASSES)
     with tempfile.TemporaryDirectory() as folder:
         _write_digits(Path(folder), seed)
