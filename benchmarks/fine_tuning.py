@@ -3,8 +3,9 @@
     python benchmarks/fine_tuning.py --data-dir FOLDER               # FOLDER/train/<class>/ and FOLDER/test/<class>/
 
 From the first images of each class: the classifier alone on features computed once (linear probe) or with augmented
-images (frozen backbone), low-rank adapters (LoRA, by peft), everything (full). Each method's learning rate is chosen on
-a fifth of these images, then it trains on all of them with several seeds, and the test images are counted.
+images (frozen backbone), low-rank adapters (LoRA, by peft), everything (full), and everything without these weights.
+Each method's learning rate is chosen on a fifth of these images, then it trains on all of them with several seeds, and
+the test images are counted.
 """
 
 import argparse
@@ -32,6 +33,7 @@ RATES = {
     "LoRA, attention and MLPs": (0.001, 0.003, 0.01),
     "LoRA, all convolutions": (0.001, 0.003, 0.01),
     "full": (0.0003, 0.001, 0.003),
+    "from scratch": (0.001, 0.003, 0.01),
 }
 PROBE = (0.001, 0.01, 0.1, 1.0)  # inverse regularization
 
@@ -62,7 +64,7 @@ class Score(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="images as train/<class>/ and test/<class>/")
-    parser.add_argument("--model", default="qkformer_hst3_192.cifar10")
+    parser.add_argument("--model", default="qkformer_hst2_224.cifar10")
     parser.add_argument("--images", type=int, default=100, help="of each class (%(default)s)")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=50)
@@ -112,7 +114,7 @@ def run(args: argparse.Namespace, method: str, rate: float, train: Photos, test:
     timm.utils.random_seed(seed)
     number = int(train.labels.max()) + 1
     options = {} if args.time_steps is None else {"time_steps": args.time_steps}
-    model = timm.create_model(args.model, pretrained=True, num_classes=number, **options)
+    model = timm.create_model(args.model, pretrained=method != "from scratch", num_classes=number, **options)
     config = resolve_model_data_config(model)
     as_measured = create_transform(**config)
     start = time.perf_counter()
@@ -131,7 +133,7 @@ def run(args: argparse.Namespace, method: str, rate: float, train: Photos, test:
 
 def prepared(model: nn.Module, method: str) -> nn.Module:
     """The model with what the method trains."""
-    if method == "full":
+    if method in ("full", "from scratch"):
         return model
     if method == "frozen backbone":
         model.requires_grad_(False)

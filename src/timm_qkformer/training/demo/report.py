@@ -84,6 +84,6 @@ def draw_masks(model: nn.Module, answers: Answers, path: Path, columns: int = 8)
     axes[0, 0].set_ylabel("input")
     for t in range(len(mask)):
         axes[t + 1, 0].set_ylabel(f"mask, t = {t + 1}" if len(mask) > 1 else "mask")
-    figure.colorbar(shown, ax=axes[1:, :], label="mask, mean of heads: 0 drops the token", shrink=0.6)
-    figure.suptitle("Q-K token attention")
+    figure.colorbar(shown, ax=axes[1:, :], label="mean of heads")
+    figure.suptitle("Q-K token attention: 0 drops the token")
     return save_picture(figure, path)
