@@ -142,12 +142,13 @@ def prepared(model: nn.Module, method: str) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     target = CONVOLUTIONS if method.endswith("all convolutions") else PEFT_TARGET_MODULES
-    return get_peft_model(model, LoraConfig(target_modules=target, r=8, lora_alpha=16, modules_to_save=["head"]))
+    return get_peft_model(model, LoraConfig(target_modules=target, r=8, lora_alpha=16, modules_to_save=["head", "bn"]))
 
 
 def fit(model: nn.Module, augment: Any, train: Photos, rate: float, epochs: int, batch_size: int, frozen: bool) -> None:
     """AdamW, cosine. A frozen backbone's batch norms keep their statistics."""
     optimizer = create_optimizer_v2(model, opt="adamw", lr=rate, weight_decay=0.02)
+    batch_size = min(batch_size, len(train.labels))
     updates = epochs * (len(train.labels) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=updates, pct_start=0.1)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)

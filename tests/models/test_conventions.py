@@ -1,5 +1,6 @@
 """What other libraries are told: target layers, adapters' modules, FX's leaves."""
 
+import copy
 import re
 
 import pytest
@@ -18,6 +19,24 @@ def test_adapters_go_to_convolutions_of_attention_and_mlp(name):
     modules = {path: m for path, m in tiny(name).named_modules() if re.fullmatch(PEFT_TARGET_MODULES, path)}
     assert all(isinstance(module, nn.Conv2d) for module in modules.values())
     assert {path.split(".")[-2] for path in modules} >= {"q", "k", "proj", "fc1", "fc2"}
+
+
+@pytest.mark.parametrize("name", ["test_qkformer", "test_sdt"])
+def test_adapters_read_back_answer_as_trained(name, tmp_path):
+    """With the batch norms' statistics, which move in training."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=PEFT_TARGET_MODULES, r=2, modules_to_save=["head", "bn"])
+    base, x = tiny(name), images(4)
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    model.train()(x).square().sum().backward()
+    optimizer.step()
+    trained = model.eval()(x)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(again(x), trained, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(base(x), trained)
+    torch.testing.assert_close(model.merge_and_unload()(x), trained, rtol=1e-9, atol=1e-9)
 
 
 def test_leaves_stay_one_node_each():

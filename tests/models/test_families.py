@@ -115,7 +115,8 @@ def test_attention_of_integer_neurons_has_thresholds_within_their_sums():
         model = timm.create_model("qkformer_hst2_224", device="meta", **kwargs)
         return [m.v_threshold for name, m in model.named_modules() if name.endswith("attn_neuron")]
 
-    assert thresholds() == [20.0, 128.0]
+    assert thresholds() == thresholds(neuron="ilif") == [20.0, 128.0]
+    assert thresholds(neuron="lif") == [0.5, 0.5]
     assert thresholds(operator_args={"ssa": {"scale": 0.25}}) == [0.5, 0.5]
 
 

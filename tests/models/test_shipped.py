@@ -46,6 +46,11 @@ def test_loads_without_a_network(name, monkeypatch):
         assert torch.isfinite(value).all(), key
 
 
+def test_weights_of_other_input_channels_are_added_up_in_float32():
+    rgb, grey = (timm.create_model("qkformer_hst2_224", pretrained=True, in_chans=n).stem.conv.weight for n in (3, 1))
+    torch.testing.assert_close(grey, rgb.sum(1, keepdim=True), rtol=1e-6, atol=1e-7)
+
+
 def test_cifar10_s_classes_are_named():
     for name in ("qkformer_hst2_224.cifar10", "qkformer_hst3_192.cifar10"):
         names = timm.get_pretrained_cfg(name).label_names

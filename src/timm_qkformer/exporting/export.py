@@ -112,7 +112,9 @@ def _check(model: Any, path: Path, format: str, force: bool) -> Format:
         raise FileNotFoundError(f"{path.parent} is no folder: make it first")
     for suffix in (target.suffix, *target.also):
         if path.with_suffix(suffix).exists() and not force:
-            raise FileExistsError(f"{path.with_suffix(suffix)} exists already: choose another name, or force=True")
+            raise FileExistsError(
+                f"{path.with_suffix(suffix)} exists already: choose another name, or force=True (--force)"
+            )
     for module in target.modules:
         import_module(module)
     return target

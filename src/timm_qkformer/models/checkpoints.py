@@ -42,6 +42,12 @@ def unwrap_checkpoint(checkpoint: Mapping[str, Any]) -> StateDict:
     return {str(name).removeprefix("module."): value for name, value in state_dict.items()}
 
 
+def in_float32(state_dict: StateDict) -> StateDict:
+    """Half-precision tensors in float32: for other input channels timm adds weights up, and would round the sums."""
+    halves = (torch.float16, torch.bfloat16)
+    return {name: tensor.float() if tensor.dtype in halves else tensor for name, tensor in state_dict.items()}
+
+
 def rename_tensors(state_dict: StateDict, rename: Callable[[str], str | None]) -> StateDict:
     """Apply `rename` to every name.
 

@@ -37,6 +37,7 @@ from torch.hub import HASH_REGEX
 from tqdm import tqdm
 
 from ..torch_files import DamagedFileError, check_file, namespaces_allowed
+from .checkpoints import in_float32
 from .conventions import check_features_only
 from .training_files import kept_file, with_kept_tensors
 
@@ -122,7 +123,7 @@ def create(
             variant,
             pretrained,
             pretrained_cfg=source,  # timm resolves it once more, which changes nothing
-            pretrained_filter_fn=filter_fn,
+            pretrained_filter_fn=lambda state_dict, model: in_float32(filter_fn(state_dict, model)),
             feature_cfg={"out_indices": tuple(range(levels)), "feature_cls": "getter"},
             **model_args,
         )

@@ -508,9 +508,9 @@ def qkformer_hst2_224(pretrained: bool = False, **kwargs: Any) -> QKFormer:
 
     Wide convolutions where the paper has more blocks: in hours on a CPU they learn more, see docs/results.md. I-LIF
     neurons: one time step of up to four spikes, where the others have four steps. Those of attention sum up many times
-    the spikes that binary ones would, and have thresholds above which they tell tokens apart.
+    the spikes that binary ones would, and have thresholds above which they tell tokens apart. Another `neuron` has its
+    own usual thresholds.
     """
-    attn_thresholds = {"qkta": 20.0, "ssa": 128.0}
     model_args = {
         "patch_embed": "early",
         "embed_dims": (96, 160, 224),
@@ -518,13 +518,12 @@ def qkformer_hst2_224(pretrained: bool = False, **kwargs: Any) -> QKFormer:
         "num_heads": 4,
         "mlp_ratio": 2.0,
         "neuron": "ilif",
-        "neuron_args": {"v_threshold": 1.2},
-        "operator_args": {
-            name: {"inner_args": {"attn_neuron": {"v_threshold": threshold}}}
-            for name, threshold in attn_thresholds.items()
-        },
         "time_steps": 1,
     }
+    if kwargs.get("neuron", "ilif") == "ilif":
+        attn_neurons = {name: {"attn_neuron": {"v_threshold": th}} for name, th in (("qkta", 20.0), ("ssa", 128.0))}
+        model_args["neuron_args"] = {"v_threshold": 1.2}
+        model_args["operator_args"] = {name: {"inner_args": args} for name, args in attn_neurons.items()}
     return _create_qkformer("qkformer_hst2_224", pretrained, model_args, kwargs)
 
 
