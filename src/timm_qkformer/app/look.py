@@ -79,6 +79,8 @@ class Look:
         """The answer, since when it stands, and when anytime inference gives it, in Markdown."""
         count = len(self.probabilities)
         best = self.names[int(self.probabilities[-1].argmax())]
+        if count == 1:
+            return f"**{best}**, in a single time step."
         early = self.names[int(self.probabilities[self.exit_step - 1].argmax())]
         sign = "at most" if self.rule.exit == "entropy" else "at least"
         stops = f"stops after step {self.exit_step} with {early}"
