@@ -29,13 +29,13 @@ from timm_qkformer.progress import Bar
 
 CONVOLUTIONS = r"stages\..*\.conv"
 RATES = {
-    "frozen backbone": (0.003, 0.01, 0.03),
-    "LoRA, attention and MLPs": (0.001, 0.003, 0.01),
-    "LoRA, all convolutions": (0.001, 0.003, 0.01),
-    "full": (0.0003, 0.001, 0.003),
-    "from scratch": (0.001, 0.003, 0.01),
+    "frozen backbone": (0.01, 0.03, 0.1, 0.3),
+    "LoRA, attention and MLPs": (0.003, 0.01, 0.03, 0.1),
+    "LoRA, all convolutions": (0.003, 0.01, 0.03, 0.1),
+    "full": (0.001, 0.003, 0.01, 0.03),
+    "from scratch": (0.0003, 0.001, 0.003, 0.01),
 }
-PROBE = (0.001, 0.01, 0.1, 1.0)  # inverse regularization
+PROBE = (0.01, 0.1, 1.0, 10.0, 100.0)  # inverse regularization
 
 
 class Photos(NamedTuple):
